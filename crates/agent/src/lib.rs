@@ -1,0 +1,1 @@
+//! The agent beside one PostgreSQL: observe, decide, act; lease keeper; control API.

@@ -1,0 +1,1 @@
+//! The backup daemon: WAL receiver that follows the leader, base backups, restore.

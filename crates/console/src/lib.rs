@@ -1,0 +1,1 @@
+//! HTTP for every daemon: metrics exposition, health, JSON API server and client.

@@ -1,0 +1,2 @@
+//! The craton binary: one file per sub-command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Kills PostgreSQL when the lease's deadline passes. Small enough to be read in ten minutes.

@@ -1,0 +1,1 @@
+//! One PostgreSQL instance: files, processes, control queries, rewind, clone, replication client.

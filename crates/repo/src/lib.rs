@@ -1,0 +1,1 @@
+//! The backup repository's format, pure: chunks, packs, manifests, WAL continuity, retention.

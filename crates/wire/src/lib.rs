@@ -1,0 +1,1 @@
+//! PostgreSQL's wire protocol as pure data: frames, SCRAM, MD5, replication messages.
