@@ -3,6 +3,11 @@
 //! Everything that decides lives here as plain functions of plain data, so that the agent, the
 //! simulator and the tests run the very same code. Time is a field of the input.
 
+pub mod election;
+pub mod records;
+pub mod settings;
+pub mod sync;
+pub mod timeline;
 pub mod topology;
 pub mod types;
 

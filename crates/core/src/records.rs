@@ -1,0 +1,329 @@
+//! What the members agree upon through the coordinator: one struct per key, JSON on the wire.
+//!
+//! Every record may gain fields with defaults; none may change the meaning of one it has.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::settings::{Durability, Settings};
+use crate::sync::SyncSet;
+use crate::types::{Incarnation, Lsn, MemberId, Term, TimelineId};
+
+/// A key of the coordinator's store.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Key {
+    /// [`ClusterRecord`].
+    Cluster,
+    /// [`Settings`].
+    Settings,
+    /// [`Leadership`].
+    Leadership,
+    /// [`Timelines`].
+    Timelines,
+    /// [`Request`]: the operator's wish that is being worked on.
+    Request,
+    /// [`History`].
+    History,
+    /// [`MemberRecord`] of a member.
+    Member(MemberId),
+    /// [`Seal`] of a member.
+    Seal(MemberId),
+}
+
+impl Key {
+    /// The key as the store spells it.
+    pub fn path(&self) -> String {
+        match self {
+            Self::Cluster => "cluster".into(),
+            Self::Settings => "settings".into(),
+            Self::Leadership => "leadership".into(),
+            Self::Timelines => "timelines".into(),
+            Self::Request => "request".into(),
+            Self::History => "history".into(),
+            Self::Member(m) => format!("member/{m}"),
+            Self::Seal(m) => format!("seal/{m}"),
+        }
+    }
+}
+
+/// The cluster itself: which database it is, and who makes it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ClusterRecord {
+    /// Its name.
+    pub name: String,
+    /// The one member that may run initdb.
+    pub initializer: MemberId,
+    /// PostgreSQL's system identifier, once initdb is done. Never changes.
+    pub system_id: Option<String>,
+    /// True once roles and functions exist, so that other members and proxies can log in.
+    #[serde(default)]
+    pub bootstrapped: bool,
+}
+
+/// A member in one of its incarnations.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MemberRef {
+    /// The member.
+    pub member: MemberId,
+    /// The life of its data directory.
+    pub incarnation: Incarnation,
+}
+
+/// Who leads, under which durability. Changed by compare-and-set only.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Leadership {
+    /// The term of `leader`; with `leader` none, the term whose election is open.
+    pub term: Term,
+    /// The leader, none while an election is open.
+    pub leader: Option<MemberRef>,
+    /// Who led before this term: while the election is open, its seal alone proves that nothing
+    /// acknowledged is missed.
+    pub previous: Option<MemberRef>,
+    /// The sync set in force.
+    pub sync: SyncSet,
+    /// The durability mode in force.
+    pub durability: Durability,
+    /// The timeline that the leader runs, or will when it has promoted; reserved with the win.
+    pub timeline: TimelineId,
+    /// True once the leader has promoted and what it holds is safe: clients may be sent to it.
+    pub open: bool,
+    /// During an election: the member that a planned switchover wants, or an operator named.
+    #[serde(default)]
+    pub preferred: Option<MemberId>,
+    /// During an election: the operator accepts the loss of acknowledged commits.
+    #[serde(default)]
+    pub allow_data_loss: bool,
+    /// Why this term began, in words.
+    pub cause: String,
+}
+
+/// One timeline of the cluster. A number is written here before it is used, and never used twice.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct TimelineRecord {
+    /// Its number.
+    pub timeline: TimelineId,
+    /// The term in which it was reserved.
+    pub term: Term,
+    /// Where it came from; none for the first.
+    pub parent: Option<TimelineId>,
+    /// The end of the parent's WAL on the member that promoted, as it sealed. The switch point that
+    /// PostgreSQL writes into the history file is this, or less by a part of one record.
+    pub fork: Lsn,
+    /// The member that promoted onto it.
+    pub member: MemberId,
+}
+
+/// All timelines, oldest first.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Timelines(pub Vec<TimelineRecord>);
+
+/// A member's promise that nothing below `term` can reach it any more, and what it holds.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Seal {
+    /// The term of the election.
+    pub term: Term,
+    /// The data directory that was sealed.
+    pub incarnation: Incarnation,
+    /// The timeline of the end of its WAL.
+    pub timeline: TimelineId,
+    /// The end of its flushed WAL.
+    pub lsn: Lsn,
+}
+
+/// What others need to know of a member; written by its own agent.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MemberRecord {
+    /// Where its PostgreSQL listens.
+    pub host: String,
+    /// PostgreSQL's TCP port.
+    pub port: u16,
+    /// Its control API, `host:port`.
+    pub api: String,
+    /// Preference in elections; 0 means never the leader.
+    pub priority: u32,
+    /// Its data directory's present life; none before the first.
+    pub incarnation: Option<Incarnation>,
+}
+
+/// What the operator asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RequestKind {
+    /// A planned change of the leader.
+    Switchover,
+    /// Promote somebody although the leader is not there, or does not answer.
+    Failover,
+}
+
+/// How far a request is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RequestPhase {
+    /// Written, not yet begun.
+    Asked,
+    /// Proxies hold new transactions; running ones end.
+    Hold,
+}
+
+/// An operator's request; at most one at a time. Ends with the next term, or by being refused.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Request {
+    /// Names it in the history.
+    pub id: u64,
+    /// What is asked.
+    pub kind: RequestKind,
+    /// The term in which it was asked; it dies with it.
+    pub term: Term,
+    /// The wanted leader; none leaves the choice to Craton.
+    pub to: Option<MemberId>,
+    /// Failover only: acknowledged commits may be lost.
+    #[serde(default)]
+    pub allow_data_loss: bool,
+    /// How far it is.
+    pub phase: RequestPhase,
+    /// Who asked.
+    pub by: String,
+}
+
+/// One line of the cluster's history.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Event {
+    /// When, by the writer's wall clock, milliseconds since 1970. For people only.
+    pub at_ms: u64,
+    /// The term it belongs to.
+    pub term: Term,
+    /// Who wrote it.
+    pub member: MemberId,
+    /// A short word for machines: `initialized`, `elected`, `opened`, …
+    pub kind: String,
+    /// What happened, in words.
+    pub text: String,
+}
+
+/// The newest events, oldest first, at most [`History::LEN_MAX`].
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct History(pub Vec<Event>);
+
+impl History {
+    /// How many events are kept.
+    pub const LEN_MAX: usize = 200;
+
+    /// Adds an event and drops the oldest beyond the limit.
+    #[must_use]
+    pub fn with(&self, event: Event) -> Self {
+        let mut events = self.0.clone();
+        events.push(event);
+        let surplus = events.len().saturating_sub(Self::LEN_MAX);
+        Self(events.split_off(surplus))
+    }
+}
+
+/// A typed value to write.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Record {
+    /// To [`Key::Cluster`].
+    Cluster(ClusterRecord),
+    /// To [`Key::Settings`].
+    Settings(Settings),
+    /// To [`Key::Leadership`].
+    Leadership(Leadership),
+    /// To [`Key::Timelines`].
+    Timelines(Timelines),
+    /// To [`Key::Request`].
+    Request(Request),
+    /// To [`Key::History`].
+    History(History),
+    /// To [`Key::Member`].
+    Member(MemberId, MemberRecord),
+    /// To [`Key::Seal`].
+    Seal(MemberId, Seal),
+}
+
+impl Record {
+    /// Where it goes.
+    pub fn key(&self) -> Key {
+        match self {
+            Self::Cluster(_) => Key::Cluster,
+            Self::Settings(_) => Key::Settings,
+            Self::Leadership(_) => Key::Leadership,
+            Self::Timelines(_) => Key::Timelines,
+            Self::Request(_) => Key::Request,
+            Self::History(_) => Key::History,
+            Self::Member(m, _) => Key::Member(m.clone()),
+            Self::Seal(m, _) => Key::Seal(m.clone()),
+        }
+    }
+}
+
+/// A compare-and-set in typed form: every key in `expect` has that revision (0: does not exist).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Change {
+    /// Conditions.
+    pub expect: Vec<(Key, u64)>,
+    /// Values to write.
+    pub puts: Vec<Record>,
+    /// Keys to remove.
+    pub deletes: Vec<Key>,
+}
+
+/// A record with the revision of its last change.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct At<T> {
+    /// Its `mod_revision`.
+    pub revision: u64,
+    /// The record.
+    pub value: T,
+}
+
+/// The whole store, typed.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ClusterView {
+    /// The store's revision.
+    pub revision: u64,
+    /// See [`Key::Cluster`].
+    pub cluster: Option<At<ClusterRecord>>,
+    /// See [`Key::Settings`].
+    pub settings: Option<At<Settings>>,
+    /// See [`Key::Leadership`].
+    pub leadership: Option<At<Leadership>>,
+    /// See [`Key::Timelines`].
+    pub timelines: Option<At<Timelines>>,
+    /// See [`Key::Request`].
+    pub request: Option<At<Request>>,
+    /// See [`Key::History`].
+    pub history: Option<At<History>>,
+    /// See [`Key::Member`].
+    pub members: BTreeMap<MemberId, At<MemberRecord>>,
+    /// See [`Key::Seal`].
+    pub seals: BTreeMap<MemberId, At<Seal>>,
+}
+
+impl ClusterView {
+    /// The revision of a key, 0 if it does not exist: what a [`Change`] should expect.
+    pub fn revision_of(&self, key: &Key) -> u64 {
+        fn r<T>(at: Option<&At<T>>) -> u64 {
+            at.map_or(0, |a| a.revision)
+        }
+        match key {
+            Key::Cluster => r(self.cluster.as_ref()),
+            Key::Settings => r(self.settings.as_ref()),
+            Key::Leadership => r(self.leadership.as_ref()),
+            Key::Timelines => r(self.timelines.as_ref()),
+            Key::Request => r(self.request.as_ref()),
+            Key::History => r(self.history.as_ref()),
+            Key::Member(m) => r(self.members.get(m)),
+            Key::Seal(m) => r(self.seals.get(m)),
+        }
+    }
+
+    /// The settings in force: the stored ones, or the defaults before there are any.
+    pub fn settings(&self) -> Settings {
+        self.settings.as_ref().map(|s| s.value.clone()).unwrap_or_default()
+    }
+
+    /// The leader of the present term, none during an election.
+    pub fn leader(&self) -> Option<&MemberRef> {
+        self.leadership.as_ref()?.value.leader.as_ref()
+    }
+}
