@@ -53,7 +53,10 @@ pub struct Ballot<'a> {
 impl<'a> Ballot<'a> {
     fn valid(&self) -> impl Iterator<Item = (&'a MemberId, &'a Seal)> {
         let term = self.leadership.term;
-        self.seals.iter().map(|(m, s)| (m, &s.value)).filter(move |(_, s)| s.term == term)
+        self.seals
+            .iter()
+            .map(|(m, s)| (m, &s.value))
+            .filter(move |(_, s)| s.term == term)
     }
 
     fn is_previous(&self, member: &MemberId, seal: &Seal) -> bool {
@@ -70,20 +73,25 @@ impl<'a> Ballot<'a> {
         if l.allow_data_loss || self.is_previous(member, seal) {
             return true;
         }
-        if self.valid().any(|(m, s)| self.is_previous(m, s) && (s.timeline, s.lsn) <= position) {
+        if self
+            .valid()
+            .any(|(m, s)| self.is_previous(m, s) && (s.timeline, s.lsn) <= position)
+        {
             return true;
         }
         match l.durability {
             Durability::Quorum => {
                 let covered = self
                     .valid()
-                    .filter(|(m, s)| l.sync.holds(m, s.incarnation) && (s.timeline, s.lsn) <= position)
+                    .filter(|(m, s)| {
+                        l.sync.holds(m, s.incarnation) && (s.timeline, s.lsn) <= position
+                    })
                     .count();
                 covered >= l.sync.seals_needed()
             }
-            Durability::Async => {
-                self.leader_lsn.is_none_or(|lsn| lsn.bytes_since(seal.lsn) <= self.max_lag_bytes)
-            }
+            Durability::Async => self
+                .leader_lsn
+                .is_none_or(|lsn| lsn.bytes_since(seal.lsn) <= self.max_lag_bytes),
         }
     }
 
@@ -102,11 +110,19 @@ impl<'a> Ballot<'a> {
             .sync
             .members
             .iter()
-            .filter(|(m, i)| !self.valid().any(|(sealed, s)| sealed == *m && s.incarnation == **i))
+            .filter(|(m, i)| {
+                !self
+                    .valid()
+                    .any(|(sealed, s)| sealed == *m && s.incarnation == **i)
+            })
             .map(|(m, _)| m.clone())
             .collect();
         let have = l.sync.members.len() - missing.len();
-        let needed = if l.durability == Durability::Async { 1 } else { l.sync.seals_needed() };
+        let needed = if l.durability == Durability::Async {
+            1
+        } else {
+            l.sync.seals_needed()
+        };
         let mut candidates: Vec<Candidate<'_>> = self
             .valid()
             .filter(|(m, s)| self.alive.contains(*m) && self.may_stand(m, s) && self.is_safe(m, s))
@@ -130,11 +146,28 @@ impl<'a> Ballot<'a> {
         });
         let winner = candidates.first().map(|c| c.member.clone());
         let why = self.explain(candidates.first(), needed, have, &missing);
-        Tally { needed, have, missing, winner, why }
+        Tally {
+            needed,
+            have,
+            missing,
+            winner,
+            why,
+        }
     }
 
-    fn explain(&self, best: Option<&Candidate<'_>>, needed: usize, have: usize, missing: &[MemberId]) -> String {
-        let names = |list: &[MemberId]| list.iter().map(MemberId::as_str).collect::<Vec<_>>().join(", ");
+    fn explain(
+        &self,
+        best: Option<&Candidate<'_>>,
+        needed: usize,
+        have: usize,
+        missing: &[MemberId],
+    ) -> String {
+        let names = |list: &[MemberId]| {
+            list.iter()
+                .map(MemberId::as_str)
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         let l = self.leadership;
         if let Some(c) = best {
             return format!(
@@ -142,9 +175,13 @@ impl<'a> Ballot<'a> {
                 c.member, c.position.1, c.position.0
             );
         }
-        let previous = l.previous.as_ref().map_or("the former leader", |p| p.member.as_str());
+        let previous = l
+            .previous
+            .as_ref()
+            .map_or("the former leader", |p| p.member.as_str());
         if l.durability == Durability::Async {
-            return "no sealed member is near enough to the former leader's last known position".into();
+            return "no sealed member is near enough to the former leader's last known position"
+                .into();
         }
         if l.sync.members.is_empty() || l.sync.k == 0 {
             return format!(

@@ -3,7 +3,9 @@
 //! Everything that decides lives here as plain functions of plain data, so that the agent, the
 //! simulator and the tests run the very same code. Time is a field of the input.
 
+pub mod decide;
 pub mod election;
+pub mod observe;
 pub mod records;
 pub mod settings;
 pub mod sync;

@@ -319,7 +319,10 @@ impl ClusterView {
 
     /// The settings in force: the stored ones, or the defaults before there are any.
     pub fn settings(&self) -> Settings {
-        self.settings.as_ref().map(|s| s.value.clone()).unwrap_or_default()
+        self.settings
+            .as_ref()
+            .map(|s| s.value.clone())
+            .unwrap_or_default()
     }
 
     /// The leader of the present term, none during an election.

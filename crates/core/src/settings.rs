@@ -81,7 +81,10 @@ impl Settings {
     /// Says what is wrong with the settings, if anything.
     pub fn validate(&self) -> Result<(), String> {
         if self.ttl_ms < 500 || self.ttl_ms > 600_000 {
-            return Err(format!("ttl_ms = {} is out of range: use 500 to 600000 (milliseconds)", self.ttl_ms));
+            return Err(format!(
+                "ttl_ms = {} is out of range: use 500 to 600000 (milliseconds)",
+                self.ttl_ms
+            ));
         }
         if self.heartbeat_ms < 50 || self.heartbeat_ms.saturating_mul(3) > self.ttl_ms {
             return Err(format!(
@@ -109,7 +112,10 @@ mod tests {
 
     #[test]
     fn one_lost_renewal_must_not_cost_the_lease() {
-        let s = Settings { heartbeat_ms: 900, ..Settings::default() };
+        let s = Settings {
+            heartbeat_ms: 900,
+            ..Settings::default()
+        };
         assert!(s.validate().unwrap_err().contains("a third of the ttl"));
     }
 }

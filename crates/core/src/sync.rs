@@ -42,8 +42,11 @@ impl SyncSet {
         if self.k == 0 || self.members.is_empty() {
             return String::new();
         }
-        let names: Vec<String> =
-            self.members.iter().map(|(m, i)| format!("\"{}\"", application_name(m, *i))).collect();
+        let names: Vec<String> = self
+            .members
+            .iter()
+            .map(|(m, i)| format!("\"{}\"", application_name(m, *i)))
+            .collect();
         format!("ANY {} ({})", self.k, names.join(", "))
     }
 
@@ -66,8 +69,11 @@ impl SyncSet {
 
     /// The invariant of the module's head, with `self` in force in PostgreSQL.
     pub fn covers(&self, coordinator: &Self) -> bool {
-        let strangers =
-            self.members.iter().filter(|(m, i)| !coordinator.holds(m, **i)).count();
+        let strangers = self
+            .members
+            .iter()
+            .filter(|(m, i)| !coordinator.holds(m, **i))
+            .count();
         (self.k as usize).saturating_sub(strangers) >= coordinator.k as usize
     }
 }
@@ -141,7 +147,9 @@ impl SyncInput<'_> {
         let have = self
             .standbys
             .iter()
-            .filter(|s| s.streaming && set.holds(&s.member, s.incarnation) && s.flush_lsn >= self.barrier)
+            .filter(|s| {
+                s.streaming && set.holds(&s.member, s.incarnation) && s.flush_lsn >= self.barrier
+            })
             .map(|s| &s.member)
             .collect::<BTreeSet<_>>();
         have.len() >= set.k as usize
@@ -162,7 +170,9 @@ pub fn next_step(input: &SyncInput<'_>) -> SyncStep {
         .filter(|(m, i)| c.members.get(*m).is_none_or(|known| known == *i))
         .map(|(m, i)| (m.clone(), *i))
         .collect();
-    let k = input.wanted_k.min(u32::try_from(members.len()).unwrap_or(u32::MAX));
+    let k = input
+        .wanted_k
+        .min(u32::try_from(members.len()).unwrap_or(u32::MAX));
     let goal = SyncSet { members, k };
     if *c == goal && *p == goal && goal.members.len() == input.wanted.len() {
         return SyncStep::Done;
@@ -170,22 +180,38 @@ pub fn next_step(input: &SyncInput<'_>) -> SyncStep {
     // Nobody left, or a lower k: say so in the coordinator first, or an election could count on copies
     // that are no longer made. Members leave afterwards.
     if goal.k < c.k {
-        let members = if goal.k == 0 { BTreeMap::new() } else { c.members.clone() };
+        let members = if goal.k == 0 {
+            BTreeMap::new()
+        } else {
+            c.members.clone()
+        };
         return SyncStep::SetCoordinator(SyncSet { members, k: goal.k });
     }
     // New members enter the coordinator's V first: more seals are needed from then on, never fewer copies.
     // From an empty V this is a raise of k, and goes the other way round.
     if c.k > 0 {
         let mut grown = c.members.clone();
-        grown.extend(goal.members.iter().filter(|(m, _)| !c.members.contains_key(*m)).map(|(m, i)| (m.clone(), *i)));
+        grown.extend(
+            goal.members
+                .iter()
+                .filter(|(m, _)| !c.members.contains_key(*m))
+                .map(|(m, i)| (m.clone(), *i)),
+        );
         if grown.len() > c.members.len() {
-            return SyncStep::SetCoordinator(SyncSet { members: grown, k: c.k });
+            return SyncStep::SetCoordinator(SyncSet {
+                members: grown,
+                k: c.k,
+            });
         }
     }
     if *p != goal {
         return SyncStep::SetPostgres(goal);
     }
-    if input.flushed(&goal) { SyncStep::SetCoordinator(goal) } else { SyncStep::WaitFlushed(goal) }
+    if input.flushed(&goal) {
+        SyncStep::SetCoordinator(goal)
+    } else {
+        SyncStep::WaitFlushed(goal)
+    }
 }
 
 #[cfg(test)]

@@ -27,7 +27,13 @@ impl Timelines {
 
     /// The lowest number that has never been used.
     pub fn next_free(&self) -> TimelineId {
-        TimelineId(self.0.iter().map(|t| t.timeline.0).max().map_or(1, |m| m.saturating_add(1)))
+        TimelineId(
+            self.0
+                .iter()
+                .map(|t| t.timeline.0)
+                .max()
+                .map_or(1, |m| m.saturating_add(1)),
+        )
     }
 
     /// The ancestors of `timeline` with the position where each was left, nearest first.
@@ -36,7 +42,9 @@ impl Timelines {
         let mut at = timeline;
         // A child's number is greater than its parent's, so this ends.
         while let Some(record) = self.get(at) {
-            let Some(parent) = record.parent.filter(|p| *p < at) else { break };
+            let Some(parent) = record.parent.filter(|p| *p < at) else {
+                break;
+            };
             found.push((parent, record.fork));
             at = parent;
         }
@@ -50,15 +58,28 @@ impl Timelines {
         }
         let ancestors = self.ancestors(leader);
         if let Some((_, fork)) = ancestors.iter().find(|(t, _)| *t == timeline) {
-            return if end <= *fork { Relation::Prefix } else { Relation::Diverged { timeline, fork: *fork } };
+            return if end <= *fork {
+                Relation::Prefix
+            } else {
+                Relation::Diverged {
+                    timeline,
+                    fork: *fork,
+                }
+            };
         }
         // On a branch of its own: the parting is where its branch left the leader's line.
         for (parent, fork) in self.ancestors(timeline) {
             if parent == leader {
-                return Relation::Diverged { timeline: parent, fork };
+                return Relation::Diverged {
+                    timeline: parent,
+                    fork,
+                };
             }
             if let Some((_, left)) = ancestors.iter().find(|(t, _)| *t == parent) {
-                return Relation::Diverged { timeline: parent, fork: fork.min(*left) };
+                return Relation::Diverged {
+                    timeline: parent,
+                    fork: fork.min(*left),
+                };
             }
         }
         Relation::Unknown
@@ -95,9 +116,27 @@ mod tests {
         assert_eq!(rel(4, 999), Relation::Prefix);
         assert_eq!(rel(2, 200), Relation::Prefix);
         assert_eq!(rel(1, 100), Relation::Prefix);
-        assert_eq!(rel(2, 201), Relation::Diverged { timeline: TimelineId(2), fork: Lsn(200) });
-        assert_eq!(rel(1, 101), Relation::Diverged { timeline: TimelineId(1), fork: Lsn(100) });
-        assert_eq!(rel(3, 160), Relation::Diverged { timeline: TimelineId(2), fork: Lsn(150) });
+        assert_eq!(
+            rel(2, 201),
+            Relation::Diverged {
+                timeline: TimelineId(2),
+                fork: Lsn(200)
+            }
+        );
+        assert_eq!(
+            rel(1, 101),
+            Relation::Diverged {
+                timeline: TimelineId(1),
+                fork: Lsn(100)
+            }
+        );
+        assert_eq!(
+            rel(3, 160),
+            Relation::Diverged {
+                timeline: TimelineId(2),
+                fork: Lsn(150)
+            }
+        );
         assert_eq!(rel(9, 1), Relation::Unknown);
         assert_eq!(tree.next_free(), TimelineId(5));
     }

@@ -20,8 +20,11 @@ impl Lsn {
     }
 
     /// The start of the segment of `segment_size` bytes that holds this position.
+    #[must_use]
     pub fn segment_start(self, segment_size: u64) -> Self {
-        self.0.checked_rem(segment_size).map_or(self, |r| Self(self.0 - r))
+        self.0
+            .checked_rem(segment_size)
+            .map_or(self, |r| Self(self.0 - r))
     }
 }
 
@@ -43,7 +46,11 @@ pub struct LsnParseError(String);
 
 impl fmt::Display for LsnParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "\"{}\" is not a WAL position; expected two hexadecimal numbers like 16/B374D848", self.0)
+        write!(
+            f,
+            "\"{}\" is not a WAL position; expected two hexadecimal numbers like 16/B374D848",
+            self.0
+        )
     }
 }
 
@@ -73,12 +80,16 @@ impl Serialize for Lsn {
 
 impl<'de> Deserialize<'de> for Lsn {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(d)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
 /// The number of a leadership: grows by one with every change, never reused.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct Term(pub u64);
 
@@ -97,7 +108,9 @@ impl fmt::Display for Term {
 }
 
 /// PostgreSQL's timeline number.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug, Serialize, Deserialize,
+)]
 #[serde(transparent)]
 pub struct TimelineId(pub u32);
 
@@ -122,7 +135,9 @@ impl MemberId {
         let name = name.into();
         let fits = !name.is_empty()
             && name.len() <= Self::LEN_MAX
-            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
         if fits {
             Ok(Self(name))
         } else {
@@ -184,7 +199,9 @@ impl fmt::Display for Incarnation {
 impl FromStr for Incarnation {
     type Err = String;
     fn from_str(s: &str) -> Result<Self, String> {
-        u64::from_str_radix(s, 16).map(Self).map_err(|_| format!("\"{s}\" is not an incarnation"))
+        u64::from_str_radix(s, 16)
+            .map(Self)
+            .map_err(|_| format!("\"{s}\" is not an incarnation"))
     }
 }
 
@@ -196,7 +213,9 @@ impl Serialize for Incarnation {
 
 impl<'de> Deserialize<'de> for Incarnation {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+        String::deserialize(d)?
+            .parse()
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -209,7 +228,10 @@ impl BootTime {
     /// This instant plus `d`, saturating.
     #[must_use]
     pub fn after(self, d: Duration) -> Self {
-        Self(self.0.saturating_add(u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)))
+        Self(
+            self.0
+                .saturating_add(u64::try_from(d.as_nanos()).unwrap_or(u64::MAX)),
+        )
     }
 
     /// How long after `earlier` this instant is; zero when it is before.
@@ -227,7 +249,17 @@ mod tests {
         let lsn: Lsn = "16/B374D848".parse().unwrap();
         assert_eq!(lsn, Lsn(0x16_B374_D848));
         assert_eq!(lsn.to_string(), "16/B374D848");
-        for bad in ["", "/", "1", "1/", "/1", "1/2/3", "g/0", "123456789/0", "+1/0"] {
+        for bad in [
+            "",
+            "/",
+            "1",
+            "1/",
+            "/1",
+            "1/2/3",
+            "g/0",
+            "123456789/0",
+            "+1/0",
+        ] {
             assert!(bad.parse::<Lsn>().is_err(), "{bad} was accepted");
         }
     }
@@ -249,6 +281,9 @@ mod tests {
     #[test]
     fn boot_time_saturates() {
         assert_eq!(BootTime(5).since(BootTime(9)), Duration::ZERO);
-        assert_eq!(BootTime(u64::MAX).after(Duration::from_secs(1)), BootTime(u64::MAX));
+        assert_eq!(
+            BootTime(u64::MAX).after(Duration::from_secs(1)),
+            BootTime(u64::MAX)
+        );
     }
 }

@@ -23,7 +23,11 @@ fn case(v: usize, k: u32) -> Case {
     let members = (0..=v)
         .map(|n| {
             let value = MemberRecord {
-                host: "h".into(), port: 1, api: "h:2".into(), priority: 100, incarnation: Some(Incarnation(1)),
+                host: "h".into(),
+                port: 1,
+                api: "h:2".into(),
+                priority: 100,
+                incarnation: Some(Incarnation(1)),
             };
             (id(n), At { revision: 1, value })
         })
@@ -32,8 +36,14 @@ fn case(v: usize, k: u32) -> Case {
         leadership: Leadership {
             term: Term(2),
             leader: None,
-            previous: Some(MemberRef { member: id(0), incarnation: Incarnation(1) }),
-            sync: SyncSet { members: (1..=v).map(|n| (id(n), Incarnation(1))).collect(), k },
+            previous: Some(MemberRef {
+                member: id(0),
+                incarnation: Incarnation(1),
+            }),
+            sync: SyncSet {
+                members: (1..=v).map(|n| (id(n), Incarnation(1))).collect(),
+                k,
+            },
             durability: Durability::Quorum,
             timeline: TimelineId(1),
             open: false,
@@ -49,7 +59,12 @@ fn case(v: usize, k: u32) -> Case {
 
 impl Case {
     fn seal(mut self, n: usize, lsn: u64) -> Self {
-        let value = Seal { term: Term(2), incarnation: Incarnation(1), timeline: TimelineId(1), lsn: Lsn(lsn) };
+        let value = Seal {
+            term: Term(2),
+            incarnation: Incarnation(1),
+            timeline: TimelineId(1),
+            lsn: Lsn(lsn),
+        };
         self.seals.insert(id(n), At { revision: 1, value });
         self
     }

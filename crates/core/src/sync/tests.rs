@@ -9,11 +9,19 @@ fn id(n: u8) -> MemberId {
 }
 
 fn set(members: &[u8], k: u32) -> SyncSet {
-    SyncSet { members: members.iter().map(|m| (id(*m), Incarnation(1))).collect(), k }
+    SyncSet {
+        members: members.iter().map(|m| (id(*m), Incarnation(1))).collect(),
+        k,
+    }
 }
 
 fn standby(n: u8, flush: u64) -> StandbyView {
-    StandbyView { member: id(n), incarnation: Incarnation(1), streaming: true, flush_lsn: Lsn(flush) }
+    StandbyView {
+        member: id(n),
+        incarnation: Incarnation(1),
+        streaming: true,
+        flush_lsn: Lsn(flush),
+    }
 }
 
 fn step(c: &SyncSet, p: &SyncSet, wanted: &[u8], k: u32, standbys: &[StandbyView]) -> SyncStep {
@@ -39,38 +47,68 @@ fn names_round_trip() {
 #[test]
 fn adding_tells_the_coordinator_first() {
     let (c, p) = (set(&[1], 1), set(&[1], 1));
-    assert_eq!(step(&c, &p, &[1, 2], 1, &[]), SyncStep::SetCoordinator(set(&[1, 2], 1)));
+    assert_eq!(
+        step(&c, &p, &[1, 2], 1, &[]),
+        SyncStep::SetCoordinator(set(&[1, 2], 1))
+    );
 }
 
 #[test]
 fn removing_waits_for_the_others_before_the_coordinator_hears() {
     let c = set(&[1, 2], 1);
-    assert_eq!(step(&c, &c, &[2], 1, &[]), SyncStep::SetPostgres(set(&[2], 1)));
+    assert_eq!(
+        step(&c, &c, &[2], 1, &[]),
+        SyncStep::SetPostgres(set(&[2], 1))
+    );
     let p = set(&[2], 1);
-    assert_eq!(step(&c, &p, &[2], 1, &[standby(2, 99)]), SyncStep::WaitFlushed(set(&[2], 1)));
-    assert_eq!(step(&c, &p, &[2], 1, &[standby(2, 100)]), SyncStep::SetCoordinator(set(&[2], 1)));
+    assert_eq!(
+        step(&c, &p, &[2], 1, &[standby(2, 99)]),
+        SyncStep::WaitFlushed(set(&[2], 1))
+    );
+    assert_eq!(
+        step(&c, &p, &[2], 1, &[standby(2, 100)]),
+        SyncStep::SetCoordinator(set(&[2], 1))
+    );
 }
 
 #[test]
 fn the_last_standby_leaves_the_coordinator_first() {
     let c = set(&[1], 1);
-    assert_eq!(step(&c, &c, &[], 1, &[]), SyncStep::SetCoordinator(set(&[], 0)));
-    assert_eq!(step(&set(&[], 0), &c, &[], 1, &[]), SyncStep::SetPostgres(set(&[], 0)));
+    assert_eq!(
+        step(&c, &c, &[], 1, &[]),
+        SyncStep::SetCoordinator(set(&[], 0))
+    );
+    assert_eq!(
+        step(&set(&[], 0), &c, &[], 1, &[]),
+        SyncStep::SetPostgres(set(&[], 0))
+    );
 }
 
 #[test]
 fn the_first_standby_is_a_raise() {
     let none = set(&[], 0);
-    assert_eq!(step(&none, &none, &[1], 1, &[standby(1, 0)]), SyncStep::SetPostgres(set(&[1], 1)));
-    assert_eq!(step(&none, &set(&[1], 1), &[1], 1, &[standby(1, 0)]), SyncStep::WaitFlushed(set(&[1], 1)));
+    assert_eq!(
+        step(&none, &none, &[1], 1, &[standby(1, 0)]),
+        SyncStep::SetPostgres(set(&[1], 1))
+    );
+    assert_eq!(
+        step(&none, &set(&[1], 1), &[1], 1, &[standby(1, 0)]),
+        SyncStep::WaitFlushed(set(&[1], 1))
+    );
 }
 
 #[test]
 fn a_member_cloned_anew_never_counts_for_what_it_was() {
     let old = set(&[1], 1);
     let wanted = BTreeMap::from([(id(1), Incarnation(2))]);
-    let new = SyncSet { members: wanted.clone(), k: 1 };
-    let copy = [StandbyView { incarnation: Incarnation(2), ..standby(1, 100) }];
+    let new = SyncSet {
+        members: wanted.clone(),
+        k: 1,
+    };
+    let copy = [StandbyView {
+        incarnation: Incarnation(2),
+        ..standby(1, 100)
+    }];
     let next = |c: &SyncSet, p: &SyncSet| {
         next_step(&SyncInput {
             coordinator: c,

@@ -1,0 +1,425 @@
+//! The agent's decision: a pure function of what it knows.
+//!
+//! `decide(observation, memory) -> Decision`: what to do with the lease, which changes to submit to the
+//! coordinator, which long task to start, and why. The same function runs in the agent, in the simulator
+//! and in the tests. The rules are the failover protocol's; each is cited where it is applied.
+
+mod first_start;
+mod leader;
+mod standby;
+mod vote;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::observe::{DataView, Observation, ServerView};
+use crate::records::{Change, ClusterView, Event, Key, Leadership, Record, Timelines};
+use crate::settings::Settings;
+use crate::sync::SyncSet;
+use crate::types::{BootTime, Lsn, MemberId, Term, TimelineId};
+
+/// How PostgreSQL is stopped.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StopHow {
+    /// A clean shutdown: all WAL reaches the standbys.
+    Fast,
+    /// At once, every process.
+    Kill,
+}
+
+/// A long action; one at a time. Each may be started again after a crash in the middle.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Task {
+    /// Make the cluster's one database.
+    InitDb,
+    /// Start PostgreSQL as a standby that streams from nobody, so that its end of WAL can be known.
+    StartStandby,
+    /// Start PostgreSQL in place as the primary it was, with this sync set.
+    StartPrimary {
+        /// In force before the first write.
+        sync: SyncSet,
+    },
+    /// Stop PostgreSQL.
+    Stop {
+        /// How.
+        how: StopHow,
+        /// Why, in words.
+        why: String,
+    },
+    /// Stream from the leader of `term`.
+    Follow {
+        /// Whom.
+        leader: MemberId,
+        /// In which term: noted durably as the floor before it is done.
+        term: Term,
+    },
+    /// Note "nothing below `term`" durably, drop the WAL receiver, find the end of WAL.
+    Seal {
+        /// The open election's term.
+        term: Term,
+    },
+    /// Promote onto `timeline`, with `sync` in force before the first write.
+    Promote {
+        /// The term it was elected in.
+        term: Term,
+        /// The reserved timeline.
+        timeline: TimelineId,
+        /// The sync set.
+        sync: SyncSet,
+        /// Every timeline there is: their numbers are taken.
+        known: Timelines,
+    },
+    /// Create the roles and functions that other parts log in with.
+    Bootstrap,
+    /// Copy the database from another member into an empty data directory.
+    Clone {
+        /// From whom.
+        from: MemberId,
+        /// The term at its birth: the new incarnation's floor.
+        term: Term,
+    },
+    /// Keep the WAL that the cluster does not have, then rewind to the leader's history (or clone).
+    Rewind {
+        /// The leader.
+        from: MemberId,
+        /// Where the histories parted, where that is known.
+        fork: Option<(TimelineId, Lsn)>,
+        /// The new incarnation's floor.
+        term: Term,
+    },
+    /// Put a sync set in force.
+    SetSync(SyncSet),
+    /// Write a checkpoint, so that the shutdown of a switchover has little to do.
+    Checkpoint,
+}
+
+/// A [`Task`] without its particulars.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[allow(missing_docs, reason = "each is named after its task")]
+pub enum TaskKind {
+    InitDb,
+    StartStandby,
+    StartPrimary,
+    Stop,
+    Follow,
+    Seal,
+    Promote,
+    Bootstrap,
+    Clone,
+    Rewind,
+    SetSync,
+    Checkpoint,
+}
+
+impl Task {
+    /// Its kind.
+    pub fn kind(&self) -> TaskKind {
+        match self {
+            Self::InitDb => TaskKind::InitDb,
+            Self::StartStandby => TaskKind::StartStandby,
+            Self::StartPrimary { .. } => TaskKind::StartPrimary,
+            Self::Stop { .. } => TaskKind::Stop,
+            Self::Follow { .. } => TaskKind::Follow,
+            Self::Seal { .. } => TaskKind::Seal,
+            Self::Promote { .. } => TaskKind::Promote,
+            Self::Bootstrap => TaskKind::Bootstrap,
+            Self::Clone { .. } => TaskKind::Clone,
+            Self::Rewind { .. } => TaskKind::Rewind,
+            Self::SetSync(_) => TaskKind::SetSync,
+            Self::Checkpoint => TaskKind::Checkpoint,
+        }
+    }
+}
+
+/// What should happen with the lease.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LeaseWish {
+    /// Nothing.
+    Leave,
+    /// Keep renewing it for this term.
+    Hold(Term),
+    /// Give it up now.
+    Release(Term),
+}
+
+/// Ask the coordinator whether the lease of `after` is free for good, and if so open the next election.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct OpenElection {
+    /// The term that is over.
+    pub after: Term,
+    /// The change to submit once `free(after)` is true.
+    pub change: Change,
+}
+
+/// Why, as data: `craton explain` prints it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Reason {
+    /// A short word for machines and tests.
+    pub code: &'static str,
+    /// For people.
+    pub text: String,
+}
+
+/// What the decision remembers between two calls. Lost at a restart, which must cost nothing but time.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Memory {
+    /// The leadership's revision and when it was first seen.
+    leadership_seen: Option<(u64, BootTime)>,
+    /// The sync set in force in PostgreSQL, and the flush position when that was first seen.
+    barrier: Option<(SyncSet, Lsn)>,
+    /// When each standby was last seen healthy by the leader, with its flush position then.
+    healthy: BTreeMap<MemberId, (Lsn, BootTime)>,
+    /// Since when this member leads and is a primary.
+    leading_since: Option<(Term, BootTime)>,
+    /// The request whose checkpoint is done.
+    checkpointed: Option<u64>,
+    /// The request that holds transactions, and since when.
+    holding: Option<(u64, BootTime)>,
+    /// Since when a configured upstream has not streamed.
+    not_streaming_since: Option<BootTime>,
+    /// Since when PostgreSQL runs without answering.
+    silent_since: Option<BootTime>,
+    /// Since when the initializer is silent.
+    initializer_silent_since: Option<BootTime>,
+    /// Since when this member waits in an election that nobody has won.
+    election_since: Option<(Term, BootTime)>,
+}
+
+/// The outcome.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Decision {
+    /// PostgreSQL must not be writable a moment longer: stop every process of it, before anything else.
+    pub kill: Option<String>,
+    /// What to do with the lease.
+    pub lease: LeaseWish,
+    /// Compare-and-set changes to submit, in order.
+    pub changes: Vec<Change>,
+    /// An election to open.
+    pub open: Option<OpenElection>,
+    /// A long task to start.
+    pub task: Option<Task>,
+    /// Why.
+    pub reasons: Vec<Reason>,
+    /// To be handed to the next call.
+    pub memory: Memory,
+}
+
+/// How long the initializer may be silent before another member takes over the first start.
+const INITIALIZER_SILENT_MAX: Duration = Duration::from_secs(20);
+/// How long a standby may try to stream in vain from a leader that is open before it is cloned anew.
+const NOT_STREAMING_MAX: Duration = Duration::from_secs(20);
+/// How long a standby may read local WAL without answering before it is given an upstream: a rewound data
+/// directory becomes consistent only with WAL from the leader.
+const SILENT_MAX: Duration = Duration::from_secs(5);
+
+/// What every rule works on.
+struct Mind<'a> {
+    o: &'a Observation,
+    settings: Settings,
+    out: Decision,
+}
+
+impl Mind<'_> {
+    fn because(&mut self, code: &'static str, text: impl Into<String>) {
+        self.out.reasons.push(Reason {
+            code,
+            text: text.into(),
+        });
+    }
+
+    /// Starts a task unless one runs, or this kind failed a moment ago.
+    fn start(&mut self, task: Task) {
+        if let Some(running) = &self.o.task {
+            let text = format!("{:?} is in progress", running.task.kind());
+            return self.because("busy", text);
+        }
+        let kind = task.kind();
+        let waiting = self
+            .o
+            .failures
+            .iter()
+            .find(|f| f.kind == kind && f.retry_at > self.o.now);
+        if let Some(f) = waiting {
+            let text = format!(
+                "{kind:?} failed {} times and will be tried again: {}",
+                f.count, f.error
+            );
+            return self.because("back_off", text);
+        }
+        if self.out.task.is_none() {
+            self.out.task = Some(task);
+        }
+    }
+
+    fn submit(&mut self, change: Change) {
+        self.out.changes.push(change);
+    }
+
+    fn event(&self, view: &ClusterView, term: Term, kind: &str, text: String) -> Record {
+        let event = Event {
+            at_ms: self.o.wall_ms,
+            term,
+            member: self.o.me.id.clone(),
+            kind: kind.to_owned(),
+            text,
+        };
+        let history = view
+            .history
+            .as_ref()
+            .map(|h| h.value.clone())
+            .unwrap_or_default();
+        Record::History(history.with(event))
+    }
+
+    /// True if the member's agent was heard within a ttl (or is this one).
+    fn is_alive(&self, member: &MemberId) -> bool {
+        *member == self.o.me.id
+            || self
+                .o
+                .peers
+                .get(member)
+                .is_some_and(|p| self.o.now.since(p.heard_at) < self.settings.ttl())
+    }
+
+    fn lease_runs(&self, term: Term) -> bool {
+        self.o
+            .lease
+            .is_some_and(|l| l.term == term && l.until > self.o.now)
+    }
+
+    /// Rule 2.4: past its deadline, or deposed, a primary stops at once.
+    fn fence_rule(&mut self) -> bool {
+        let maybe_primary = match &self.o.server {
+            ServerView::Down => false,
+            ServerView::Silent { maybe_primary } => *maybe_primary,
+            ServerView::Running(s) => !s.in_recovery,
+        };
+        if !maybe_primary {
+            return false;
+        }
+        let why = match (&self.o.view, self.o.lease) {
+            (Some(view), lease) => {
+                let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
+                    return false;
+                };
+                if l.leader.is_none() || l.leader != self.o.me.reference() {
+                    Some(format!("term {} is not this member's", l.term))
+                } else if !lease.is_some_and(|x| x.term == l.term && x.until > self.o.now) {
+                    Some(format!(
+                        "the lease of term {} ran out on this member",
+                        l.term
+                    ))
+                } else {
+                    None
+                }
+            }
+            (None, Some(lease)) if lease.until > self.o.now => None,
+            (None, _) => Some("no lease is held, and the coordinator cannot be reached".to_owned()),
+        };
+        let Some(why) = why else { return false };
+        self.because("fenced", format!("PostgreSQL is stopped: {why}"));
+        self.out.kill = Some(why);
+        true
+    }
+}
+
+/// Decides. Total and deterministic: the same input gives the same output.
+pub fn decide(o: &Observation, memory: &Memory) -> Decision {
+    let settings = o
+        .view
+        .as_ref()
+        .map_or_else(|| o.initial_settings.clone(), ClusterView::settings);
+    let out = Decision {
+        kill: None,
+        lease: LeaseWish::Leave,
+        changes: Vec::new(),
+        open: None,
+        task: None,
+        reasons: Vec::new(),
+        memory: memory.clone(),
+    };
+    let mut mind = Mind { o, settings, out };
+    let fenced = mind.fence_rule();
+    let Some(view) = &o.view else {
+        mind.because(
+            "no_coordinator",
+            "the coordinator has no majority, or has not answered yet",
+        );
+        if let Some(lease) = o.lease.filter(|_| !fenced) {
+            // Rule 2.6: a restarted agent takes over inside the lease.
+            mind.out.lease = LeaseWish::Hold(lease.term);
+        }
+        return mind.out;
+    };
+    remember_leadership(&mut mind, view);
+    if !matches!(o.server, ServerView::Silent { .. }) {
+        mind.out.memory.silent_since = None;
+    }
+    if let Some(l) = view.leadership.as_ref().map(|l| &l.value) {
+        with_leadership(&mut mind, view, l, fenced);
+    } else {
+        first_start::before_leadership(&mut mind, view);
+    }
+    register(&mut mind, view);
+    mind.out
+}
+
+fn remember_leadership(mind: &mut Mind<'_>, view: &ClusterView) {
+    let revision = view.revision_of(&Key::Leadership);
+    if mind
+        .out
+        .memory
+        .leadership_seen
+        .is_none_or(|(seen, _)| seen != revision)
+    {
+        mind.out.memory.leadership_seen = Some((revision, mind.o.now));
+    }
+}
+
+/// Keeps this member's own record true.
+fn register(mind: &mut Mind<'_>, view: &ClusterView) {
+    let me = &mind.o.me;
+    let known = view.members.get(&me.id);
+    if view.cluster.is_some() && known.map(|k| &k.value) != Some(&me.record()) {
+        let key = Key::Member(me.id.clone());
+        let change = Change {
+            expect: vec![(key.clone(), view.revision_of(&key))],
+            puts: vec![Record::Member(me.id.clone(), me.record())],
+            deletes: vec![],
+        };
+        mind.submit(change);
+    }
+}
+
+fn with_leadership(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, fenced: bool) {
+    match &mind.o.data {
+        DataView::Foreign(what) => {
+            let text = format!("the data directory is not a member of this cluster: {what}");
+            return mind.because("foreign", text);
+        }
+        DataView::Empty => return standby::clone_rule(mind, view, l),
+        DataView::Present { system_id, .. } => {
+            let expected = view
+                .cluster
+                .as_ref()
+                .and_then(|c| c.value.system_id.as_ref());
+            if expected != Some(system_id) {
+                let text = format!(
+                    "the data directory has system identifier {system_id}, the cluster {}: this member does not join; move the directory away to have it cloned",
+                    expected.map_or("none yet", String::as_str)
+                );
+                return mind.because("wrong_system_id", text);
+            }
+        }
+    }
+    if l.leader.is_none() {
+        vote::election_rule(mind, view, l);
+    } else if l.leader == mind.o.me.reference() {
+        leader::leader_rule(mind, view, l, fenced);
+    } else {
+        standby::standby_rule(mind, view, l, fenced);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,548 @@
+//! The leader's duties: hold the lease, promote, open, keep the sync set, hand over.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use super::{Mind, StopHow, Task, standby};
+use crate::observe::{DataView, Server, ServerView};
+use crate::records::{
+    Change, ClusterRecord, ClusterView, Key, Leadership, Record, Request, RequestKind, RequestPhase,
+};
+use crate::settings::Durability;
+use crate::sync::{SyncInput, SyncStep, next_step};
+use crate::types::{Incarnation, Lsn, MemberId};
+
+/// This member leads the present term.
+pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, fenced: bool) {
+    let data_timeline = match &mind.o.data {
+        DataView::Present { timeline, .. } => *timeline,
+        _ => return,
+    };
+    let was_primary = data_timeline == l.timeline;
+    let served =
+        l.open || (was_primary && view.cluster.as_ref().is_some_and(|c| c.value.bootstrapped));
+    match &mind.o.server {
+        _ if fenced => step_aside(mind, view, l, "the lease ran out"),
+        ServerView::Down if !mind.lease_runs(l.term) && served => {
+            // It lapsed: whoever is first opens the next election; the start is one as a standby.
+            mind.because("lapsed", "the lease lapsed while PostgreSQL was down");
+            step_aside(mind, view, l, "the lease lapsed while PostgreSQL was down");
+            mind.start(Task::StartStandby);
+        }
+        ServerView::Down => down_rule(mind, view, l, was_primary),
+        ServerView::Silent { .. } => {
+            mind.out.lease = super::LeaseWish::Hold(l.term);
+            mind.because("silent", "PostgreSQL does not answer yet");
+        }
+        ServerView::Running(s) if s.in_recovery => recovery_rule(mind, view, l, s),
+        ServerView::Running(s) => primary_rule(mind, view, l, s),
+    }
+}
+
+/// Gives the lease up and opens the next election, in which this member's own seal is proof enough.
+fn step_aside(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, cause: &str) {
+    mind.out.lease = super::LeaseWish::Release(l.term);
+    let request = view
+        .request
+        .as_ref()
+        .map(|r| &r.value)
+        .filter(|r| r.term == l.term);
+    let preferred = request.and_then(|r| r.to.clone());
+    mind.open_election(view, l, preferred, false, cause);
+}
+
+/// PostgreSQL is down on the leader: hand over if another can be promoted now, else restart in place.
+fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primary: bool) {
+    mind.out.lease = super::LeaseWish::Hold(l.term);
+    if mind.o.task.is_some() {
+        return mind.because("busy", "PostgreSQL is being started or stopped");
+    }
+    let request = view
+        .request
+        .as_ref()
+        .map(|r| &r.value)
+        .filter(|r| r.term == l.term);
+    if let Some(r) = request.filter(|r| r.phase == RequestPhase::Hold) {
+        let cause = match r.kind {
+            RequestKind::Switchover => format!("switchover asked by {}", r.by),
+            RequestKind::Failover => format!("failover asked by {}", r.by),
+        };
+        mind.because("handing_over", cause.clone());
+        return step_aside(mind, view, l, &cause);
+    }
+    if !was_primary {
+        mind.because(
+            "starting",
+            "elected, but PostgreSQL is down: starting it as a standby to promote it",
+        );
+        return mind.start(Task::StartStandby);
+    }
+    if l.open && can_hand_over(mind, view, l) {
+        mind.because(
+            "handing_over",
+            "PostgreSQL died here and another member can be promoted now",
+        );
+        return step_aside(mind, view, l, "PostgreSQL died on the leader");
+    }
+    mind.because(
+        "restarting",
+        "nobody else can be promoted now: starting PostgreSQL in place",
+    );
+    if !mind.lease_runs(l.term) {
+        return mind.because("waiting_for_lease", "waiting for the lease");
+    }
+    if l.open {
+        // Clients come back only when what was recovered is safe.
+        submit_open(
+            mind,
+            view,
+            l,
+            false,
+            "closed",
+            "PostgreSQL restarts in place",
+        );
+    }
+    mind.start(Task::StartPrimary {
+        sync: l.sync.clone(),
+    });
+}
+
+/// Enough of V is alive to give the seals, and one of them may lead.
+fn can_hand_over(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> bool {
+    let ready = |m: &MemberId| {
+        mind.is_alive(m)
+            && mind
+                .o
+                .peers
+                .get(m)
+                .is_some_and(|p| p.status.timeline == Some(l.timeline))
+    };
+    let may_lead = |m: &MemberId| view.members.get(m).is_some_and(|r| r.value.priority > 0);
+    if l.durability == Durability::Async {
+        return mind.o.peers.keys().any(|m| ready(m) && may_lead(m));
+    }
+    let alive: Vec<&MemberId> = l
+        .sync
+        .members
+        .iter()
+        .filter(|(m, i)| {
+            ready(m)
+                && mind
+                    .o
+                    .peers
+                    .get(m)
+                    .is_some_and(|p| p.status.incarnation == Some(**i))
+        })
+        .map(|(m, _)| m)
+        .collect();
+    alive.len() >= l.sync.seals_needed() && alive.iter().any(|m| may_lead(m))
+}
+
+/// Elected, and still a standby.
+fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    if l.open || s.timeline >= l.timeline {
+        // It was primary in this term once; the lease lapsed since. A new term decides.
+        mind.because(
+            "demoted",
+            "this member led the term and came back as a standby: a new election decides",
+        );
+        return step_aside(mind, view, l, "the leader came back as a standby");
+    }
+    mind.out.lease = super::LeaseWish::Hold(l.term);
+    if !mind.lease_runs(l.term) {
+        return mind.because(
+            "waiting_for_lease",
+            "elected; waiting for the lease before promoting",
+        );
+    }
+    mind.because("promoting", format!("promoting to timeline {}", l.timeline));
+    mind.start(Task::Promote {
+        term: l.term,
+        timeline: l.timeline,
+        sync: l.sync.clone(),
+        known: view
+            .timelines
+            .as_ref()
+            .map(|t| t.value.clone())
+            .unwrap_or_default(),
+    });
+}
+
+/// Leads, and PostgreSQL is a primary with a running lease (the fence rule has seen to that).
+fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    mind.out.lease = super::LeaseWish::Hold(l.term);
+    if s.timeline != l.timeline {
+        let text = format!(
+            "PostgreSQL took timeline {}, but {} was reserved: it is stopped, so that no timeline number has two contents",
+            s.timeline, l.timeline
+        );
+        mind.because("wrong_timeline", text.clone());
+        mind.out.kill = Some(text);
+        return;
+    }
+    let now = mind.o.now;
+    if mind
+        .out
+        .memory
+        .leading_since
+        .is_none_or(|(t, _)| t != l.term)
+    {
+        mind.out.memory.leading_since = Some((l.term, now));
+        mind.out.memory.healthy.clear();
+    }
+    if mind.out.memory.barrier.as_ref().map(|(set, _)| set) != Some(&s.sync_configured) {
+        mind.out.memory.barrier = None;
+    }
+    if s.sync_in_force && mind.out.memory.barrier.is_none() {
+        // Taken after it was seen in force: every commit acknowledged under the older set is below it.
+        mind.out.memory.barrier = Some((s.sync_configured.clone(), s.end));
+    }
+    if let Some(cluster) = view.cluster.as_ref().filter(|c| !c.value.bootstrapped) {
+        return bootstrap_rule(mind, cluster.revision, &cluster.value);
+    }
+    mind.because(
+        "leading",
+        format!("leads term {}; commits are flushed on {}", l.term, l.sync),
+    );
+    if !l.open {
+        open_rule(mind, view, l, s);
+    }
+    sync_rule(mind, view, l, s);
+    request_rule(mind, view, l, s);
+}
+
+/// Roles and functions come before the first client. The task may be repeated.
+fn bootstrap_rule(mind: &mut Mind<'_>, revision: u64, cluster: &ClusterRecord) {
+    if !mind.o.bootstrap_done {
+        mind.because("bootstrapping", "creating roles and functions");
+        return mind.start(Task::Bootstrap);
+    }
+    let record = ClusterRecord {
+        bootstrapped: true,
+        ..cluster.clone()
+    };
+    mind.submit(Change {
+        expect: vec![(Key::Cluster, revision)],
+        puts: vec![Record::Cluster(record)],
+        deletes: vec![],
+    });
+}
+
+fn submit_open(
+    mind: &mut Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    open: bool,
+    kind: &str,
+    text: &str,
+) {
+    let history = mind.event(view, l.term, kind, format!("{}: {text}", mind.o.me.id));
+    mind.submit(Change {
+        expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
+        puts: vec![
+            Record::Leadership(Leadership { open, ..l.clone() }),
+            history,
+        ],
+        deletes: vec![],
+    });
+}
+
+/// Opens for clients once the sync set is configured and what was recovered is on k of V (3.3).
+fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    let promoted_now = view
+        .timelines
+        .as_ref()
+        .and_then(|t| t.value.get(l.timeline))
+        .is_some_and(|t| t.term == l.term)
+        && mind.out.memory.leading_since.is_some();
+    if !s.sync_configured.covers(&l.sync) {
+        mind.because(
+            "opening",
+            "putting the sync set in force before the first write",
+        );
+        return mind.start(Task::SetSync(l.sync.clone()));
+    }
+    let restarted = view
+        .history
+        .as_ref()
+        .and_then(|h| {
+            h.value
+                .0
+                .iter()
+                .rev()
+                .find(|e| e.kind == "closed" || e.kind == "elected")
+        })
+        .is_some_and(|e| e.kind == "closed" && e.term == l.term);
+    let barrier = mind
+        .out
+        .memory
+        .barrier
+        .as_ref()
+        .map_or(s.end, |(_, lsn)| *lsn);
+    let safe = s
+        .standbys
+        .iter()
+        .filter(|b| {
+            b.streaming
+                && l.sync.holds(&b.member, b.incarnation)
+                && b.flush_lsn >= barrier.min(s.end)
+        })
+        .count()
+        >= l.sync.k as usize;
+    if promoted_now && (!restarted || safe) {
+        return submit_open(
+            mind,
+            view,
+            l,
+            true,
+            "opened",
+            &format!("open for clients on timeline {}", l.timeline),
+        );
+    }
+    mind.because(
+        "recovering",
+        "opens when the standbys have flushed what was recovered",
+    );
+}
+
+/// One step of 3.2 towards the sync set that fits the standbys that are there.
+fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    let wanted = wanted_members(mind, view, l, s);
+    let wanted_k = if l.durability == Durability::Async {
+        0
+    } else {
+        mind.settings.sync_standbys
+    };
+    let wanted = if wanted_k == 0 {
+        BTreeMap::new()
+    } else {
+        wanted
+    };
+    if !s.sync_in_force {
+        return mind.because(
+            "sync_pending",
+            "waiting for every WAL sender to follow the new sync set",
+        );
+    }
+    let barrier = mind
+        .out
+        .memory
+        .barrier
+        .as_ref()
+        .map_or(Lsn(u64::MAX), |(_, lsn)| *lsn);
+    let step = next_step(&SyncInput {
+        coordinator: &l.sync,
+        postgres: &s.sync_configured,
+        wanted: &wanted,
+        wanted_k,
+        barrier,
+        standbys: &s.standbys,
+    });
+    match step {
+        SyncStep::WaitFlushed(set) => mind.because(
+            "sync_waiting",
+            format!("waiting for {set} to flush before it counts"),
+        ),
+        SyncStep::SetPostgres(set) => {
+            mind.because("sync_change", format!("asking PostgreSQL for {set}"));
+            mind.start(Task::SetSync(set));
+        }
+        SyncStep::SetCoordinator(set) if !opening(mind) => {
+            let text = format!("sync set: {set}");
+            mind.because("sync_change", text.clone());
+            let history = mind.event(view, l.term, "sync_set", text);
+            mind.submit(Change {
+                expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
+                puts: vec![
+                    Record::Leadership(Leadership {
+                        sync: set,
+                        ..l.clone()
+                    }),
+                    history,
+                ],
+                deletes: vec![],
+            });
+        }
+        SyncStep::Done | SyncStep::SetCoordinator(_) => {}
+    }
+}
+
+/// A change of the leadership is already among this decision's changes.
+fn opening(mind: &Mind<'_>) -> bool {
+    mind.out
+        .changes
+        .iter()
+        .any(|c| c.expect.iter().any(|(k, _)| *k == Key::Leadership))
+}
+
+/// Members of V stay while they are healthy or within their grace; others enter when they have caught up.
+fn wanted_members(
+    mind: &mut Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    s: &Server,
+) -> BTreeMap<MemberId, Incarnation> {
+    let grace = Duration::from_millis(mind.settings.standby_grace_ms);
+    let now = mind.o.now;
+    let led_for = mind
+        .out
+        .memory
+        .leading_since
+        .map_or(Duration::ZERO, |(_, at)| now.since(at));
+    let barrier = mind
+        .out
+        .memory
+        .barrier
+        .as_ref()
+        .map_or(Lsn::ZERO, |(_, lsn)| *lsn);
+    let mut wanted = BTreeMap::new();
+    for b in s
+        .standbys
+        .iter()
+        .filter(|b| b.streaming && view.members.contains_key(&b.member))
+    {
+        let (flushed, at) = mind
+            .out
+            .memory
+            .healthy
+            .get(&b.member)
+            .copied()
+            .unwrap_or((Lsn::ZERO, now));
+        // Healthy: flushed something new, or had nothing to flush.
+        let moves = b.flush_lsn > flushed || b.flush_lsn >= s.end;
+        let seen = if moves { now } else { at };
+        mind.out
+            .memory
+            .healthy
+            .insert(b.member.clone(), (b.flush_lsn.max(flushed), seen));
+        let in_v = l.sync.holds(&b.member, b.incarnation);
+        let caught_up = b.flush_lsn >= barrier && b.flush_lsn > Lsn::ZERO;
+        if now.since(seen) < grace && (in_v || caught_up) {
+            wanted.insert(b.member.clone(), b.incarnation);
+        }
+    }
+    for (member, incarnation) in &l.sync.members {
+        let connected = s
+            .standbys
+            .iter()
+            .any(|b| b.member == *member && b.streaming);
+        let seen = mind.out.memory.healthy.get(member).map(|(_, at)| *at);
+        let recently = seen.map_or(led_for < grace, |at| now.since(at) < grace);
+        if !connected && recently {
+            wanted.entry(member.clone()).or_insert(*incarnation);
+        }
+    }
+    wanted
+}
+
+/// Works on what the operator asked for.
+fn request_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    let Some(request) = view.request.as_ref().map(|r| &r.value) else {
+        mind.out.memory.holding = None;
+        return;
+    };
+    if request.term != l.term {
+        return refuse(mind, view, l, request, "it was asked in another term");
+    }
+    if let Some(why) = obstacle(mind, view, l, s, request) {
+        return refuse(mind, view, l, request, &why);
+    }
+    mind.because(
+        "switching",
+        format!(
+            "a {:?} asked by {} is in progress",
+            request.kind, request.by
+        )
+        .to_lowercase(),
+    );
+    match request.phase {
+        RequestPhase::Asked if mind.out.memory.checkpointed != Some(request.id) => {
+            if mind.o.task.is_none() {
+                mind.out.memory.checkpointed = Some(request.id);
+            }
+            mind.start(Task::Checkpoint);
+        }
+        RequestPhase::Asked if mind.o.task.is_none() => {
+            let next = Request {
+                phase: RequestPhase::Hold,
+                ..request.clone()
+            };
+            mind.submit(Change {
+                expect: vec![
+                    (Key::Request, view.revision_of(&Key::Request)),
+                    (Key::Leadership, view.revision_of(&Key::Leadership)),
+                ],
+                puts: vec![Record::Request(next)],
+                deletes: vec![],
+            });
+        }
+        RequestPhase::Asked => {}
+        RequestPhase::Hold => hold_rule(mind, s, request),
+    }
+}
+
+/// Proxies hold; PostgreSQL stops cleanly when the running transactions are done, or the time is up.
+fn hold_rule(mind: &mut Mind<'_>, s: &Server, request: &Request) {
+    let now = mind.o.now;
+    let since = match mind.out.memory.holding {
+        Some((id, at)) if id == request.id => at,
+        _ => {
+            mind.out.memory.holding = Some((request.id, now));
+            now
+        }
+    };
+    let limit = Duration::from_millis(mind.settings.switchover_wait_ms);
+    // The first count may be older than the hold.
+    let idle = s.active_transactions == Some(0) && now.since(since) >= HOLD_MIN;
+    if idle || now.since(since) >= limit {
+        standby::stop(mind, StopHow::Fast, "switchover");
+    } else {
+        mind.because("holding", "waiting for running transactions to end");
+    }
+}
+
+/// Proxies need a moment to hear of the hold.
+const HOLD_MIN: Duration = Duration::from_millis(30);
+
+/// Why a request cannot be done; checked before PostgreSQL is touched.
+fn obstacle(
+    mind: &Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    s: &Server,
+    request: &Request,
+) -> Option<String> {
+    let streams = |m: &MemberId| s.standbys.iter().any(|b| b.member == *m && b.streaming);
+    if let Some(to) = &request.to {
+        if *to == mind.o.me.id {
+            return Some(format!("{to} leads already"));
+        }
+        let Some(record) = view.members.get(to) else {
+            return Some(format!("there is no member {to}"));
+        };
+        if record.value.priority == 0 {
+            return Some(format!("{to} has priority 0: it never leads"));
+        }
+        if !streams(to) {
+            return Some(format!("{to} does not stream from {}", mind.o.me.id));
+        }
+    }
+    if request.phase == RequestPhase::Asked && !can_hand_over(mind, view, l) {
+        return Some(format!(
+            "too few standbys are there to elect a new leader safely (sync set: {}); see craton status",
+            l.sync
+        ));
+    }
+    None
+}
+
+fn refuse(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, request: &Request, why: &str) {
+    let text = format!("request {} of {} refused: {why}", request.id, request.by);
+    mind.because("refused", text.clone());
+    let history = mind.event(view, l.term, "refused", text);
+    mind.submit(Change {
+        expect: vec![(Key::Request, view.revision_of(&Key::Request))],
+        puts: vec![history],
+        deletes: vec![Key::Request],
+    });
+}

@@ -1,0 +1,254 @@
+//! A member that does not lead: clone, follow, rewind, and notice that the leader is gone.
+
+use super::{Mind, NOT_STREAMING_MAX, SILENT_MAX, StopHow, Task};
+use crate::observe::{LeaseSeen, Server, ServerView};
+use crate::records::{ClusterView, Leadership, MemberRef, RequestKind};
+use crate::settings::Durability;
+use crate::timeline::Relation;
+use crate::types::MemberId;
+
+/// An empty data directory in a cluster that has a database: copy it from somebody.
+pub(super) fn clone_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    let ready = view.cluster.as_ref().is_some_and(|c| c.value.bootstrapped);
+    let Some(leader) = l.leader.as_ref().filter(|_| l.open && ready) else {
+        return mind.because(
+            "waiting_for_leader",
+            "the data directory is empty; waiting for a leader to clone from",
+        );
+    };
+    if leader.member == mind.o.me.id {
+        return mind.because(
+            "leader_without_data",
+            "this member leads on paper but its data directory is empty; the others elect a new leader when the lease is over",
+        );
+    }
+    let failed = mind
+        .o
+        .failures
+        .iter()
+        .find(|f| f.kind == super::TaskKind::Clone)
+        .map_or(0, |f| f.count);
+    // A standby spares the leader; after a failure the leader itself is asked.
+    let standby = mind.o.peers.iter().find(|(m, p)| {
+        **m != leader.member
+            && p.status.streaming
+            && p.status.timeline == Some(l.timeline)
+            && mind.is_alive(m)
+    });
+    let from = match standby {
+        Some((m, _)) if failed.is_multiple_of(2) => m.clone(),
+        _ => leader.member.clone(),
+    };
+    mind.because(
+        "cloning",
+        format!("the data directory is empty: cloning from {from}"),
+    );
+    mind.start(Task::Clone { from, term: l.term });
+}
+
+/// Somebody else leads.
+pub(super) fn standby_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, fenced: bool) {
+    let Some(leader) = l.leader.as_ref() else {
+        return;
+    };
+    watch_lease(mind, view, l, leader);
+    match &mind.o.server {
+        _ if fenced => {}
+        ServerView::Down => {
+            mind.because("starting", "starting as a standby");
+            mind.start(Task::StartStandby);
+        }
+        ServerView::Silent { .. } => silent_rule(mind, l, leader),
+        ServerView::Running(s) => follow_rule(mind, view, l, leader, s),
+    }
+}
+
+/// The lease of the leader has run out: open the next election (rule 2.3). Only members that may win do.
+fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: &MemberRef) {
+    let asked = view
+        .request
+        .as_ref()
+        .map(|r| &r.value)
+        .filter(|r| r.term == l.term);
+    let forced = asked.filter(|r| r.kind == RequestKind::Failover && r.allow_data_loss);
+    let counted = mind
+        .o
+        .me
+        .reference()
+        .is_some_and(|me| l.sync.holds(&me.member, me.incarnation));
+    let may_win =
+        l.durability == Durability::Async || (counted && l.sync.k > 0) || forced.is_some();
+    // A leader that has just been elected has not renewed yet.
+    let settled = mind
+        .out
+        .memory
+        .leadership_seen
+        .is_some_and(|(_, at)| mind.o.now.since(at) >= mind.settings.ttl());
+    match mind.o.lease_seen {
+        LeaseSeen::Lapsed if may_win && settled => {
+            mind.because(
+                "lease_over",
+                format!(
+                    "the lease of {} (term {}) seems over",
+                    leader.member, l.term
+                ),
+            );
+            let preferred = asked.and_then(|r| r.to.clone());
+            let cause = format!("the lease of {} ran out", leader.member);
+            mind.open_election(view, l, preferred, forced.is_some(), &cause);
+        }
+        LeaseSeen::Lapsed if !may_win && settled => {
+            let text = format!(
+                "the lease of {} seems over, but it was alone ({}): only it has every acknowledged commit",
+                leader.member, l.sync
+            );
+            mind.because("leader_was_alone", text);
+        }
+        _ => {}
+    }
+}
+
+/// Started, and not answering yet: reading WAL, or in need of the leader's to become consistent. Following
+/// is harmless even if the histories have parted: PostgreSQL refuses to stream then.
+fn silent_rule(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberRef) {
+    mind.because("silent", "PostgreSQL does not answer yet");
+    let now = mind.o.now;
+    let since = *mind.out.memory.silent_since.get_or_insert(now);
+    if l.open && l.term >= mind.o.me.floor && now.since(since) >= SILENT_MAX {
+        mind.out.memory.silent_since = Some(now);
+        mind.start(Task::Follow {
+            leader: leader.member.clone(),
+            term: l.term,
+        });
+    }
+}
+
+fn follow_rule(
+    mind: &mut Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    leader: &MemberRef,
+    s: &Server,
+) {
+    if !s.in_recovery {
+        return;
+    }
+    if l.term < mind.o.me.floor {
+        let text = format!(
+            "sealed for term {}: nothing below it is followed",
+            mind.o.me.floor
+        );
+        return mind.because("sealed", text);
+    }
+    if s.upstream.as_ref() == Some(&(leader.member.clone(), l.term)) {
+        return streaming_rule(mind, view, l, leader, s);
+    }
+    mind.out.memory.not_streaming_since = None;
+    if !s.end_is_exact {
+        return mind.because("reading_wal", "reading local WAL to its end");
+    }
+    let timelines = view
+        .timelines
+        .as_ref()
+        .map(|t| t.value.clone())
+        .unwrap_or_default();
+    match timelines.relation(s.timeline, s.end, l.timeline) {
+        Relation::Prefix => {
+            mind.because(
+                "following",
+                format!("following {} (term {})", leader.member, l.term),
+            );
+            mind.start(Task::Follow {
+                leader: leader.member.clone(),
+                term: l.term,
+            });
+        }
+        relation => rewind(mind, l, &leader.member, s, relation),
+    }
+}
+
+fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, relation: Relation) {
+    let fork = match relation {
+        Relation::Diverged { timeline, fork } => Some((timeline, fork)),
+        _ => None,
+    };
+    let parted = fork.map_or(
+        "a timeline that the cluster does not know".to_owned(),
+        |(t, at)| format!("timeline {t} at {at}"),
+    );
+    let text = format!(
+        "the WAL here ends at {} on timeline {}; the histories parted on {parted}: keeping what differs, then rewinding",
+        s.end, s.timeline
+    );
+    mind.because("diverged", text);
+    if !l.open {
+        return mind.because(
+            "waiting_for_leader",
+            format!("waiting for {leader} to be open"),
+        );
+    }
+    mind.start(Task::Rewind {
+        from: leader.clone(),
+        fork,
+        term: l.term,
+    });
+}
+
+/// Configured to follow the leader: does it?
+fn streaming_rule(
+    mind: &mut Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    leader: &MemberRef,
+    s: &Server,
+) {
+    if s.streaming || !l.open {
+        mind.out.memory.not_streaming_since = None;
+        let what = if s.streaming {
+            "streaming from"
+        } else {
+            "waiting for"
+        };
+        return mind.because(
+            "standby",
+            format!("{what} {} (term {})", leader.member, l.term),
+        );
+    }
+    let now = mind.o.now;
+    let since = *mind.out.memory.not_streaming_since.get_or_insert(now);
+    mind.because(
+        "not_streaming",
+        format!("not streaming from {} yet", leader.member),
+    );
+    let timelines = view
+        .timelines
+        .as_ref()
+        .map(|t| t.value.clone())
+        .unwrap_or_default();
+    let relation = timelines.relation(s.timeline, s.end, l.timeline);
+    if relation != Relation::Prefix && s.end_is_exact {
+        return rewind(mind, l, &leader.member, s, relation);
+    }
+    if now.since(since) >= NOT_STREAMING_MAX && mind.is_alive(&leader.member) {
+        let text = format!(
+            "could not stream from {} for {} s although it is open: rewinding, or cloning anew",
+            leader.member,
+            NOT_STREAMING_MAX.as_secs()
+        );
+        mind.because("stuck", text);
+        mind.out.memory.not_streaming_since = None;
+        mind.start(Task::Rewind {
+            from: leader.member.clone(),
+            fork: None,
+            term: l.term,
+        });
+    }
+}
+
+/// Stops PostgreSQL cleanly.
+pub(super) fn stop(mind: &mut Mind<'_>, how: StopHow, why: &str) {
+    mind.start(Task::Stop {
+        how,
+        why: why.to_owned(),
+    });
+}

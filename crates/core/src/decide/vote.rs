@@ -1,0 +1,310 @@
+//! Opening an election, sealing in it, winning it (failover protocol, 2.3 and 3.1).
+
+use std::collections::BTreeSet;
+
+use super::{Mind, OpenElection, Task};
+use crate::election::Ballot;
+use crate::observe::ServerView;
+use crate::records::{
+    Change, ClusterView, Key, Leadership, MemberRef, Record, RequestKind, Seal, TimelineRecord,
+};
+use crate::settings::Durability;
+use crate::sync::SyncSet;
+use crate::types::{Lsn, MemberId};
+
+impl Mind<'_> {
+    /// Proposes the election after `l`; the agent submits it once the old lease is free for good.
+    pub(super) fn open_election(
+        &mut self,
+        view: &ClusterView,
+        l: &Leadership,
+        preferred: Option<MemberId>,
+        allow_data_loss: bool,
+        cause: &str,
+    ) {
+        let term = l.term.next();
+        let next = Leadership {
+            term,
+            leader: None,
+            previous: l.leader.clone(),
+            open: false,
+            preferred,
+            allow_data_loss,
+            cause: cause.to_owned(),
+            ..l.clone()
+        };
+        let history = self.event(view, term, "election", format!("election opened: {cause}"));
+        let change = Change {
+            expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
+            puts: vec![Record::Leadership(next), history],
+            deletes: vec![],
+        };
+        self.out.open = Some(OpenElection {
+            after: l.term,
+            change,
+        });
+    }
+}
+
+/// An election is open: seal, be counted, win.
+pub(super) fn election_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    let now = mind.o.now;
+    if mind
+        .out
+        .memory
+        .election_since
+        .is_none_or(|(term, _)| term != l.term)
+    {
+        mind.out.memory.election_since = Some((l.term, now));
+    }
+    let opened = format!("the election of term {} is open: {}", l.term, l.cause);
+    mind.because("election", opened);
+    operator_override(mind, view, l);
+    match &mind.o.server {
+        ServerView::Down => {
+            mind.because(
+                "starting",
+                "starting as a standby to find the end of the WAL",
+            );
+            mind.start(Task::StartStandby);
+        }
+        ServerView::Silent { .. } => mind.because("silent", "PostgreSQL does not answer yet"),
+        // The fence rule has already stopped it.
+        ServerView::Running(s) if !s.in_recovery => {}
+        ServerView::Running(_) => match mind.o.sealed.clone().filter(|s| s.term == l.term) {
+            None => mind.start(Task::Seal { term: l.term }),
+            Some(seal) => sealed_rule(mind, view, l, seal),
+        },
+    }
+}
+
+fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Seal) {
+    let me = mind.o.me.id.clone();
+    if view.seals.get(&me).map(|s| &s.value) != Some(&seal) {
+        let key = Key::Seal(me.clone());
+        mind.submit(Change {
+            // Only while this very election is open.
+            expect: vec![
+                (Key::Leadership, view.revision_of(&Key::Leadership)),
+                (key.clone(), view.revision_of(&key)),
+            ],
+            puts: vec![Record::Seal(me, seal)],
+            deletes: vec![],
+        });
+        return mind.because("sealing", "telling the coordinator what this member holds");
+    }
+    let alive: BTreeSet<MemberId> = view
+        .members
+        .keys()
+        .filter(|m| mind.is_alive(m))
+        .cloned()
+        .collect();
+    let tally = Ballot {
+        leadership: l,
+        seals: &view.seals,
+        members: &view.members,
+        alive: &alive,
+        leader_lsn: leader_lsn(mind, l),
+        max_lag_bytes: mind.settings.max_lag_bytes,
+    }
+    .tally();
+    if l.durability == Durability::Async && !l.allow_data_loss && !async_ready(mind, view, l) {
+        return mind.because(
+            "collecting",
+            "waiting a moment for the other members' seals",
+        );
+    }
+    if tally.winner.as_ref() == Some(&me) {
+        mind.because(
+            "won",
+            format!("this member takes the leadership: {}", tally.why),
+        );
+        win(mind, view, l, &seal, &tally.why);
+    } else if let Some(winner) = &tally.winner {
+        mind.because(
+            "yields",
+            format!("waiting for {winner} to take the leadership: {}", tally.why),
+        );
+    } else {
+        mind.because(
+            "no_winner",
+            format!("nobody can be promoted: {}", tally.why),
+        );
+    }
+}
+
+/// The former leader's last known flush position: what it announced last.
+fn leader_lsn(mind: &Mind<'_>, l: &Leadership) -> Option<Lsn> {
+    let previous = l.previous.as_ref()?;
+    mind.o.peers.get(&previous.member)?.status.lsn
+}
+
+/// In `async` any seal may win, so all that are alive get a moment to give theirs.
+fn async_ready(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> bool {
+    let all = view
+        .members
+        .keys()
+        .filter(|m| mind.is_alive(m))
+        .all(|m| view.seals.get(m).is_some_and(|s| s.value.term == l.term));
+    let waited = mind
+        .out
+        .memory
+        .election_since
+        .is_some_and(|(_, t)| mind.o.now.since(t) >= mind.settings.heartbeat());
+    all || waited
+}
+
+/// Takes the leadership: one compare-and-set writes leader, sync set and reserved timeline together.
+fn win(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: &Seal, why: &str) {
+    let me = MemberRef {
+        member: mind.o.me.id.clone(),
+        incarnation: seal.incarnation,
+    };
+    let mut timelines = view
+        .timelines
+        .as_ref()
+        .map(|t| t.value.clone())
+        .unwrap_or_default();
+    let timeline = timelines.next_free();
+    timelines.0.push(TimelineRecord {
+        timeline,
+        term: l.term,
+        parent: Some(seal.timeline),
+        fork: seal.lsn,
+        member: me.member.clone(),
+    });
+    let leadership = Leadership {
+        leader: Some(me.clone()),
+        previous: None,
+        sync: next_sync(l, &me),
+        timeline,
+        open: false,
+        preferred: None,
+        allow_data_loss: false,
+        ..l.clone()
+    };
+    let lossy = if l.allow_data_loss {
+        " (the operator accepted the loss of data)"
+    } else {
+        ""
+    };
+    let text = format!(
+        "{} elected, timeline {timeline} from {} at {}: {why}{lossy}",
+        me.member, seal.timeline, seal.lsn
+    );
+    let history = mind.event(view, l.term, "elected", text);
+    let deletes = if view.request.is_some() {
+        vec![Key::Request]
+    } else {
+        vec![]
+    };
+    mind.submit(Change {
+        expect: vec![
+            (Key::Leadership, view.revision_of(&Key::Leadership)),
+            (Key::Timelines, view.revision_of(&Key::Timelines)),
+            (Key::Request, view.revision_of(&Key::Request)),
+        ],
+        puts: vec![
+            Record::Leadership(leadership),
+            Record::Timelines(timelines),
+            history,
+        ],
+        deletes,
+    });
+}
+
+/// 3.1, rule 5: V' = V plus the old leader, less the winner, and k' = k. Every acknowledged commit is on
+/// k + 1 of the former leader and V, so on k of V' whoever won.
+fn next_sync(l: &Leadership, winner: &MemberRef) -> SyncSet {
+    if l.durability == Durability::Async || l.allow_data_loss {
+        return SyncSet::default();
+    }
+    let mut members = l.sync.members.clone();
+    if let Some(previous) = &l.previous {
+        members.insert(previous.member.clone(), previous.incarnation);
+    }
+    members.remove(&winner.member);
+    let k = l
+        .sync
+        .k
+        .min(u32::try_from(members.len()).unwrap_or(u32::MAX));
+    if k == 0 {
+        SyncSet::default()
+    } else {
+        SyncSet { members, k }
+    }
+}
+
+/// `craton failover --allow-data-loss` while an election is stuck.
+fn operator_override(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    let Some(request) = view.request.as_ref().map(|r| &r.value) else {
+        return;
+    };
+    if request.kind != RequestKind::Failover || !request.allow_data_loss || l.allow_data_loss {
+        return;
+    }
+    let text = format!(
+        "{} asked to fail over and accepted the loss of acknowledged commits",
+        request.by
+    );
+    mind.because("override", text.clone());
+    let history = mind.event(view, l.term, "override", text);
+    let next = Leadership {
+        allow_data_loss: true,
+        preferred: request.to.clone(),
+        ..l.clone()
+    };
+    mind.submit(Change {
+        expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
+        puts: vec![Record::Leadership(next), history],
+        deletes: vec![],
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Incarnation, Term, TimelineId};
+
+    #[test]
+    fn the_old_leader_stays_in_v() {
+        let id = |n: &str| MemberId::new(n).unwrap();
+        let l = Leadership {
+            term: Term(2),
+            leader: None,
+            previous: Some(MemberRef {
+                member: id("a"),
+                incarnation: Incarnation(1),
+            }),
+            sync: SyncSet {
+                members: [(id("b"), Incarnation(1)), (id("c"), Incarnation(1))].into(),
+                k: 1,
+            },
+            durability: Durability::Quorum,
+            timeline: TimelineId(1),
+            open: false,
+            preferred: None,
+            allow_data_loss: false,
+            cause: String::new(),
+        };
+        let winner = MemberRef {
+            member: id("b"),
+            incarnation: Incarnation(1),
+        };
+        let next = next_sync(&l, &winner);
+        assert_eq!(
+            next.members
+                .keys()
+                .map(MemberId::as_str)
+                .collect::<Vec<_>>(),
+            ["a", "c"]
+        );
+        assert_eq!(next.k, 1);
+        // The former leader itself comes back and wins: V stays.
+        let back = MemberRef {
+            member: id("a"),
+            incarnation: Incarnation(1),
+        };
+        assert_eq!(next_sync(&l, &back), l.sync);
+    }
+}

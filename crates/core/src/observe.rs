@@ -1,0 +1,212 @@
+//! What an agent knows at one instant: the whole input of [`crate::decide::decide`].
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::records::{ClusterView, MemberRecord, MemberRef, Seal};
+use crate::settings::Settings;
+use crate::sync::{StandbyView, SyncSet};
+use crate::types::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
+
+/// The member itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Me {
+    /// Its name.
+    pub id: MemberId,
+    /// The life of its data directory; none while there is no data.
+    pub incarnation: Option<Incarnation>,
+    /// Durable: nothing below this term may reach it any more.
+    pub floor: Term,
+    /// Where others reach it, and its priority.
+    pub host: String,
+    /// PostgreSQL's port.
+    pub port: u16,
+    /// Its control API, `host:port`.
+    pub api: String,
+    /// Preference in elections; 0: never.
+    pub priority: u32,
+}
+
+impl Me {
+    /// The record that the coordinator should hold of it.
+    pub fn record(&self) -> MemberRecord {
+        MemberRecord {
+            host: self.host.clone(),
+            port: self.port,
+            api: self.api.clone(),
+            priority: self.priority,
+            incarnation: self.incarnation,
+        }
+    }
+
+    /// Name and incarnation, once there is one.
+    pub fn reference(&self) -> Option<MemberRef> {
+        Some(MemberRef {
+            member: self.id.clone(),
+            incarnation: self.incarnation?,
+        })
+    }
+}
+
+/// The lease as this member holds it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Lease {
+    /// For which term.
+    pub term: Term,
+    /// Its own deadline: the instant before the last accepted renewal was sent, plus ttl, less margin.
+    pub until: BootTime,
+}
+
+/// The state of the data directory.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum DataView {
+    /// Nothing there, or only a half-made clone of our own.
+    Empty,
+    /// Something that is not ours, in words.
+    Foreign(String),
+    /// A database.
+    Present {
+        /// Its system identifier.
+        system_id: String,
+        /// The timeline of its last checkpoint.
+        timeline: TimelineId,
+    },
+}
+
+/// A running PostgreSQL.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Server {
+    /// `pg_is_in_recovery()`.
+    pub in_recovery: bool,
+    /// The timeline of the end of its WAL.
+    pub timeline: TimelineId,
+    /// The end of its flushed WAL.
+    pub end: Lsn,
+    /// False while `end` may still grow out of local WAL that has not been read (just after a start).
+    pub end_is_exact: bool,
+    /// Whose WAL it is configured to stream, and in which term that was written.
+    pub upstream: Option<(MemberId, Term)>,
+    /// True while its WAL receiver streams.
+    pub streaming: bool,
+    /// `synchronous_standby_names` as configured.
+    pub sync_configured: SyncSet,
+    /// True once every WAL sender has been seen to follow it.
+    pub sync_in_force: bool,
+    /// The standbys connected to it.
+    pub standbys: Vec<StandbyView>,
+    /// Client transactions in progress, counted while a switchover waits for them.
+    pub active_transactions: Option<u32>,
+}
+
+/// The PostgreSQL process.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum ServerView {
+    /// Not running, and no process of it is left.
+    Down,
+    /// Running, but it does not answer yet (or any more).
+    Silent {
+        /// True if it was started as, or last seen as, a primary: it may accept writes.
+        maybe_primary: bool,
+    },
+    /// Running and answering.
+    Running(Server),
+}
+
+/// What another member announced of itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PeerView {
+    /// When it was last heard, on this host's clock.
+    pub heard_at: BootTime,
+    /// What it said.
+    pub status: MemberStatus,
+}
+
+/// A member's volatile announcement.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MemberStatus {
+    /// Its data directory's life.
+    pub incarnation: Option<Incarnation>,
+    /// Its role.
+    pub role: crate::topology::MemberRole,
+    /// The term it acts in.
+    pub term: Term,
+    /// The timeline of the end of its WAL.
+    pub timeline: Option<TimelineId>,
+    /// The end of its WAL.
+    pub lsn: Option<Lsn>,
+    /// How far a standby has replayed.
+    pub replay_lsn: Option<Lsn>,
+    /// True while it streams from its upstream.
+    pub streaming: bool,
+    /// What it is doing, in words.
+    pub doing: String,
+}
+
+/// What the local voter knows of the lease (see the coordinator's `LeaseHint`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LeaseSeen {
+    /// A promise for this term runs.
+    Held(Term),
+    /// None runs.
+    Lapsed,
+    /// Cannot be told here.
+    Unknown,
+}
+
+/// A long action in progress.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TaskView {
+    /// Which.
+    pub task: crate::decide::Task,
+    /// Since when.
+    pub since: BootTime,
+}
+
+/// A long action that failed last time and should not be tried again before `retry_at`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TaskFailure {
+    /// Which kind.
+    pub kind: crate::decide::TaskKind,
+    /// What went wrong.
+    pub error: String,
+    /// How often in a row.
+    pub count: u32,
+    /// When it may be tried again.
+    pub retry_at: BootTime,
+}
+
+/// Everything an agent knows at one instant.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Observation {
+    /// Now.
+    pub now: BootTime,
+    /// The wall clock, milliseconds since 1970; goes into the history, decides nothing.
+    pub wall_ms: u64,
+    /// The cluster's name, for the first start.
+    pub cluster_name: String,
+    /// The settings that a new cluster starts with.
+    pub initial_settings: Settings,
+    /// Itself.
+    pub me: Me,
+    /// The coordinator's state; none until it has been read once since the agent's start.
+    pub view: Option<ClusterView>,
+    /// The lease it holds.
+    pub lease: Option<Lease>,
+    /// What is known here of the lease.
+    pub lease_seen: LeaseSeen,
+    /// The others.
+    pub peers: BTreeMap<MemberId, PeerView>,
+    /// The data directory.
+    pub data: DataView,
+    /// PostgreSQL.
+    pub server: ServerView,
+    /// The bootstrap task has succeeded since the agent's start.
+    pub bootstrap_done: bool,
+    /// What it sealed, since it last followed anybody.
+    pub sealed: Option<Seal>,
+    /// A long action in progress.
+    pub task: Option<TaskView>,
+    /// Long actions that failed.
+    pub failures: Vec<TaskFailure>,
+}
