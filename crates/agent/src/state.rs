@@ -1,0 +1,108 @@
+//! What the agent must not forget: its data directory's incarnation and its floor.
+//!
+//! One small file, replaced atomically and flushed before anything is done that rests on it.
+
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::{Path, PathBuf};
+
+use craton_core::{Incarnation, Term};
+use serde::{Deserialize, Serialize};
+
+/// The file's contents.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct MemberState {
+    /// Format version; 1.
+    pub version: u32,
+    /// The life of the data directory.
+    pub incarnation: Option<Incarnation>,
+    /// Nothing below this term may reach the data directory.
+    pub floor: Term,
+}
+
+/// The file.
+#[derive(Debug)]
+pub struct StateFile {
+    path: PathBuf,
+    now: MemberState,
+}
+
+impl StateFile {
+    /// Reads `agent.json` in the member's directory, or starts anew where there is none.
+    pub fn open(dir: &Path) -> io::Result<Self> {
+        let path = dir.join("agent.json");
+        let now = match fs::read(&path) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!(
+                        "{} cannot be read ({e}); it holds what this member promised: restore it, or move the whole member directory away to have the member cloned anew",
+                        path.display()
+                    ),
+                )
+            })?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => MemberState { version: 1, ..MemberState::default() },
+            Err(e) => return Err(e),
+        };
+        Ok(Self { path, now })
+    }
+
+    /// The present state.
+    pub fn get(&self) -> &MemberState {
+        &self.now
+    }
+
+    /// Replaces the state; durable when it returns.
+    pub fn set(&mut self, next: MemberState) -> io::Result<()> {
+        if next == self.now {
+            return Ok(());
+        }
+        let bytes = serde_json::to_vec_pretty(&next)?;
+        let tmp = self.path.with_extension("json.tmp");
+        let mut file = File::create(&tmp)?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        fs::rename(&tmp, &self.path)?;
+        if let Some(dir) = self.path.parent() {
+            File::open(dir)?.sync_all()?;
+        }
+        self.now = next;
+        Ok(())
+    }
+
+    /// Raises the floor; never lowers it.
+    pub fn raise_floor(&mut self, term: Term) -> io::Result<()> {
+        if term <= self.now.floor {
+            return Ok(());
+        }
+        self.set(MemberState {
+            floor: term,
+            ..self.now.clone()
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_floor_survives_and_never_sinks() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = StateFile::open(dir.path()).unwrap();
+        file.raise_floor(Term(7)).unwrap();
+        file.raise_floor(Term(3)).unwrap();
+        assert_eq!(StateFile::open(dir.path()).unwrap().get().floor, Term(7));
+    }
+
+    #[test]
+    fn a_broken_file_is_not_taken_for_a_new_member() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("agent.json"), "{").unwrap();
+        let error = StateFile::open(dir.path()).unwrap_err();
+        assert!(
+            error.to_string().contains("what this member promised"),
+            "{error}"
+        );
+    }
+}
