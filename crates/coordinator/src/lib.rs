@@ -1,6 +1,12 @@
 //! The small linearizable store with leases that a cluster agrees through.
 //!
-//! [`api::Coordinator`] is the trait; `embedded` (Raft for decisions, diskless promises for the lease) and
-//! `model` (in memory, for tests and the simulator) implement it; `conformance` is the suite both pass.
+//! # Layout
+//! * [`api`]: [`api::Coordinator`], the trait, and the plain data it speaks.
+//! * [`kv`]: the state machine; [`promise`]: one voter's part in the lease. Both pure.
+//! * [`model`]: all of it in memory, for tests and the simulator.
 
 pub mod api;
+pub mod clock;
+pub mod kv;
+pub mod model;
+pub mod promise;
