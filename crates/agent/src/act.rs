@@ -1,0 +1,323 @@
+//! Carries out the long tasks of a decision. Each can be repeated after a crash in the middle.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use craton_core::decide::{StopHow, Task};
+use craton_core::records::{At, MemberRecord, Seal, Timelines};
+use craton_core::sync::{SyncSet, application_name};
+use craton_core::{Incarnation, Lsn, MemberId, Term, TimelineId};
+use craton_pg::{
+    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RewindFailure, RolePasswords, StartMode, StopMode, SyncNames, Upstream,
+};
+use tokio::sync::watch;
+
+use crate::clock;
+use crate::config::Secrets;
+use crate::fencing::Fencing;
+use crate::server::{LocalServer, sync_names};
+use crate::state::{MemberState, StateFile};
+
+/// A clean stop that takes longer is ended by force.
+const STOP_FAST_MAX: Duration = Duration::from_secs(20);
+/// Processes that survive SIGKILL for longer hang in the kernel.
+const KILL_MAX: Duration = Duration::from_secs(5);
+/// A promotion that takes longer is reported as failed (and looked at again).
+const PROMOTE_MAX: Duration = Duration::from_secs(30);
+/// How long a seal waits for PostgreSQL to have read its own WAL.
+const SEAL_MAX: Duration = Duration::from_secs(30);
+/// How long one attempt to prove a sync set may take.
+const SYNC_MAX: Duration = Duration::from_secs(5);
+/// Until a started server answers.
+const READY_MAX: Duration = Duration::from_secs(60);
+
+/// Why a task failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ActError {
+    /// PostgreSQL, or a file of it.
+    #[error(transparent)]
+    Pg(#[from] PgError),
+    /// The agent's own file.
+    #[error("cannot write the member's state: {0}")]
+    State(#[from] std::io::Error),
+    /// The observation was out of date.
+    #[error("{0}")]
+    Stale(String),
+}
+
+/// What the tasks work with.
+pub struct Actor {
+    /// This member.
+    pub me: MemberId,
+    /// PostgreSQL.
+    pub server: Arc<LocalServer>,
+    /// Passwords of the roles that are created.
+    pub secrets: Secrets,
+    /// Incarnation and floor.
+    pub state: Mutex<StateFile>,
+    /// The fence.
+    pub fencing: Arc<Fencing>,
+    /// Progress of a clone.
+    pub progress: watch::Sender<CloneProgress>,
+}
+
+/// Members by name, as the coordinator has them.
+pub type Members = std::collections::BTreeMap<MemberId, At<MemberRecord>>;
+
+impl Actor {
+    /// A copy of the durable state.
+    pub fn state(&self) -> MemberState {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).get().clone()
+    }
+
+    fn raise_floor(&self, term: Term) -> Result<(), ActError> {
+        Ok(self.state.lock().unwrap_or_else(PoisonError::into_inner).raise_floor(term)?)
+    }
+
+    /// A new life of the data directory; its floor is the term at its birth.
+    fn reborn(&self, floor: Term) -> Result<(), ActError> {
+        let mut file = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let floor = floor.max(file.get().floor);
+        let next = MemberState { version: 1, incarnation: Some(Incarnation(rand::random())), floor };
+        Ok(file.set(next)?)
+    }
+
+    /// Every process of PostgreSQL ends now.
+    pub async fn kill(&self) {
+        loop {
+            let result = match self.server.process() {
+                Some(process) => process.kill_all(KILL_MAX).await,
+                None => self.server.instance.kill_leftovers(KILL_MAX).await.map(|_| ()),
+            };
+            match result {
+                Ok(()) => break,
+                Err(error) => tracing::error!(%error, "PostgreSQL does not die; trying again"),
+            }
+        }
+        self.server.gone();
+    }
+
+    /// Runs a task to its end.
+    pub async fn run(&self, task: Task, members: &Members) -> Result<(), ActError> {
+        match task {
+            Task::InitDb => self.init_db().await,
+            Task::StartStandby => self.start_standby().await,
+            Task::StartPrimary { sync } => self.start_primary(sync).await,
+            Task::Stop { how, why } => self.stop(how, &why).await,
+            Task::Follow { leader, term } => self.follow(&leader, term, members).await,
+            Task::Seal { term } => self.seal(term).await,
+            Task::Promote { term, timeline, sync, known } => self.promote(term, timeline, sync, &known).await,
+            Task::Bootstrap => self.bootstrap().await,
+            Task::Clone { from, term } => self.clone_from(&from, term, members).await,
+            Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
+            Task::SetSync(set) => self.set_sync(set).await,
+            Task::Checkpoint => Ok(self.server.control.checkpoint(Duration::from_secs(60)).await?),
+        }
+    }
+
+    fn upstream(&self, of: &MemberId, members: &Members, user: &str) -> Result<Upstream, ActError> {
+        let record = members
+            .get(of)
+            .map(|m| &m.value)
+            .ok_or_else(|| ActError::Stale(format!("the coordinator has no address of {of} yet")))?;
+        let incarnation = self.state().incarnation.unwrap_or_default();
+        Ok(Upstream {
+            host: record.host.clone(),
+            port: record.port,
+            user: user.to_owned(),
+            passfile: self.server.passfile.clone(),
+            application_name: application_name(&self.me, incarnation),
+            slot: Some(self.me.slot_name()),
+        })
+    }
+
+    async fn init_db(&self) -> Result<(), ActError> {
+        let options = InitOptions { superuser_password: self.secrets.superuser.clone() };
+        self.server.instance.initdb(&options).await?;
+        self.reborn(Term(0))?;
+        self.server.data_changed();
+        Ok(())
+    }
+
+    /// Starts as a standby without an upstream, so that nothing is added to its WAL before its end is known.
+    async fn start_standby(&self) -> Result<(), ActError> {
+        self.start_following(None).await
+    }
+
+    async fn start_following(&self, upstream: Option<(Upstream, MemberId, Term)>) -> Result<(), ActError> {
+        let whom = upstream.as_ref().map(|(_, m, t)| (m.clone(), *t));
+        let config = self.server.managed(upstream.map(|(u, _, _)| u), SyncNames::Nobody);
+        self.server.instance.write_config(&config).await?;
+        self.server.data_changed();
+        // Known before the server runs: a decision in between must see the right upstream.
+        self.fencing.rest();
+        let process = self.server.instance.start(StartMode::Standby).await?;
+        self.server.hold(process.clone(), false);
+        self.server.set_upstream(whom);
+        self.server.instance.wait_ready(&process, READY_MAX).await?;
+        self.server.poke();
+        Ok(())
+    }
+
+    async fn start_primary(&self, sync: SyncSet) -> Result<(), ActError> {
+        let config = self.server.managed(None, sync_names(&sync));
+        self.server.instance.write_config(&config).await?;
+        self.server.data_changed();
+        let process = self.server.instance.start(StartMode::Primary).await?;
+        self.fencing.guard(&process);
+        self.server.hold(process.clone(), true);
+        self.server.set_in_force(Some(sync));
+        self.server.instance.wait_ready(&process, READY_MAX).await?;
+        self.server.poke();
+        Ok(())
+    }
+
+    async fn stop(&self, how: StopHow, why: &str) -> Result<(), ActError> {
+        tracing::info!(?how, why, "stopping PostgreSQL");
+        let Some(process) = self.server.process() else { return Ok(()) };
+        if how == StopHow::Fast && process.stop(StopMode::Fast, STOP_FAST_MAX).await.is_ok() {
+            return Ok(());
+        }
+        self.kill().await;
+        Ok(())
+    }
+
+    async fn follow(&self, leader: &MemberId, term: Term, members: &Members) -> Result<(), ActError> {
+        let Some(process) = self.server.process() else {
+            return Err(ActError::Stale("PostgreSQL is not running".into()));
+        };
+        let upstream = self.upstream(leader, members, "craton_replication")?;
+        // Never again a lower term: durable before the first byte can come from this one.
+        self.raise_floor(term)?;
+        let config = self.server.managed(Some(upstream), SyncNames::Nobody);
+        self.server.instance.write_config(&config).await?;
+        process.reload()?;
+        self.server.set_upstream(Some((leader.clone(), term)));
+        Ok(())
+    }
+
+    /// Rule 3.1.2: note the floor, drop the receiver, *see* that it is gone, then say what is here.
+    async fn seal(&self, term: Term) -> Result<(), ActError> {
+        let Some(process) = self.server.process() else {
+            return Err(ActError::Stale("PostgreSQL is not running".into()));
+        };
+        let Some(incarnation) = self.state().incarnation else {
+            return Err(ActError::Stale("the data directory has no incarnation".into()));
+        };
+        self.raise_floor(term)?;
+        let config = self.server.managed(None, SyncNames::Nobody);
+        self.server.instance.write_config(&config).await?;
+        process.reload()?;
+        self.server.set_upstream(None);
+        let deadline = clock::now().after(SEAL_MAX);
+        loop {
+            let sample = self.server.control.sample(Duration::from_secs(1)).await?;
+            let exact = sample.replay_caught_local || sample.receive_lsn.is_some();
+            if !sample.in_recovery {
+                return Err(ActError::Stale("PostgreSQL is not a standby".into()));
+            }
+            if sample.receiver.is_none() && sample.primary_conninfo_empty && exact {
+                let seal = Seal { term, incarnation, timeline: sample.timeline, lsn: sample.end_of_wal() };
+                tracing::info!(%term, timeline = %seal.timeline, lsn = %seal.lsn, "sealed");
+                self.server.set_sealed(Some(seal));
+                return Ok(());
+            }
+            if clock::now() > deadline {
+                return Err(ActError::Stale(format!("the WAL receiver or the reading of local WAL did not end within {SEAL_MAX:?}")));
+            }
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
+
+    async fn promote(
+        &self, term: Term, timeline: TimelineId, sync: SyncSet, known: &Timelines,
+    ) -> Result<(), ActError> {
+        let Some(process) = self.server.process() else {
+            return Err(ActError::Stale("PostgreSQL is not running".into()));
+        };
+        // 3.1.5: in force before the first write. As a standby it waited for nobody that exists, so no
+        // commit can have been acknowledged under anything else.
+        let config = self.server.managed(None, sync_names(&sync));
+        self.server.instance.write_config(&config).await?;
+        process.reload()?;
+        let taken: Vec<KnownTimeline> = known
+            .0
+            .iter()
+            .filter(|t| t.timeline < timeline)
+            .filter_map(|t| Some(KnownTimeline { id: t.timeline, parent: t.parent?, fork: t.fork }))
+            .collect();
+        self.server.instance.write_history_files(&taken).await?;
+        self.server.set_maybe_primary();
+        self.fencing.guard(&process);
+        let got = self.server.instance.promote(&self.server.control, PROMOTE_MAX).await?;
+        tracing::info!(%term, timeline = %got, "promoted");
+        self.server.data_changed();
+        self.server.set_in_force(Some(sync));
+        self.server.instance.remove_reserved_history_files(got).await?;
+        Ok(())
+    }
+
+    async fn bootstrap(&self) -> Result<(), ActError> {
+        let passwords = RolePasswords {
+            replication: self.secrets.replication.clone(),
+            proxy: self.secrets.proxy.clone(),
+            rewind: self.secrets.rewind.clone(),
+        };
+        Ok(self.server.control.bootstrap_roles(&passwords).await?)
+    }
+
+    async fn clone_from(&self, from: &MemberId, term: Term, members: &Members) -> Result<(), ActError> {
+        // The new life begins before its first byte: nothing of the old one can be taken for it.
+        self.reborn(term)?;
+        if matches!(self.server.instance.data_dir_state().await?, DataDir::HalfRewind) {
+            // Its divergent WAL was kept before pg_rewind began.
+            self.server.instance.discard_data_dir().await?;
+        }
+        let mut source = self.upstream(from, members, "craton_replication")?;
+        source.slot = None;
+        tracing::info!(%from, "cloning");
+        self.server.instance.clone_from(&source, self.progress.clone()).await?;
+        self.server.data_changed();
+        self.start_standby().await
+    }
+
+    /// Keeps what the cluster does not have, then rewinds; where that cannot work, clones.
+    async fn rewind(
+        &self, from: &MemberId, fork: Option<(TimelineId, Lsn)>, term: Term, members: &Members,
+    ) -> Result<(), ActError> {
+        let control = self.server.instance.control_data().await?;
+        self.stop(StopHow::Fast, "its WAL is not the cluster's").await?;
+        let (timeline, at) = fork.unwrap_or((control.timeline, control.redo_lsn));
+        let id = format!("term-{term}-timeline-{timeline}-{}", at.to_string().replace('/', "-"));
+        let kept = self.server.instance.keep_divergent_wal(&id, timeline, at).await?;
+        tracing::warn!(?kept, "kept the WAL that the cluster does not have");
+        self.reborn(term)?;
+        let source = self.upstream(from, members, "craton_rewind")?;
+        self.server.data_changed();
+        match self.server.instance.rewind_from(&source).await {
+            Ok(()) => {}
+            Err(PgError::Rewind { kind: RewindFailure::SourceUnavailable, output }) => {
+                return Err(PgError::Rewind { kind: RewindFailure::SourceUnavailable, output }.into());
+            }
+            Err(error) => {
+                tracing::warn!(%error, "pg_rewind cannot bring this member back: cloning it anew");
+                self.server.instance.discard_data_dir().await?;
+                return self.clone_from(from, term, members).await;
+            }
+        }
+        let upstream = self.upstream(from, members, "craton_replication")?;
+        self.raise_floor(term)?;
+        self.start_following(Some((upstream, from.clone(), term))).await
+    }
+
+    async fn set_sync(&self, set: SyncSet) -> Result<(), ActError> {
+        let Some(process) = self.server.process() else {
+            return Err(ActError::Stale("PostgreSQL is not running".into()));
+        };
+        let config = self.server.managed(None, sync_names(&set));
+        self.server.set_in_force(None);
+        self.server.instance.enforce_sync(&process, &self.server.control, &config, SYNC_MAX).await?;
+        self.server.set_in_force(Some(set));
+        Ok(())
+    }
+}

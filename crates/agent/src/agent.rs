@@ -1,0 +1,405 @@
+//! The loop: observe, decide, act.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use craton_coordinator::api::{Coordinator, CoordinatorError, LeaseHint, Txn, TxnOutcome};
+use craton_core::decide::{Decision, LeaseWish, Memory, OpenElection, Task, TaskKind, decide};
+use craton_core::observe::{
+    LeaseSeen, Me, MemberStatus, Observation, PeerView, ServerView, TaskFailure, TaskView,
+};
+use craton_core::records::ClusterView;
+use craton_core::topology::Topology;
+use craton_core::{BootTime, MemberId};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::act::{ActError, Actor};
+use crate::clock;
+use crate::config::AgentConfig;
+use crate::fencing::Fencing;
+use crate::lease::{LeaseKeeper, LeaseTiming};
+use crate::server::LocalServer;
+use crate::store;
+use crate::views;
+
+/// The loop runs at least this often.
+const TICK: Duration = Duration::from_millis(50);
+/// First pause after a failed task; doubles up to [`RETRY_MAX`].
+const RETRY_MIN: Duration = Duration::from_millis(200);
+/// Longest pause after a failed task.
+const RETRY_MAX: Duration = Duration::from_secs(10);
+/// After a committed transaction the local copy of the store is waited for this long at most.
+const ECHO_MAX: Duration = Duration::from_millis(500);
+
+/// One observation with what was decided on it; published for the API and the metrics.
+pub type Seen = Arc<(Observation, Decision)>;
+
+type TaskEnd = (Task, Result<(), ActError>);
+
+/// Something asked of the coordinator; the answer is the newest revision that it made or saw.
+struct Submission {
+    handle: JoinHandle<Option<u64>>,
+    first_read: bool,
+}
+
+/// The agent of one member.
+pub struct Agent {
+    config: AgentConfig,
+    coordinator: Arc<dyn Coordinator>,
+    server: Arc<LocalServer>,
+    actor: Arc<Actor>,
+    lease: LeaseKeeper,
+    fencing: Arc<Fencing>,
+    memory: Memory,
+    task: Option<(TaskView, JoinHandle<TaskEnd>)>,
+    failures: BTreeMap<TaskKind, TaskFailure>,
+    submission: Option<Submission>,
+    /// The revision that our last transaction made, and until when it is waited for.
+    echo: Option<(u64, BootTime)>,
+    /// The revision of the first linearizable read since the start: the local copy is believed from there on.
+    known_from: Option<u64>,
+    bootstrap_done: bool,
+    announced_at: Option<BootTime>,
+    announced: Option<MemberStatus>,
+    last_reasons: String,
+    seen: watch::Sender<Option<Seen>>,
+    topology: watch::Sender<Arc<Topology>>,
+    topology_sent_at: BootTime,
+}
+
+/// The parts that an agent is made of.
+pub struct Parts {
+    /// Its configuration.
+    pub config: AgentConfig,
+    /// The coordinator.
+    pub coordinator: Arc<dyn Coordinator>,
+    /// PostgreSQL.
+    pub server: Arc<LocalServer>,
+    /// The hands.
+    pub actor: Arc<Actor>,
+    /// The lease.
+    pub lease: LeaseKeeper,
+    /// The fence.
+    pub fencing: Arc<Fencing>,
+    /// Where observations go.
+    pub seen: watch::Sender<Option<Seen>>,
+    /// Where the topology goes.
+    pub topology: watch::Sender<Arc<Topology>>,
+}
+
+impl Agent {
+    /// Puts the parts together.
+    pub fn new(parts: Parts) -> Self {
+        Self {
+            config: parts.config,
+            coordinator: parts.coordinator,
+            server: parts.server,
+            actor: parts.actor,
+            lease: parts.lease,
+            fencing: parts.fencing,
+            memory: Memory::default(),
+            task: None,
+            failures: BTreeMap::new(),
+            submission: None,
+            echo: None,
+            known_from: None,
+            bootstrap_done: false,
+            announced_at: None,
+            announced: None,
+            last_reasons: String::new(),
+            seen: parts.seen,
+            topology: parts.topology,
+            topology_sent_at: BootTime(0),
+        }
+    }
+
+    /// Runs until `shutdown` turns true. PostgreSQL is left running: a restarted agent takes it over.
+    pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
+        let mut store = self.coordinator.watch();
+        let mut presence = self.coordinator.presence();
+        let mut lease = self.lease.subscribe();
+        let server = Arc::clone(&self.server);
+        while !*shutdown.borrow() {
+            self.step().await;
+            tokio::select! {
+                _ = shutdown.changed() => {}
+                _ = store.changed() => {}
+                _ = presence.changed() => {}
+                _ = lease.changed() => {}
+                () = server.changed.notified() => {}
+                () = tokio::time::sleep(TICK) => {}
+            }
+        }
+    }
+
+    async fn step(&mut self) {
+        self.collect_task().await;
+        self.collect_submission().await;
+        self.learn_store();
+        let observation = self.observe().await;
+        let decision = decide(&observation, &self.memory);
+        self.memory = decision.memory.clone();
+        self.log(&decision);
+        self.act(&observation, &decision).await;
+        self.tell(&observation, &decision);
+        self.seen.send_replace(Some(Arc::new((observation, decision))));
+    }
+
+    /// The local copy may be old just after a start: the store is believed once it was read linearizably.
+    fn learn_store(&mut self) {
+        if self.known_from.is_some() || self.submission.is_some() {
+            return;
+        }
+        let coordinator = Arc::clone(&self.coordinator);
+        let handle = tokio::spawn(async move {
+            match coordinator.read().await {
+                Ok(snapshot) => Some(snapshot.revision),
+                Err(error) => {
+                    tracing::debug!(%error, "the coordinator cannot be read yet");
+                    None
+                }
+            }
+        });
+        self.submission = Some(Submission { handle, first_read: true });
+    }
+
+    async fn collect_submission(&mut self) {
+        let Some(s) = self.submission.take_if(|s| s.handle.is_finished()) else { return };
+        if let Ok(Some(revision)) = s.handle.await {
+            if s.first_read {
+                self.known_from = Some(revision);
+            } else {
+                self.echo = Some((revision, clock::now().after(ECHO_MAX)));
+            }
+        }
+    }
+
+    async fn collect_task(&mut self) {
+        let Some((view, handle)) = self.task.take_if(|(_, h)| h.is_finished()) else { return };
+        let kind = view.task.kind();
+        self.server.set_busy(false);
+        match handle.await {
+            Ok((task, Ok(()))) => {
+                self.failures.remove(&kind);
+                self.bootstrap_done |= task == Task::Bootstrap;
+            }
+            Ok((_, Err(error))) => {
+                tracing::warn!(?kind, %error, "a task failed");
+                self.note_failure(kind, error.to_string());
+            }
+            Err(join) if join.is_cancelled() => {}
+            Err(join) => {
+                tracing::error!(?kind, error = %join, "a task broke off");
+                self.note_failure(kind, join.to_string());
+            }
+        }
+    }
+
+    fn note_failure(&mut self, kind: TaskKind, error: String) {
+        let count = self.failures.get(&kind).map_or(1, |f| f.count.saturating_add(1));
+        let pause = RETRY_MIN.saturating_mul(1 << count.saturating_sub(1).min(10)).min(RETRY_MAX);
+        let failure = TaskFailure { kind, error, count, retry_at: clock::now().after(pause) };
+        self.failures.insert(kind, failure);
+    }
+
+    async fn observe(&self) -> Observation {
+        let state = self.actor.state();
+        let view = self.view();
+        Observation {
+            now: clock::now(),
+            wall_ms: clock::wall_ms(),
+            cluster_name: self.config.cluster.clone(),
+            initial_settings: self.config.initial.clone(),
+            me: Me {
+                id: self.config.member.clone(),
+                incarnation: state.incarnation,
+                floor: state.floor,
+                host: self.config.host.clone(),
+                port: self.config.port,
+                api: self.config.api_address(),
+                priority: self.config.priority,
+            },
+            view,
+            lease: self.lease.get(),
+            lease_seen: match self.coordinator.lease_hint() {
+                LeaseHint::Held { term, .. } => LeaseSeen::Held(term),
+                LeaseHint::Lapsed => LeaseSeen::Lapsed,
+                LeaseHint::Unknown => LeaseSeen::Unknown,
+            },
+            peers: self.peers(),
+            data: self.server.data().await,
+            server: self.server.view(),
+            bootstrap_done: self.bootstrap_done,
+            sealed: self.server.sealed(),
+            task: self.task.as_ref().map(|(view, _)| view.clone()),
+            failures: self.failures.values().cloned().collect(),
+        }
+    }
+
+    fn view(&self) -> Option<ClusterView> {
+        let snapshot = Arc::clone(&self.coordinator.watch().borrow());
+        if snapshot.revision < self.known_from? {
+            return None;
+        }
+        match store::view(&snapshot) {
+            Ok(view) => Some(view),
+            Err(error) => {
+                tracing::error!(%error, "the coordinator holds something that this version cannot read");
+                None
+            }
+        }
+    }
+
+    fn peers(&self) -> BTreeMap<MemberId, PeerView> {
+        let presence = Arc::clone(&self.coordinator.presence().borrow());
+        presence
+            .iter()
+            .filter(|(m, _)| **m != self.config.member)
+            .filter_map(|(m, p)| {
+                let status: MemberStatus = serde_json::from_str(&p.value).ok()?;
+                Some((m.clone(), PeerView { heard_at: p.heard_at, status }))
+            })
+            .collect()
+    }
+
+    async fn act(&mut self, o: &Observation, d: &Decision) {
+        if let Some(why) = &d.kill {
+            tracing::warn!(why, "killing PostgreSQL");
+            if let Some((_, handle)) = self.task.take() {
+                handle.abort();
+            }
+            self.server.set_busy(false);
+            self.actor.kill().await;
+        }
+        let settings = o.view.as_ref().map_or_else(|| o.initial_settings.clone(), ClusterView::settings);
+        let timing = LeaseTiming { ttl: settings.ttl(), margin: settings.margin(), heartbeat: settings.heartbeat() };
+        self.lease.wish(d.lease, timing);
+        if d.lease == LeaseWish::Leave && matches!(o.server, ServerView::Down) {
+            self.fencing.rest();
+        }
+        self.server.count_transactions(d.reasons.iter().any(|r| r.code == "switching"));
+        let echoed = self
+            .echo
+            .is_none_or(|(rev, until)| o.view.as_ref().is_some_and(|v| v.revision >= rev) || o.now > until);
+        if self.submission.is_none() && echoed {
+            self.submit(d);
+        }
+        if let (Some(task), None) = (&d.task, &self.task) {
+            self.start(task.clone(), o);
+        }
+    }
+
+    fn submit(&mut self, d: &Decision) {
+        let mut txns = Vec::new();
+        for change in &d.changes {
+            match store::txn(change) {
+                Ok(txn) => txns.push(txn),
+                Err(error) => tracing::error!(%error, "a change cannot be written"),
+            }
+        }
+        let open = d.open.as_ref().and_then(|open| Some((open.clone(), store::txn(&open.change).ok()?)));
+        if txns.is_empty() && open.is_none() {
+            return;
+        }
+        let coordinator = Arc::clone(&self.coordinator);
+        let server = Arc::clone(&self.server);
+        let handle = tokio::spawn(async move {
+            let revision = submit(coordinator.as_ref(), txns, open).await;
+            server.changed.notify_one();
+            revision
+        });
+        self.submission = Some(Submission { handle, first_read: false });
+    }
+
+    fn start(&mut self, task: Task, o: &Observation) {
+        let quiet = matches!(task.kind(), TaskKind::SetSync | TaskKind::Checkpoint);
+        if quiet {
+            tracing::debug!(?task, "starting");
+        } else {
+            tracing::info!(task = ?task.kind(), "starting");
+        }
+        self.server.set_busy(!matches!(task.kind(), TaskKind::Clone | TaskKind::Checkpoint));
+        let actor = Arc::clone(&self.actor);
+        let server = Arc::clone(&self.server);
+        let members = o.view.as_ref().map(|v| v.members.clone()).unwrap_or_default();
+        let view = TaskView { task: task.clone(), since: o.now };
+        let handle = tokio::spawn(async move {
+            let result = actor.run(task.clone(), &members).await;
+            server.poke();
+            (task, result)
+        });
+        self.task = Some((view, handle));
+    }
+
+    /// Announcements and topology: at once when something of substance changed, else with the heartbeat.
+    fn tell(&mut self, o: &Observation, d: &Decision) {
+        let own = views::own_status(o, d);
+        let heartbeat = o.view.as_ref().map_or_else(|| o.initial_settings.heartbeat(), |v| v.settings().heartbeat());
+        let due = self.announced_at.is_none_or(|at| o.now.since(at) >= heartbeat);
+        let bare = |s: &MemberStatus| MemberStatus { lsn: None, replay_lsn: None, ..s.clone() };
+        let changed = self.announced.as_ref().map(bare) != Some(bare(&own));
+        if due || changed {
+            if let Ok(text) = serde_json::to_string(&own) {
+                self.coordinator.announce(text);
+            }
+            self.announced_at = Some(o.now);
+            self.announced = Some(own.clone());
+        }
+        if let Some(next) = views::topology(o, &own) {
+            let substance = views::differs_in_substance(&self.topology.borrow(), &next);
+            if substance || o.now.since(self.topology_sent_at) >= heartbeat {
+                self.topology_sent_at = o.now;
+                self.topology.send_replace(Arc::new(next));
+            }
+        }
+    }
+
+    /// Reasons are logged when they change, not fifty times a second.
+    fn log(&mut self, d: &Decision) {
+        let reasons: Vec<&str> = d.reasons.iter().map(|r| r.code).collect();
+        let line = reasons.join(", ");
+        if line != self.last_reasons {
+            let texts: Vec<&str> = d.reasons.iter().map(|r| r.text.as_str()).collect();
+            tracing::info!(reasons = line, "{}", texts.join("; "));
+            self.last_reasons = line;
+        }
+    }
+}
+
+/// Submits in order; stops at the first that fails. Returns the newest revision made.
+async fn submit(coordinator: &dyn Coordinator, txns: Vec<Txn>, open: Option<(OpenElection, Txn)>) -> Option<u64> {
+    let mut newest = None;
+    for txn in txns {
+        match coordinator.txn(txn).await {
+            Ok(TxnOutcome::Committed(revision)) => newest = Some(revision),
+            Ok(TxnOutcome::Conflict) => tracing::debug!("a change lost its race; deciding anew"),
+            Err(error) => {
+                report(&error, "a change could not be submitted");
+                return newest;
+            }
+        }
+    }
+    if let Some((open, txn)) = open {
+        match coordinator.free(open.after).await {
+            Ok(true) => match coordinator.txn(txn).await {
+                Ok(TxnOutcome::Committed(revision)) => newest = Some(revision),
+                Ok(TxnOutcome::Conflict) => tracing::debug!("somebody else opened the election"),
+                Err(error) => report(&error, "an election could not be opened"),
+            },
+            Ok(false) => tracing::debug!(term = %open.after, "the lease is not free yet"),
+            Err(error) => report(&error, "the voters could not be asked"),
+        }
+    }
+    newest
+}
+
+fn report(error: &CoordinatorError, what: &str) {
+    tracing::warn!(%error, "{what}");
+}
+
+/// Shared by the API: the newest observation.
+pub fn newest(seen: &watch::Receiver<Option<Seen>>) -> Option<Seen> {
+    seen.borrow().clone()
+}

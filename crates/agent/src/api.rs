@@ -1,0 +1,220 @@
+//! The control API: `/v1/…` on the agent's port, for the bearer of the token.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use craton_console::server::{failure, stream_topology};
+use craton_console::views::{ChangeView, FailoverRequest, SwitchoverRequest};
+use craton_coordinator::api::{Coordinator, TxnOutcome};
+use craton_core::records::{Change, ClusterView, Key, Record, Request, RequestKind, RequestPhase};
+use craton_core::topology::Topology;
+use craton_core::{MemberId, Term};
+use tokio::sync::watch;
+
+use crate::agent::Seen;
+use crate::clock;
+use crate::store;
+use crate::views;
+
+/// A change of leadership that takes longer is reported as still going on.
+const CHANGE_MAX: Duration = Duration::from_secs(60);
+
+/// What the handlers work with.
+#[derive(Clone)]
+pub struct Api {
+    /// The newest observation.
+    pub seen: watch::Receiver<Option<Seen>>,
+    /// The topology.
+    pub topology: watch::Receiver<Arc<Topology>>,
+    /// The coordinator.
+    pub coordinator: Arc<dyn Coordinator>,
+}
+
+/// The routes.
+pub fn routes(api: Api) -> Router {
+    Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/explain", get(explain))
+        .route("/v1/history", get(history))
+        .route("/v1/topology", get(topology))
+        .route("/v1/topology/stream", get(stream))
+        .route("/v1/switchover", post(switchover))
+        .route("/v1/failover", post(failover))
+        .with_state(api)
+}
+
+fn starting() -> Response {
+    failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is starting", Some("ask again in a second"))
+}
+
+impl Api {
+    fn answer<T: serde::Serialize>(&self, make: impl FnOnce(&Seen) -> T) -> Response {
+        match self.seen.borrow().as_ref() {
+            Some(seen) => Json(make(seen)).into_response(),
+            None => starting(),
+        }
+    }
+}
+
+async fn status(State(api): State<Api>) -> Response {
+    api.answer(|seen| views::status(&seen.0, &seen.1))
+}
+
+async fn explain(State(api): State<Api>) -> Response {
+    api.answer(|seen| views::explain(&seen.0, &seen.1))
+}
+
+async fn history(State(api): State<Api>) -> Response {
+    api.answer(|seen| views::history(&seen.0))
+}
+
+async fn topology(State(api): State<Api>) -> Response {
+    let newest = Arc::clone(&api.topology.borrow());
+    Json(newest.as_ref()).into_response()
+}
+
+async fn stream(State(api): State<Api>) -> Response {
+    stream_topology(api.topology.clone())
+}
+
+async fn switchover(State(api): State<Api>, Json(body): Json<SwitchoverRequest>) -> Response {
+    change(&api, RequestKind::Switchover, body.to, false).await
+}
+
+async fn failover(State(api): State<Api>, Json(body): Json<FailoverRequest>) -> Response {
+    change(&api, RequestKind::Failover, body.to, body.allow_data_loss).await
+}
+
+/// A refusal with its HTTP status.
+struct Refusal(StatusCode, String, &'static str);
+
+async fn change(api: &Api, kind: RequestKind, to: Option<MemberId>, allow_data_loss: bool) -> Response {
+    let began = clock::now();
+    match ask(api, kind, to, allow_data_loss).await {
+        Ok(term) => match outcome(api, term).await {
+            Ok((leader, term)) => {
+                let took = clock::now().since(began);
+                Json(ChangeView {
+                    text: format!("{leader} leads term {term}"),
+                    leader,
+                    term,
+                    took_ms: u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
+                })
+                .into_response()
+            }
+            Err(Refusal(status, error, hint)) => failure(status, &error, Some(hint)),
+        },
+        Err(Refusal(status, error, hint)) => failure(status, &error, Some(hint)),
+    }
+}
+
+/// Writes the request; returns the term that it is to end.
+async fn ask(api: &Api, kind: RequestKind, to: Option<MemberId>, allow_data_loss: bool) -> Result<Term, Refusal> {
+    let unavailable = |e: &dyn std::fmt::Display| {
+        Refusal(StatusCode::SERVICE_UNAVAILABLE, e.to_string(), "a majority of the voters must run; see craton status")
+    };
+    let snapshot = api.coordinator.read().await.map_err(|e| unavailable(&e))?;
+    let view = store::view(&snapshot).map_err(|e| unavailable(&e))?;
+    let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
+        return Err(Refusal(StatusCode::CONFLICT, "the cluster is still being made".into(), "wait for the first leader"));
+    };
+    check(&view, kind, to.as_ref(), allow_data_loss)?;
+    let request = Request {
+        id: snapshot.revision,
+        kind,
+        term: l.term,
+        to,
+        allow_data_loss,
+        phase: RequestPhase::Asked,
+        by: "the operator".into(),
+    };
+    let change = Change {
+        expect: vec![(Key::Request, 0), (Key::Leadership, view.revision_of(&Key::Leadership))],
+        puts: vec![Record::Request(request)],
+        deletes: vec![],
+    };
+    let txn = store::txn(&change).map_err(|e| unavailable(&e))?;
+    match api.coordinator.txn(txn).await.map_err(|e| unavailable(&e))? {
+        TxnOutcome::Committed(_) => Ok(l.term),
+        TxnOutcome::Conflict => Err(Refusal(
+            StatusCode::CONFLICT,
+            "the leadership changed at this very moment".into(),
+            "look at craton status and ask again",
+        )),
+    }
+}
+
+fn check(view: &ClusterView, kind: RequestKind, to: Option<&MemberId>, allow_data_loss: bool) -> Result<(), Refusal> {
+    if let Some(request) = view.request.as_ref().map(|r| &r.value)
+        && view.leadership.as_ref().is_some_and(|l| l.value.term == request.term)
+    {
+        return Err(Refusal(
+            StatusCode::CONFLICT,
+            format!("a {:?} is in progress already", request.kind).to_lowercase(),
+            "wait for it to end; see craton status",
+        ));
+    }
+    if let Some(to) = to.filter(|m| !view.members.contains_key(*m)) {
+        return Err(Refusal(StatusCode::NOT_FOUND, format!("there is no member {to}"), "see craton status for the members"));
+    }
+    let leader = view.leader();
+    if kind == RequestKind::Switchover && leader.is_none() {
+        return Err(Refusal(
+            StatusCode::CONFLICT,
+            "there is no leader to hand over".into(),
+            "an election is open; see craton explain, or use craton failover",
+        ));
+    }
+    if to.is_some() && leader.map(|l| &l.member) == to {
+        return Err(Refusal(
+            StatusCode::CONFLICT,
+            format!("{} leads already", to.map_or("it", MemberId::as_str)),
+            "name another member, or none",
+        ));
+    }
+    let _ = allow_data_loss;
+    Ok(())
+}
+
+/// Waits until another term is open, or the request was refused.
+async fn outcome(api: &Api, asked_in: Term) -> Result<(MemberId, Term), Refusal> {
+    let mut store_watch = api.coordinator.watch();
+    let deadline = clock::now().after(CHANGE_MAX);
+    loop {
+        let snapshot = Arc::clone(&store_watch.borrow_and_update());
+        if let Ok(view) = store::view(&snapshot) {
+            if let Some(l) = view.leadership.as_ref().map(|l| &l.value)
+                && l.term > asked_in
+                && l.open
+                && let Some(leader) = &l.leader
+            {
+                return Ok((leader.member.clone(), l.term));
+            }
+            if let Some(why) = refused(&view, asked_in) {
+                return Err(Refusal(StatusCode::CONFLICT, why, "nothing was changed; see craton status"));
+            }
+        }
+        let left = deadline.since(clock::now());
+        if left.is_zero() {
+            return Err(Refusal(
+                StatusCode::GATEWAY_TIMEOUT,
+                format!("no new leader within {} s; the request stands", CHANGE_MAX.as_secs()),
+                "see craton explain for what is missing",
+            ));
+        }
+        let _ = tokio::time::timeout(left.min(Duration::from_millis(500)), store_watch.changed()).await;
+    }
+}
+
+fn refused(view: &ClusterView, asked_in: Term) -> Option<String> {
+    if view.request.is_some() || view.leadership.as_ref().is_some_and(|l| l.value.term != asked_in) {
+        return None;
+    }
+    let events = &view.history.as_ref()?.value.0;
+    events.iter().rev().find(|e| e.kind == "refused" && e.term == asked_in).map(|e| e.text.clone())
+}

@@ -1,0 +1,1 @@
+//! Keeps the fence process alive and tells it the deadline.

@@ -1,0 +1,247 @@
+//! Keeps the lease: renews it on time, counts its deadline from before the sending, tells the fence.
+//!
+//! Runs on a runtime of its own, away from everything that hashes, compresses or waits for a disk
+//! (failover protocol, 2.3). A renewal that is slow does not hold up the next one.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use craton_coordinator::api::{Coordinator, CoordinatorError};
+use craton_core::decide::LeaseWish;
+use craton_core::observe::Lease;
+use craton_core::{BootTime, Term};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::clock;
+
+/// Renewals under way at once: more means that nothing answers, and another would not either.
+const RENEWALS_MAX: usize = 8;
+
+/// Who is told of every new deadline before anybody else may act on it.
+pub type DeadlineSink = Arc<dyn Fn(Option<BootTime>) + Send + Sync>;
+
+/// How long the lease lasts, as the settings have it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LeaseTiming {
+    /// The lease's length.
+    pub ttl: Duration,
+    /// What the own deadline keeps away from its end.
+    pub margin: Duration,
+    /// The renewal interval.
+    pub heartbeat: Duration,
+}
+
+/// Counters for the metrics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct LeaseCounts {
+    /// Renewals that a majority accepted.
+    pub renewed: u64,
+    /// Renewals that failed or came too late.
+    pub failed: u64,
+}
+
+struct Shared {
+    lease: Mutex<Option<Lease>>,
+    counts: Mutex<LeaseCounts>,
+    file: LeaseFile,
+    sink: DeadlineSink,
+    changed: watch::Sender<u64>,
+}
+
+/// The keeper's handle.
+#[derive(Clone)]
+pub struct LeaseKeeper {
+    shared: Arc<Shared>,
+    wish: watch::Sender<(LeaseWish, LeaseTiming)>,
+}
+
+impl LeaseKeeper {
+    /// Starts the keeper on the current runtime. A lease that an earlier agent of this member took, and
+    /// that has not run out, is taken over (rule 2.6).
+    pub fn start(coordinator: Arc<dyn Coordinator>, dir: &Path, timing: LeaseTiming, sink: DeadlineSink) -> Self {
+        let file = LeaseFile { path: dir.join("lease") };
+        let inherited = file.read().filter(|l| l.until > clock::now());
+        sink(inherited.map(|l| l.until));
+        let (changed, _) = watch::channel(0);
+        let (wish, wishes) = watch::channel((LeaseWish::Leave, timing));
+        let shared = Arc::new(Shared {
+            lease: Mutex::new(inherited),
+            counts: Mutex::new(LeaseCounts::default()),
+            file,
+            sink,
+            changed,
+        });
+        tokio::spawn(keep(coordinator, Arc::clone(&shared), wishes));
+        Self { shared, wish }
+    }
+
+    /// The lease as it stands; it may have run out.
+    pub fn get(&self) -> Option<Lease> {
+        *self.shared.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counters.
+    pub fn counts(&self) -> LeaseCounts {
+        *self.shared.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes with the lease.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.shared.changed.subscribe()
+    }
+
+    /// What to do from now on. A release takes effect here at once, before anybody is told.
+    pub fn wish(&self, wish: LeaseWish, timing: LeaseTiming) {
+        if let LeaseWish::Release(term) = wish {
+            self.shared.drop_lease(term);
+        }
+        self.wish.send_if_modified(|now| {
+            let next = (wish, timing);
+            let differs = *now != next;
+            *now = next;
+            differs
+        });
+    }
+}
+
+impl Shared {
+    fn accept(&self, term: Term, until: BootTime) {
+        let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        let newer = lease.is_none_or(|l| l.term < term || (l.term == term && l.until < until));
+        if !newer {
+            return;
+        }
+        let next = Lease { term, until };
+        *lease = Some(next);
+        (self.sink)(Some(until));
+        self.file.write(next);
+        drop(lease);
+        self.changed.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    fn drop_lease(&self, term: Term) {
+        let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        if lease.is_some_and(|l| l.term <= term) {
+            *lease = None;
+            (self.sink)(None);
+            self.file.remove();
+        }
+    }
+
+    fn count(&self, ok: bool) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if ok {
+            counts.renewed += 1;
+        } else {
+            counts.failed += 1;
+        }
+    }
+}
+
+async fn keep(
+    coordinator: Arc<dyn Coordinator>, shared: Arc<Shared>, mut wishes: watch::Receiver<(LeaseWish, LeaseTiming)>,
+) {
+    let mut renewals = JoinSet::new();
+    let mut released = Term(0);
+    loop {
+        let (wish, timing) = *wishes.borrow_and_update();
+        while renewals.try_join_next().is_some() {}
+        match wish {
+            LeaseWish::Hold(term) if term > released => {
+                if renewals.len() < RENEWALS_MAX {
+                    renewals.spawn(renew(Arc::clone(&coordinator), Arc::clone(&shared), term, timing));
+                }
+            }
+            LeaseWish::Release(term) if term > released => {
+                // No renewal of this term may be on its way when it is released.
+                renewals.shutdown().await;
+                shared.drop_lease(term);
+                released = term;
+                if let Err(error) = coordinator.release(term).await {
+                    tracing::warn!(%term, %error, "the lease could not be released; it runs out by itself");
+                }
+                continue;
+            }
+            _ => {}
+        }
+        tokio::select! {
+            changed = wishes.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(timing.heartbeat) => {}
+        }
+    }
+}
+
+async fn renew(coordinator: Arc<dyn Coordinator>, shared: Arc<Shared>, term: Term, timing: LeaseTiming) {
+    match coordinator.renew(term, timing.ttl).await {
+        Ok(renewal) => {
+            shared.accept(term, renewal.sent_at.after(timing.ttl.saturating_sub(timing.margin)));
+            shared.count(true);
+        }
+        Err(error) => {
+            shared.count(false);
+            match error {
+                CoordinatorError::Refused(why) => tracing::warn!(%term, why, "the lease was refused"),
+                error => tracing::debug!(%term, %error, "a renewal failed"),
+            }
+        }
+    }
+}
+
+/// The lease on disk, so that a restarted agent can take it over: term, deadline, and the boot it counts in.
+/// Not flushed: it means nothing after a reboot.
+struct LeaseFile {
+    path: PathBuf,
+}
+
+impl LeaseFile {
+    fn boot_id() -> Option<String> {
+        let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+        Some(id.trim().to_owned())
+    }
+
+    fn read(&self) -> Option<Lease> {
+        let text = std::fs::read_to_string(&self.path).ok()?;
+        let mut words = text.split_ascii_whitespace();
+        let (term, until, boot) = (words.next()?, words.next()?, words.next()?);
+        if Some(boot) != Self::boot_id().as_deref() {
+            return None;
+        }
+        Some(Lease { term: Term(term.parse().ok()?), until: BootTime(until.parse().ok()?) })
+    }
+
+    fn write(&self, lease: Lease) {
+        let Some(boot) = Self::boot_id() else { return };
+        let text = format!("{} {} {boot}\n", lease.term, lease.until.0);
+        let tmp = self.path.with_extension("tmp");
+        let written = std::fs::write(&tmp, text).and_then(|()| std::fs::rename(&tmp, &self.path));
+        if let Err(error) = written {
+            // Costs a restarted agent its takeover, nothing else.
+            tracing::debug!(path = %self.path.display(), %error, "cannot note the lease");
+        }
+    }
+
+    fn remove(&self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lease_is_inherited_within_the_same_boot_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = LeaseFile { path: dir.path().join("lease") };
+        assert_eq!(file.read(), None);
+        let lease = Lease { term: Term(4), until: BootTime(99) };
+        file.write(lease);
+        assert_eq!(file.read(), Some(lease));
+        std::fs::write(&file.path, "4 99 another-boot\n").unwrap();
+        assert_eq!(file.read(), None);
+        std::fs::write(&file.path, "4").unwrap();
+        assert_eq!(file.read(), None);
+    }
+}

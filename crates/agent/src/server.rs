@@ -1,0 +1,304 @@
+//! The local PostgreSQL as the agent holds it: process, newest sample, configuration.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use craton_core::observe::{DataView, Server, ServerView};
+use craton_core::records::Seal;
+use craton_core::sync::{StandbyView, SyncSet, parse_application_name};
+use craton_core::{BootTime, Lsn, MemberId, Term};
+use craton_pg::{Control, DataDir, HbaRule, Instance, ManagedConfig, Postmaster, ServerSample, SyncNames, Upstream};
+use tokio::sync::Notify;
+
+use crate::clock;
+
+/// A look at the server that takes longer counts as no answer.
+const SAMPLE_TIMEOUT: Duration = Duration::from_millis(1000);
+/// How often a server is looked at when nothing is going on.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
+/// How often while it changes its role.
+const SAMPLE_INTERVAL_BUSY: Duration = Duration::from_millis(10);
+/// A sample older than this says nothing any more.
+const SAMPLE_AGE_MAX: Duration = Duration::from_millis(1500);
+
+/// What is known of the local server. All of it is volatile: a restarted agent finds it again.
+#[derive(Default)]
+struct Known {
+    process: Option<Postmaster>,
+    sample: Option<(ServerSample, BootTime)>,
+    data: Option<DataView>,
+    maybe_primary: bool,
+    upstream: Option<(MemberId, Term)>,
+    in_force: Option<SyncSet>,
+    sealed: Option<Seal>,
+    active_transactions: Option<u32>,
+    busy: bool,
+    count_transactions: bool,
+}
+
+/// The local PostgreSQL.
+pub struct LocalServer {
+    /// Its files and programs.
+    pub instance: Instance,
+    /// The control connection.
+    pub control: Control,
+    /// libpq's password file of the agent's roles.
+    pub passfile: PathBuf,
+    /// The operator's settings.
+    pub settings: BTreeMap<String, String>,
+    /// Who may log in from where.
+    pub networks: Vec<String>,
+    /// Wakes the agent's loop.
+    pub changed: Notify,
+    look: Notify,
+    known: Mutex<Known>,
+}
+
+impl LocalServer {
+    /// Wraps an instance; nothing is started.
+    pub fn new(
+        instance: Instance, passfile: PathBuf, settings: BTreeMap<String, String>, networks: Vec<String>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            control: instance.control(),
+            instance,
+            passfile,
+            settings,
+            networks,
+            changed: Notify::new(),
+            look: Notify::new(),
+            known: Mutex::new(Known::default()),
+        })
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The postmaster, if one is held.
+    pub fn process(&self) -> Option<Postmaster> {
+        self.known().process.clone()
+    }
+
+    /// A postmaster was started or adopted.
+    pub fn hold(&self, process: Postmaster, maybe_primary: bool) {
+        let mut k = self.known();
+        k.process = Some(process);
+        k.maybe_primary = maybe_primary;
+        k.sample = None;
+        k.active_transactions = None;
+        drop(k);
+        self.poke();
+    }
+
+    /// The postmaster ended, and nothing of it is left.
+    pub fn gone(&self) {
+        let mut k = self.known();
+        *k = Known { busy: k.busy, ..Known::default() };
+        drop(k);
+        self.changed.notify_one();
+    }
+
+    /// It may accept writes from now on.
+    pub fn set_maybe_primary(&self) {
+        self.known().maybe_primary = true;
+    }
+
+    /// What PostgreSQL is known to enforce.
+    pub fn set_in_force(&self, set: Option<SyncSet>) {
+        self.known().in_force = set;
+        self.poke();
+    }
+
+    /// Whom it follows.
+    pub fn set_upstream(&self, upstream: Option<(MemberId, Term)>) {
+        let mut k = self.known();
+        k.sealed = if upstream.is_some() { None } else { k.sealed.take() };
+        k.upstream = upstream;
+        drop(k);
+        self.poke();
+    }
+
+    /// What it sealed.
+    pub fn set_sealed(&self, seal: Option<Seal>) {
+        self.known().sealed = seal;
+        self.changed.notify_one();
+    }
+
+    /// See [`Self::set_sealed`].
+    pub fn sealed(&self) -> Option<Seal> {
+        self.known().sealed.clone()
+    }
+
+    /// Look more often: a change of role is under way.
+    pub fn set_busy(&self, busy: bool) {
+        self.known().busy = busy;
+        self.poke();
+    }
+
+    /// Count clients' transactions with every sample.
+    pub fn count_transactions(&self, on: bool) {
+        let mut k = self.known();
+        k.count_transactions = on;
+        if !on {
+            k.active_transactions = None;
+        }
+    }
+
+    /// Look now.
+    pub fn poke(&self) {
+        self.look.notify_one();
+        self.changed.notify_one();
+    }
+
+    /// The newest sample that still says something.
+    pub fn sample(&self) -> Option<ServerSample> {
+        let k = self.known();
+        let (sample, at) = k.sample.as_ref()?;
+        (clock::now().since(*at) <= SAMPLE_AGE_MAX).then(|| sample.clone())
+    }
+
+    /// Forgets what was known of the data directory: it has changed.
+    pub fn data_changed(&self) {
+        self.known().data = None;
+    }
+
+    /// The data directory. While the server runs this is what was read before.
+    pub async fn data(&self) -> DataView {
+        if let Some(data) = self.known().data.clone() {
+            return data;
+        }
+        let view = match self.instance.data_dir_state().await {
+            Ok(DataDir::Empty | DataDir::HalfClone) => DataView::Empty,
+            Ok(DataDir::HalfRewind) => DataView::Empty,
+            Ok(DataDir::Foreign(what)) => DataView::Foreign(what),
+            Ok(DataDir::Cluster { control, .. }) => DataView::Present {
+                system_id: control.system_identifier.to_string(),
+                timeline: control.timeline,
+            },
+            Err(error) => return DataView::Foreign(error.to_string()),
+        };
+        self.known().data = Some(view.clone());
+        view
+    }
+
+    /// The server for a decision.
+    pub fn view(&self) -> ServerView {
+        let k = self.known();
+        if k.process.is_none() {
+            return ServerView::Down;
+        }
+        let fresh = k.sample.as_ref().filter(|(_, at)| clock::now().since(*at) <= SAMPLE_AGE_MAX);
+        let Some((s, _)) = fresh else {
+            return ServerView::Silent { maybe_primary: k.maybe_primary };
+        };
+        let configured = configured_sync(&s.synchronous_standby_names);
+        ServerView::Running(Server {
+            in_recovery: s.in_recovery,
+            timeline: s.timeline,
+            end: s.end_of_wal(),
+            // A WAL receiver is started only when all local WAL has been replayed, and what it writes is
+            // counted in receive_lsn; so once there was one in this postmaster's life, the greater of
+            // receive and replay is the end of all there is (xlogrecovery.c, WaitForWALToBecomeAvailable).
+            end_is_exact: !s.in_recovery || s.receive_lsn.is_some() || s.replay_caught_local,
+            upstream: k.upstream.clone(),
+            streaming: s.receiver.as_ref().is_some_and(|r| r.status == "streaming"),
+            sync_in_force: k.in_force.as_ref() == Some(&configured),
+            sync_configured: configured,
+            standbys: standbys(s),
+            active_transactions: k.active_transactions,
+        })
+    }
+
+    /// Looks at the server for as long as the agent lives, and clears up after a postmaster that ended.
+    pub async fn watch(self: Arc<Self>) {
+        loop {
+            let Some(process) = self.process() else {
+                self.look.notified().await;
+                continue;
+            };
+            let interval = if self.known().busy { SAMPLE_INTERVAL_BUSY } else { SAMPLE_INTERVAL };
+            tokio::select! {
+                reason = process.exited() => self.after_exit(&process, &reason.to_string()).await,
+                () = self.look_once(&process) => {
+                    tokio::select! {
+                        _ = process.exited() => {}
+                        () = self.look.notified() => {}
+                        () = tokio::time::sleep(interval) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    async fn after_exit(&self, process: &Postmaster, reason: &str) {
+        tracing::info!(pid = process.pid(), reason, "PostgreSQL ended");
+        // Backends outlive a killed postmaster for a moment, and could still acknowledge a commit.
+        while let Err(error) = self.instance.kill_leftovers(Duration::from_secs(5)).await {
+            tracing::error!(%error, "processes of PostgreSQL are left; nothing else is done until they are gone");
+        }
+        self.gone();
+    }
+
+    async fn look_once(&self, process: &Postmaster) {
+        let count = self.known().count_transactions;
+        let sample = self.control.sample(SAMPLE_TIMEOUT).await;
+        let active = if count { self.control.active_client_transactions().await.ok() } else { None };
+        let mut k = self.known();
+        if k.process.as_ref().map(Postmaster::pid) != Some(process.pid()) {
+            return;
+        }
+        if let Ok(sample) = sample {
+            k.maybe_primary = !sample.in_recovery || k.maybe_primary && k.busy;
+            k.sample = Some((sample, clock::now()));
+        }
+        if count {
+            k.active_transactions = active.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        }
+        drop(k);
+        self.changed.notify_one();
+    }
+
+    /// The configuration for a role.
+    pub fn managed(&self, upstream: Option<Upstream>, sync: SyncNames) -> ManagedConfig {
+        ManagedConfig { upstream, sync, settings: self.settings.clone(), hba: HbaRule::standard(&self.networks) }
+    }
+
+    /// The position up to which WAL is flushed here, for announcements.
+    pub fn end(&self) -> Option<Lsn> {
+        self.sample().map(|s| s.end_of_wal())
+    }
+}
+
+/// (V, k) as PostgreSQL's setting for it. k = 0 is "nobody is waited for".
+pub fn sync_names(set: &SyncSet) -> SyncNames {
+    if set.k == 0 || set.members.is_empty() {
+        return SyncNames::Off;
+    }
+    let names = set.members.iter().map(|(m, i)| craton_core::sync::application_name(m, *i)).collect();
+    SyncNames::Any { k: set.k, names }
+}
+
+/// Reads the setting back. Anything that is not ours (or waits for nobody that exists) lets no commit
+/// through that we know of, which covers every sync set.
+fn configured_sync(text: &str) -> SyncSet {
+    SyncSet::from_standby_names(text).unwrap_or(SyncSet { members: BTreeMap::new(), k: u32::MAX })
+}
+
+fn standbys(sample: &ServerSample) -> Vec<StandbyView> {
+    sample
+        .replication
+        .iter()
+        .filter_map(|row| {
+            let (member, incarnation) = parse_application_name(&row.application_name)?;
+            Some(StandbyView {
+                member,
+                incarnation,
+                streaming: row.state == "streaming",
+                flush_lsn: row.flush.unwrap_or(Lsn::ZERO),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,73 @@
+//! One physical replication slot per member, kept on every member and advanced, so that whoever is
+//! promoted still has the WAL that the others (and the backup) need.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use craton_core::observe::{Observation, ServerView};
+use craton_core::records::ClusterView;
+use craton_core::{Lsn, MemberId};
+use tokio::sync::watch;
+
+use crate::agent::Seen;
+use crate::server::LocalServer;
+
+/// How often slots are looked after.
+const INTERVAL: Duration = Duration::from_secs(2);
+/// The backup daemon's slot.
+pub const BACKUP_SLOT: &str = "craton_backup";
+
+/// Runs until the agent ends.
+pub async fn keep(server: Arc<LocalServer>, seen: watch::Receiver<Option<Seen>>) {
+    loop {
+        tokio::time::sleep(INTERVAL).await;
+        let newest = seen.borrow().clone();
+        if let Some(seen) = newest
+            && let Err(error) = once(&server, &seen.0).await
+        {
+            tracing::debug!(%error, "replication slots could not be looked after");
+        }
+    }
+}
+
+async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::PgError> {
+    let (Some(view), ServerView::Running(s)) = (&o.view, &o.server) else { return Ok(()) };
+    let others: BTreeSet<&MemberId> = view.members.keys().filter(|m| **m != o.me.id).collect();
+    let mut wanted: Vec<String> = others.iter().map(|m| m.slot_name()).collect();
+    wanted.push(BACKUP_SLOT.to_owned());
+    if s.in_recovery && !s.streaming {
+        return Ok(());
+    }
+    server.control.ensure_slots(&wanted).await?;
+    if !s.in_recovery {
+        return Ok(());
+    }
+    // On a standby nobody uses the slots: they are moved to what each member is known to have flushed, and
+    // the backup's to what the leader's slot says, through the announcements' lowest position.
+    let Some(sample) = server.sample() else { return Ok(()) };
+    for member in others {
+        if let Some(lsn) = flushed(o, view, member) {
+            advance(server, &sample, &member.slot_name(), lsn).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What a member is known to hold.
+fn flushed(o: &Observation, view: &ClusterView, member: &MemberId) -> Option<Lsn> {
+    let status = &o.peers.get(member)?.status;
+    let timeline = view.leadership.as_ref()?.value.timeline;
+    status.lsn.filter(|_| status.timeline == Some(timeline))
+}
+
+async fn advance(
+    server: &LocalServer, sample: &craton_pg::ServerSample, slot: &str, lsn: Lsn,
+) -> Result<(), craton_pg::PgError> {
+    let limit = sample.end_of_wal().min(lsn);
+    let known = sample.slots.iter().find(|s| s.name == slot);
+    if known.is_some_and(|s| !s.active && s.restart_lsn.is_none_or(|at| at < limit)) {
+        server.control.advance_slot(slot, limit).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,290 @@
+//! What the agent tells others: announcements, topology, status.
+
+use std::collections::BTreeMap;
+
+use craton_console::views::{
+    ElectionView, ExplainView, HistoryEvent, HistoryView, LeaseView, MemberView, StatusView, SyncView,
+};
+use craton_core::decide::Decision;
+use craton_core::observe::{MemberStatus, Observation, ServerView};
+use craton_core::records::{ClusterView, RequestPhase};
+use craton_core::settings::Durability;
+use craton_core::topology::{MemberRole, Topology, TopologyMember};
+use craton_core::{Lsn, MemberId};
+
+/// A member is taken for away when it was not heard for this many heartbeats.
+const SILENT_HEARTBEATS: u64 = 7;
+
+/// What this member announces of itself.
+pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
+    let leads = o.view.as_ref().and_then(ClusterView::leader) == o.me.reference().as_ref();
+    let term = o.view.as_ref().and_then(|v| v.leadership.as_ref()).map(|l| l.value.term).unwrap_or_default();
+    let mut status = MemberStatus {
+        incarnation: o.me.incarnation,
+        role: MemberRole::Down,
+        term,
+        timeline: None,
+        lsn: None,
+        replay_lsn: None,
+        streaming: false,
+        doing: decision.reasons.last().map(|r| r.text.clone()).unwrap_or_default(),
+    };
+    match &o.server {
+        ServerView::Down => {}
+        ServerView::Silent { .. } => status.role = MemberRole::Transition,
+        ServerView::Running(s) => {
+            status.role = match (s.in_recovery, leads) {
+                (false, true) => MemberRole::Leader,
+                (true, false) if s.upstream.is_some() => MemberRole::Standby,
+                _ => MemberRole::Transition,
+            };
+            status.timeline = Some(s.timeline);
+            status.lsn = Some(s.end);
+            status.streaming = s.streaming;
+        }
+    }
+    status
+}
+
+/// The members as everybody should see them: the coordinator's records with the newest announcements.
+fn statuses(o: &Observation, own: &MemberStatus) -> BTreeMap<MemberId, (Option<MemberStatus>, Option<u64>)> {
+    let Some(view) = &o.view else { return BTreeMap::new() };
+    view.members
+        .keys()
+        .map(|m| {
+            if *m == o.me.id {
+                return (m.clone(), (Some(own.clone()), Some(0)));
+            }
+            let peer = o.peers.get(m);
+            let age = peer.map(|p| u64::try_from(o.now.since(p.heard_at).as_millis()).unwrap_or(u64::MAX));
+            (m.clone(), (peer.map(|p| p.status.clone()), age))
+        })
+        .collect()
+}
+
+/// The topology that proxies and backups are sent.
+pub fn topology(o: &Observation, own: &MemberStatus) -> Option<Topology> {
+    let view = o.view.as_ref()?;
+    let leadership = view.leadership.as_ref().map(|l| &l.value);
+    let hold = match (&view.request, leadership) {
+        (Some(r), Some(l)) => r.value.phase == RequestPhase::Hold && r.value.term == l.term,
+        _ => false,
+    };
+    let silent = view.settings().heartbeat_ms.saturating_mul(SILENT_HEARTBEATS);
+    let known = statuses(o, own);
+    let members = view
+        .members
+        .iter()
+        .map(|(id, record)| {
+            let (status, age) = known.get(id).cloned().unwrap_or_default();
+            let alive = age.is_some_and(|a| a <= silent);
+            let status = status.filter(|_| alive);
+            TopologyMember {
+                id: id.clone(),
+                host: record.value.host.clone(),
+                port: record.value.port,
+                api: record.value.api.clone(),
+                role: status.as_ref().map_or(MemberRole::Down, |s| s.role),
+                timeline: status.as_ref().and_then(|s| s.timeline),
+                lsn: status.as_ref().and_then(|s| s.lsn),
+                replay_lsn: status.as_ref().and_then(|s| s.replay_lsn),
+                streaming: status.as_ref().is_some_and(|s| s.streaming && s.role == MemberRole::Standby),
+            }
+        })
+        .collect();
+    Some(Topology {
+        cluster: view.cluster.as_ref().map_or_else(|| o.cluster_name.clone(), |c| c.value.name.clone()),
+        term: leadership.map(|l| l.term).unwrap_or_default(),
+        revision: view.revision,
+        writable: leadership.filter(|l| l.open).and_then(|l| l.leader.as_ref()).map(|l| l.member.clone()),
+        hold,
+        members,
+    })
+}
+
+/// True if a proxy must hear of the difference at once. Positions alone change all the time.
+pub fn differs_in_substance(a: &Topology, b: &Topology) -> bool {
+    let strip = |t: &Topology| {
+        let mut t = t.clone();
+        for m in &mut t.members {
+            m.lsn = None;
+            m.replay_lsn = None;
+        }
+        t
+    };
+    strip(a) != strip(b)
+}
+
+/// `GET /v1/status`.
+pub fn status(o: &Observation, decision: &Decision) -> StatusView {
+    let own = own_status(o, decision);
+    let empty = ClusterView::default();
+    let view = o.view.as_ref().unwrap_or(&empty);
+    let settings = view.settings();
+    let leadership = view.leadership.as_ref().map(|l| &l.value);
+    let topology = topology(o, &own);
+    let leader = leadership.and_then(|l| l.leader.as_ref()).map(|l| l.member.clone());
+    let members = members(o, view, &own, leader.as_ref());
+    let mut warnings: Vec<String> = members
+        .iter()
+        .filter(|m| !m.agent_alive)
+        .map(|m| format!("{} has not been heard of", m.id))
+        .collect();
+    if o.view.is_none() {
+        warnings.push("the coordinator has no majority (or has not answered yet): this is what this agent knows alone".into());
+    }
+    StatusView {
+        cluster: o.cluster_name.clone(),
+        answered_by: o.me.id.clone(),
+        term: leadership.map(|l| l.term).unwrap_or_default(),
+        revision: view.revision,
+        writable: leadership.is_some_and(|l| l.open),
+        durability: leadership.map_or(settings.durability, |l| l.durability).to_string(),
+        sync: SyncView {
+            members: leadership.map(|l| l.sync.members.keys().cloned().collect()).unwrap_or_default(),
+            acks: leadership.map_or(0, |l| l.sync.k),
+            in_force: match &o.server {
+                ServerView::Running(s) if !s.in_recovery => s.sync_in_force,
+                _ => leadership.is_some_and(|l| l.open),
+            },
+        },
+        lease: LeaseView {
+            holder: leader.clone(),
+            remaining_ms: o.lease.map(|l| u64::try_from(l.until.since(o.now).as_millis()).unwrap_or(0)),
+            ttl_ms: settings.ttl_ms,
+            heartbeat_ms: settings.heartbeat_ms,
+        },
+        hold: topology.is_some_and(|t| t.hold),
+        election: leadership.filter(|l| l.leader.is_none()).map(|l| election(view, l)),
+        next: next(view, &members, leader.as_ref()),
+        leader,
+        members,
+        reasons: decision.reasons.iter().map(|r| r.text.clone()).collect(),
+        warnings,
+    }
+}
+
+fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> ElectionView {
+    let sealed: Vec<MemberId> =
+        view.seals.iter().filter(|(_, s)| s.value.term == l.term).map(|(m, _)| m.clone()).collect();
+    ElectionView {
+        term: l.term,
+        opened_by: None,
+        seals_needed: if l.durability == Durability::Async {
+            1
+        } else {
+            u32::try_from(l.sync.seals_needed()).unwrap_or(u32::MAX)
+        },
+        missing: l.sync.members.keys().filter(|m| !sealed.contains(m)).cloned().collect(),
+        sealed,
+    }
+}
+
+fn members(o: &Observation, view: &ClusterView, own: &MemberStatus, leader: Option<&MemberId>) -> Vec<MemberView> {
+    let silent = view.settings().heartbeat_ms.saturating_mul(SILENT_HEARTBEATS);
+    let known = statuses(o, own);
+    let leader_lsn = leader.and_then(|l| known.get(l)).and_then(|(s, _)| s.as_ref()).and_then(|s| s.lsn);
+    view.members
+        .iter()
+        .map(|(id, record)| {
+            let (status, age) = known.get(id).cloned().unwrap_or_default();
+            let alive = age.is_some_and(|a| a <= silent);
+            let shown = status.as_ref().filter(|_| alive);
+            let lsn = shown.and_then(|s| s.lsn);
+            let behind = |own: Lsn| leader_lsn.map(|l| l.bytes_since(own));
+            MemberView {
+                id: id.clone(),
+                role: shown.map_or(MemberRole::Down, |s| s.role),
+                state: shown.map_or_else(|| "its agent is not heard".to_owned(), |s| s.doing.clone()),
+                host: record.value.host.clone(),
+                port: record.value.port,
+                api: record.value.api.clone(),
+                agent_alive: alive,
+                heard_ms_ago: age,
+                timeline: shown.and_then(|s| s.timeline),
+                lsn,
+                replay_lsn: shown.and_then(|s| s.replay_lsn),
+                lag_bytes: if Some(id) == leader { Some(0) } else { lsn.and_then(behind) },
+                streaming: shown.is_some_and(|s| s.streaming),
+                sync: view.leadership.as_ref().is_some_and(|l| {
+                    record.value.incarnation.is_some_and(|i| l.value.sync.holds(id, i))
+                }),
+                priority: record.value.priority,
+                incarnation: record.value.incarnation,
+            }
+        })
+        .collect()
+}
+
+/// What would happen if the leader were lost now.
+fn next(view: &ClusterView, members: &[MemberView], leader: Option<&MemberId>) -> String {
+    let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
+        return "the cluster is being made".into();
+    };
+    let Some(leader) = leader else {
+        return format!("the election of term {} is open: {}", l.term, l.cause);
+    };
+    let ttl = view.settings().ttl_ms;
+    let heirs: Vec<&str> = members
+        .iter()
+        .filter(|m| m.id != *leader && m.agent_alive && m.priority > 0)
+        .filter(|m| l.durability == Durability::Async || m.sync)
+        .map(|m| m.id.as_str())
+        .collect();
+    let needed = if l.durability == Durability::Async { 1 } else { l.sync.seals_needed() };
+    if l.sync.k == 0 && l.durability == Durability::Quorum {
+        return format!("{leader} is alone: if it fails, nobody is promoted, and it goes on when it is back");
+    }
+    if heirs.len() < needed || heirs.is_empty() {
+        return format!(
+            "if {leader} fails now, its successor needs {needed} of {} to seal, and only {} can: it waits for the others",
+            l.sync.members.len(),
+            heirs.len()
+        );
+    }
+    format!("if {leader} fails, {} takes over (lease: {ttl} ms)", heirs.join(" or "))
+}
+
+/// `GET /v1/explain`.
+pub fn explain(o: &Observation, decision: &Decision) -> ExplainView {
+    let own = own_status(o, decision);
+    let mut waiting_for: Vec<String> = o.failures.iter().map(|f| format!("{:?} failed {} times: {}", f.kind, f.count, f.error)).collect();
+    if let Some(task) = &o.task {
+        let since = o.now.since(task.since);
+        waiting_for.push(format!("{:?} in progress for {:.1} s", task.task.kind(), since.as_secs_f64()));
+    }
+    ExplainView {
+        member: o.me.id.clone(),
+        role: own.role,
+        summary: own.doing,
+        reasons: decision.reasons.iter().map(|r| format!("{}: {}", r.code, r.text)).collect(),
+        waiting_for,
+    }
+}
+
+/// `GET /v1/history`.
+pub fn history(o: &Observation) -> HistoryView {
+    let events = o.view.as_ref().and_then(|v| v.history.as_ref()).map(|h| h.value.0.clone()).unwrap_or_default();
+    HistoryView {
+        events: events
+            .into_iter()
+            .map(|e| HistoryEvent {
+                at: rfc3339(e.at_ms),
+                term: e.term,
+                kind: e.kind,
+                member: Some(e.member),
+                timeline: None,
+                lsn: None,
+                text: e.text,
+            })
+            .collect(),
+    }
+}
+
+/// Milliseconds since 1970 as RFC 3339 in UTC.
+fn rfc3339(ms: u64) -> String {
+    i64::try_from(ms)
+        .ok()
+        .and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok())
+        .map_or_else(|| format!("{ms} ms since 1970"), |t| t.to_string())
+}
