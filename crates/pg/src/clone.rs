@@ -1,0 +1,177 @@
+//! A new data directory from a running server, by pg_basebackup.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::sync::watch;
+
+use crate::config::Upstream;
+use crate::control_data::ControlData;
+use crate::error::{PgError, Result};
+use crate::files::{self, blocking};
+use crate::instance::{Instance, last_lines};
+
+/// How the clone's sessions are called on the upstream; never a member's name, see `side_connection`.
+pub const APPLICATION_NAME: &str = "craton_clone";
+/// The most of a tool's messages that is kept, in bytes.
+const OUTPUT_BYTES_MAX: usize = 64 << 10;
+/// pg_basebackup reports about once a second; this long without a word means that it hangs.
+const SILENCE_MAX: Duration = Duration::from_secs(120);
+
+/// How far a clone is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct CloneProgress {
+    /// Bytes copied.
+    pub done_bytes: u64,
+    /// Bytes to copy, as the source estimated; 0 until known.
+    pub total_bytes: u64,
+}
+
+impl CloneProgress {
+    /// Reads pg_basebackup's `12345/67890 kB (18%), 0/1 tablespace`.
+    fn parse(line: &str) -> Option<Self> {
+        let (numbers, _) = line.split_once(" kB")?;
+        let (done, total) = numbers.trim().split_once('/')?;
+        let bytes = |s: &str| s.parse::<u64>().ok().map(|k| k.saturating_mul(1024));
+        Some(Self {
+            done_bytes: bytes(done)?,
+            total_bytes: bytes(total)?,
+        })
+    }
+}
+
+impl Instance {
+    /// Clones the upstream, a primary or a standby, into the empty data directory. The clone is made beside,
+    /// flushed by pg_basebackup, and renamed into place when complete. Dropping the future ends it; what it
+    /// left is removed by the next try.
+    pub async fn clone_from(
+        &self,
+        upstream: &Upstream,
+        progress: watch::Sender<CloneProgress>,
+    ) -> Result<ControlData> {
+        let making = self.member_dir().join("data.clone");
+        let (this, place) = (self.clone(), making.clone());
+        blocking(move || {
+            this.check_data_dir_is_free()?;
+            files::remove_tree(&place)
+        })
+        .await?;
+        let conninfo = Self::side_connection(upstream, APPLICATION_NAME, None);
+        let mut command = tokio::process::Command::from(self.tool("pg_basebackup"));
+        command
+            .arg("-D")
+            .arg(&making)
+            .args(["-d", &conninfo])
+            .args(["-X", "stream", "-c", "fast", "--progress", "--no-password"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        let result = run_watched(command, "pg_basebackup", |line| {
+            if let Some(now) = CloneProgress::parse(line) {
+                progress.send_replace(now);
+                return true;
+            }
+            false
+        })
+        .await;
+        let this = self.clone();
+        blocking(move || {
+            if let Err(e) = result {
+                files::remove_tree(&making)?;
+                return Err(e);
+            }
+            this.move_into_place(&making)?;
+            this.read_control_data()
+        })
+        .await
+    }
+}
+
+/// Runs a tool to its end, handing each line of its standard error to `is_progress`, and keeps those that
+/// are not progress, for the error message and as the result.
+pub(crate) async fn run_watched(
+    mut command: tokio::process::Command,
+    tool: &'static str,
+    mut is_progress: impl FnMut(&str) -> bool,
+) -> Result<String> {
+    let mut child = command
+        .spawn()
+        .map_err(PgError::io("cannot run", std::path::Path::new(tool)))?;
+    let mut kept = String::new();
+    if let Some(stderr) = child.stderr.take() {
+        each_line(stderr, |line| {
+            if !is_progress(line) && kept.len() + line.len() < OUTPUT_BYTES_MAX {
+                kept.push_str(line);
+                kept.push('\n');
+            }
+        })
+        .await?;
+    }
+    let status = tokio::time::timeout(SILENCE_MAX, child.wait())
+        .await
+        .map_err(|_| PgError::Timeout {
+            what: "the end of a PostgreSQL tool",
+            limit: SILENCE_MAX,
+        })?
+        .map_err(PgError::io("cannot wait for", std::path::Path::new(tool)))?;
+    if status.success() {
+        return Ok(kept);
+    }
+    Err(PgError::Tool {
+        tool,
+        status: status.to_string(),
+        output: last_lines(&kept),
+    })
+}
+
+/// Splits at newlines and carriage returns.
+async fn each_line(mut from: impl AsyncRead + Unpin, mut handle: impl FnMut(&str)) -> Result<()> {
+    const LINE_BYTES_MAX: usize = 8 << 10;
+    let mut line = Vec::new();
+    let mut buffer = vec![0_u8; 8 << 10];
+    loop {
+        let read = tokio::time::timeout(SILENCE_MAX, from.read(&mut buffer))
+            .await
+            .map_err(|_| PgError::Timeout {
+                what: "a word from a PostgreSQL tool",
+                limit: SILENCE_MAX,
+            })?
+            .map_err(PgError::io(
+                "cannot read the output of",
+                std::path::Path::new("a tool"),
+            ))?;
+        for byte in buffer.get(..read).unwrap_or_default() {
+            if matches!(byte, b'\n' | b'\r') || line.len() >= LINE_BYTES_MAX {
+                if !line.is_empty() {
+                    handle(&String::from_utf8_lossy(&line));
+                    line.clear();
+                }
+            } else {
+                line.push(*byte);
+            }
+        }
+        if read == 0 {
+            if !line.is_empty() {
+                handle(&String::from_utf8_lossy(&line));
+            }
+            return Ok(());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn progress_lines() {
+        let parse = |s| CloneProgress::parse(s).map(|p| (p.done_bytes, p.total_bytes));
+        assert_eq!(
+            parse("  100/2000 kB (5%), 0/1 tablespace"),
+            Some((102_400, 2_048_000))
+        );
+        assert_eq!(parse("waiting for checkpoint"), None);
+    }
+}

@@ -1,0 +1,581 @@
+//! The server's configuration: three files in `conf/`, outside the data directory, wholly ours.
+//!
+//! `postgresql.conf` includes the data directory's own file first, so that what initdb or an operator put
+//! there still counts, and then sets what a member of a cluster must have. `ALTER SYSTEM` writes to
+//! `postgresql.auto.conf`, which PostgreSQL reads last of all; lines there that name one of our keys are
+//! taken out and reported.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use crate::error::{PgError, Result};
+use crate::files;
+use crate::sync::SyncNames;
+
+/// Parameters that take effect only at a start (`context = postmaster` in `pg_settings`).
+const RESTART_KEYS: &[&str] = &[
+    "archive_mode",
+    "autovacuum_freeze_max_age",
+    "autovacuum_max_workers",
+    "bonjour",
+    "bonjour_name",
+    "cluster_name",
+    "dynamic_shared_memory_type",
+    "event_source",
+    "external_pid_file",
+    "hot_standby",
+    "huge_page_size",
+    "huge_pages",
+    "io_max_combine_limit",
+    "io_max_concurrency",
+    "io_method",
+    "jit_provider",
+    "listen_addresses",
+    "logging_collector",
+    "max_active_replication_origins",
+    "max_connections",
+    "max_files_per_process",
+    "max_locks_per_transaction",
+    "max_logical_replication_workers",
+    "max_notify_queue_pages",
+    "max_pred_locks_per_transaction",
+    "max_prepared_transactions",
+    "max_replication_slots",
+    "max_wal_senders",
+    "max_worker_processes",
+    "min_dynamic_shared_memory",
+    "old_snapshot_threshold",
+    "port",
+    "recovery_target_timeline",
+    "reserved_connections",
+    "restore_command",
+    "shared_buffers",
+    "shared_memory_type",
+    "shared_preload_libraries",
+    "superuser_reserved_connections",
+    "track_activity_query_size",
+    "track_commit_timestamp",
+    "unix_socket_directories",
+    "unix_socket_group",
+    "unix_socket_permissions",
+    "wal_buffers",
+    "wal_level",
+    "wal_log_hints",
+];
+
+/// What every member has unless the operator's settings say otherwise, with the reason where it is odd.
+const DEFAULTS: &[(&str, &str)] = &[
+    ("wal_level", "replica"),
+    ("max_wal_senders", "16"),
+    ("max_replication_slots", "16"),
+    // pg_rewind needs one of checksums and this; clusters that were not made by us may lack checksums.
+    ("wal_log_hints", "on"),
+    ("hot_standby", "on"),
+    // A standby's queries must not hold back the primary, nor be cancelled at once.
+    ("max_standby_streaming_delay", "30s"),
+    ("wal_keep_size", "256MB"),
+    // A member that is away for long is cloned anew; it must not fill the leader's disk.
+    ("max_slot_wal_keep_size", "16GB"),
+    ("password_encryption", "scram-sha-256"),
+    ("synchronous_commit", "on"),
+    // A standby looks for a new leader this often.
+    ("wal_retrieve_retry_interval", "200ms"),
+    ("wal_receiver_status_interval", "1s"),
+    ("wal_receiver_timeout", "5s"),
+    ("wal_sender_timeout", "5s"),
+    ("tcp_keepalives_idle", "5"),
+    ("tcp_keepalives_interval", "2"),
+    ("tcp_keepalives_count", "3"),
+    ("tcp_user_timeout", "10s"),
+    // A backend that crashes restarts the server's other processes, not the postmaster.
+    ("restart_after_crash", "on"),
+    ("log_line_prefix", "%m [%p] %q%u@%d %a "),
+    ("log_checkpoints", "on"),
+    ("log_lock_waits", "on"),
+];
+
+/// Settings that the agent owns: an operator's value for them is refused.
+const OWNED_KEYS: &[&str] = &[
+    "cluster_name",
+    "config_file",
+    "data_directory",
+    "external_pid_file",
+    "fsync",
+    "full_page_writes",
+    "hba_file",
+    "hot_standby",
+    "ident_file",
+    "listen_addresses",
+    "log_destination",
+    "logging_collector",
+    "port",
+    "primary_conninfo",
+    "primary_slot_name",
+    "promote_trigger_file",
+    "recovery_min_apply_delay",
+    "recovery_target",
+    "recovery_target_action",
+    "recovery_target_lsn",
+    "recovery_target_name",
+    "recovery_target_time",
+    "recovery_target_timeline",
+    "recovery_target_xid",
+    "synchronous_standby_names",
+    "unix_socket_directories",
+    "unix_socket_permissions",
+];
+
+/// Where a standby streams from.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Upstream {
+    /// Host name or address.
+    pub host: String,
+    /// PostgreSQL's port there.
+    pub port: u16,
+    /// The role, `craton_replication` or `craton_rewind`.
+    pub user: String,
+    /// Its password, in libpq's password file format, mode 0600.
+    pub passfile: PathBuf,
+    /// `<member>@<incarnation>`: what synchronous_standby_names lists.
+    pub application_name: String,
+    /// The physical slot that keeps WAL for us there.
+    pub slot: Option<String>,
+}
+
+impl Upstream {
+    /// The connection string for libpq. `dbname` is left out for replication connections.
+    pub(crate) fn conninfo(&self, dbname: Option<&str>) -> String {
+        let mut text = String::new();
+        let port = self.port.to_string();
+        let passfile = self.passfile.display().to_string();
+        let mut pairs = vec![
+            ("host", self.host.as_str()),
+            ("port", &port),
+            ("user", &self.user),
+            ("passfile", &passfile),
+            ("application_name", &self.application_name),
+            // A leader whose host is gone must not hold a standby for the kernel's two minutes.
+            ("connect_timeout", "2"),
+            ("keepalives_idle", "5"),
+            ("keepalives_interval", "2"),
+            ("keepalives_count", "3"),
+            ("tcp_user_timeout", "10000"),
+            ("sslmode", "prefer"),
+        ];
+        if let Some(dbname) = dbname {
+            pairs.push(("dbname", dbname));
+        }
+        for (key, value) in pairs {
+            let separator = if text.is_empty() { "" } else { " " };
+            // Writing to a String cannot fail.
+            let _ = write!(
+                text,
+                "{separator}{key}='{}'",
+                value.replace('\\', "\\\\").replace('\'', "\\'")
+            );
+        }
+        text
+    }
+}
+
+/// A line of `pg_hba.conf` for TCP.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HbaRule {
+    /// Database list, `all` or `replication`.
+    pub database: String,
+    /// Role list or `all`.
+    pub user: String,
+    /// CIDR network, or `all`, `samehost`, `samenet`.
+    pub address: String,
+    /// `scram-sha-256`, `md5`, `trust`, `reject`, …
+    pub method: String,
+}
+
+impl HbaRule {
+    /// SCRAM for everybody from these networks, for queries and for replication.
+    pub fn standard(networks: &[&str]) -> Vec<Self> {
+        let rule = |database: &str, user: &str, address: &str| Self {
+            database: database.to_owned(),
+            user: user.to_owned(),
+            address: address.to_owned(),
+            method: "scram-sha-256".to_owned(),
+        };
+        networks
+            .iter()
+            .flat_map(|n| {
+                [
+                    rule("replication", "craton_replication", n),
+                    rule("all", "all", n),
+                ]
+            })
+            .collect()
+    }
+}
+
+/// What changes while a member lives; the rest comes from [`crate::InstanceConfig`].
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ManagedConfig {
+    /// Where to stream from; none for a leader, or to make a standby drop its WAL receiver.
+    pub upstream: Option<Upstream>,
+    /// Who must have flushed a commit before a client hears of it.
+    pub sync: SyncNames,
+    /// The operator's settings for the whole cluster, over the defaults.
+    pub settings: BTreeMap<String, String>,
+    /// Who may connect over TCP.
+    pub hba: Vec<HbaRule>,
+}
+
+/// What writing the configuration changed.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ConfigChange {
+    /// The keys, and `pg_hba.conf` or `pg_ident.conf`, that differ from before.
+    pub changed: Vec<String>,
+    /// Those of them that take effect only at the next start.
+    pub needs_restart: Vec<String>,
+    /// Lines taken out of `postgresql.auto.conf` because the agent owns or manages their keys.
+    pub removed_overrides: Vec<String>,
+}
+
+impl ConfigChange {
+    /// True if a reload (or a restart) is needed.
+    pub fn any(&self) -> bool {
+        !self.changed.is_empty() || !self.removed_overrides.is_empty()
+    }
+}
+
+/// The places and fixed values that go into the files.
+pub(crate) struct Place<'a> {
+    pub conf_dir: &'a Path,
+    pub data_dir: &'a Path,
+    pub socket_dir: &'a Path,
+    pub listen_addresses: &'a str,
+    pub port: u16,
+    pub cluster_name: &'a str,
+    pub superuser: &'a str,
+    pub os_user: &'a str,
+}
+
+/// Writes the three files where they differ, durably.
+pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<ConfigChange> {
+    let wanted = settings(place, managed)?;
+    let main = place.conf_dir.join("postgresql.conf");
+    let before = files::read_text(&main)?
+        .map(|t| parse_settings(&t))
+        .unwrap_or_default();
+    let mut change = ConfigChange::default();
+    for key in before
+        .keys()
+        .chain(wanted.keys())
+        .collect::<std::collections::BTreeSet<_>>()
+    {
+        if before.get(key) != wanted.get(key) {
+            change.changed.push(key.clone());
+            if RESTART_KEYS.contains(&key.as_str()) {
+                change.needs_restart.push(key.clone());
+            }
+        }
+    }
+    let text = render(place, &wanted);
+    if files::read_text(&main)?.as_deref() != Some(&text) {
+        files::write_durably(&main, text.as_bytes())?;
+    }
+    for (name, text) in [
+        ("pg_hba.conf", hba(place, &managed.hba)?),
+        ("pg_ident.conf", ident(place)?),
+    ] {
+        let path = place.conf_dir.join(name);
+        if files::read_text(&path)?.as_deref() != Some(&text) {
+            files::write_durably(&path, text.as_bytes())?;
+            change.changed.push(name.to_owned());
+        }
+    }
+    change.removed_overrides = remove_overrides(place.data_dir, &wanted)?;
+    Ok(change)
+}
+
+/// The value of synchronous_standby_names in the file, if it is one of ours.
+pub(crate) fn sync_names(conf_dir: &Path) -> Result<Option<SyncNames>> {
+    let text = files::read_text(&conf_dir.join("postgresql.conf"))?.unwrap_or_default();
+    Ok(parse_settings(&text)
+        .get("synchronous_standby_names")
+        .and_then(|v| SyncNames::parse(v)))
+}
+
+/// All settings of the managed section, by key.
+fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<String, String>> {
+    let mut all: BTreeMap<String, String> = DEFAULTS
+        .iter()
+        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+        .collect();
+    for (key, value) in &managed.settings {
+        let key = key.to_ascii_lowercase();
+        if OWNED_KEYS.contains(&key.as_str()) {
+            return Err(PgError::Invalid {
+                what: "PostgreSQL setting",
+                reason: format!(
+                    "{key} is managed by the agent; take it out of the cluster's settings"
+                ),
+            });
+        }
+        if key.is_empty()
+            || !key
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'.')
+        {
+            return Err(PgError::Invalid {
+                what: "PostgreSQL setting",
+                reason: format!("{key:?} is not a parameter name"),
+            });
+        }
+        all.insert(key, one_line("PostgreSQL setting", value)?.to_owned());
+    }
+    let upstream = managed.upstream.as_ref();
+    let path = |p: &Path| p.display().to_string();
+    let owned = [
+        ("listen_addresses", place.listen_addresses.to_owned()),
+        ("port", place.port.to_string()),
+        ("cluster_name", place.cluster_name.to_owned()),
+        ("unix_socket_directories", path(place.socket_dir)),
+        ("unix_socket_permissions", "0700".to_owned()),
+        ("hba_file", path(&place.conf_dir.join("pg_hba.conf"))),
+        ("ident_file", path(&place.conf_dir.join("pg_ident.conf"))),
+        ("hot_standby", "on".to_owned()),
+        ("log_destination", "stderr".to_owned()),
+        ("logging_collector", "off".to_owned()),
+        ("recovery_target_timeline", "latest".to_owned()),
+        (
+            "primary_conninfo",
+            upstream.map(|u| u.conninfo(None)).unwrap_or_default(),
+        ),
+        (
+            "primary_slot_name",
+            upstream.and_then(|u| u.slot.clone()).unwrap_or_default(),
+        ),
+        ("synchronous_standby_names", managed.sync.setting()),
+    ];
+    for (key, value) in owned {
+        all.insert(
+            key.to_owned(),
+            one_line("PostgreSQL setting", &value)?.to_owned(),
+        );
+    }
+    Ok(all)
+}
+
+/// A value that would begin a new line could smuggle in another setting.
+fn one_line<'a>(what: &'static str, value: &'a str) -> Result<&'a str> {
+    if value.chars().any(char::is_control) {
+        return Err(PgError::Invalid {
+            what,
+            reason: format!("{value:?} holds a control character"),
+        });
+    }
+    Ok(value)
+}
+
+fn render(place: &Place<'_>, settings: &BTreeMap<String, String>) -> String {
+    let own = place.data_dir.join("postgresql.conf").display().to_string();
+    let mut text = format!(
+        "# Written by the craton agent: changes are overwritten. Use \"craton config edit\".\n\
+         include_if_exists = {}\n",
+        quoted(&own)
+    );
+    for (key, value) in settings {
+        let _ = writeln!(text, "{key} = {}", quoted(value));
+    }
+    text
+}
+
+/// A value for guc-file.l: quotes and backslashes doubled.
+fn quoted(value: &str) -> String {
+    format!("'{}'", value.replace('\\', "\\\\").replace('\'', "''"))
+}
+
+/// Reads back what [`render`] wrote.
+fn parse_settings(text: &str) -> BTreeMap<String, String> {
+    text.lines()
+        .filter(|l| !l.starts_with('#') && !l.starts_with("include"))
+        .filter_map(|l| l.split_once(" = "))
+        .filter_map(|(k, v)| Some((k, v.strip_prefix('\'')?.strip_suffix('\'')?)))
+        .map(|(k, v)| (k.to_owned(), v.replace("''", "'").replace("\\\\", "\\")))
+        .collect()
+}
+
+fn hba(place: &Place<'_>, rules: &[HbaRule]) -> Result<String> {
+    let mut text = String::from("# Written by the craton agent: changes are overwritten.\n");
+    let _ = writeln!(
+        text,
+        "local all {} peer map=craton",
+        hba_token(place.superuser)?
+    );
+    let _ = writeln!(text, "local all all scram-sha-256");
+    for rule in rules {
+        let [database, user, address, method] =
+            [&rule.database, &rule.user, &rule.address, &rule.method].map(|t| hba_token(t));
+        let _ = writeln!(
+            text,
+            "host {} {} {} {}",
+            database?, user?, address?, method?
+        );
+    }
+    Ok(text)
+}
+
+fn ident(place: &Place<'_>) -> Result<String> {
+    Ok(format!(
+        "# Written by the craton agent: the owner of the server's processes is its superuser.\n\
+         craton {} {}\n",
+        hba_token(place.os_user)?,
+        hba_token(place.superuser)?
+    ))
+}
+
+/// One column of `pg_hba.conf` or `pg_ident.conf`: no white space, no quotes, no comment.
+fn hba_token(token: &str) -> Result<&str> {
+    let fits = !token.is_empty()
+        && !token
+            .chars()
+            .any(|c| c.is_whitespace() || c.is_control() || c == '"' || c == '#');
+    if fits {
+        Ok(token)
+    } else {
+        Err(PgError::Invalid {
+            what: "pg_hba.conf",
+            reason: format!("{token:?} cannot be a column"),
+        })
+    }
+}
+
+/// Takes our keys out of `postgresql.auto.conf`; returns the lines.
+fn remove_overrides(data_dir: &Path, ours: &BTreeMap<String, String>) -> Result<Vec<String>> {
+    let path = data_dir.join("postgresql.auto.conf");
+    let Some(text) = files::read_text(&path)? else {
+        return Ok(Vec::new());
+    };
+    let is_ours = |line: &str| {
+        let key = line
+            .split(['=', ' ', '\t'])
+            .next()
+            .unwrap_or_default()
+            .to_ascii_lowercase();
+        ours.contains_key(&key) || OWNED_KEYS.contains(&key.as_str())
+    };
+    let (removed, kept): (Vec<&str>, Vec<&str>) =
+        text.lines().partition(|l| is_ours(l.trim_start()));
+    if !removed.is_empty() {
+        let mut rest = kept.join("\n");
+        rest.push('\n');
+        files::write_durably(&path, rest.as_bytes())?;
+    }
+    Ok(removed.into_iter().map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write_in(dir: &Path, managed: &ManagedConfig) -> Result<ConfigChange> {
+        write(
+            &Place {
+                conf_dir: dir,
+                data_dir: dir,
+                socket_dir: dir,
+                listen_addresses: "127.0.0.1",
+                port: 6441,
+                cluster_name: "it's",
+                superuser: "postgres",
+                os_user: "postgres",
+            },
+            managed,
+        )
+    }
+
+    fn upstream() -> Upstream {
+        Upstream {
+            host: "10.0.0.1".into(),
+            port: 6441,
+            user: "craton_replication".into(),
+            passfile: "/a b/it's".into(),
+            application_name: "a@0000000000000001".into(),
+            slot: Some("craton_b".into()),
+        }
+    }
+
+    #[test]
+    fn tells_what_changed_and_what_needs_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut managed = ManagedConfig {
+            hba: HbaRule::standard(&["127.0.0.1/32"]),
+            ..Default::default()
+        };
+        assert!(write_in(dir.path(), &managed).unwrap().any());
+        assert_eq!(
+            write_in(dir.path(), &managed).unwrap(),
+            ConfigChange::default()
+        );
+        managed.upstream = Some(upstream());
+        managed
+            .settings
+            .insert("shared_buffers".into(), "1GB".into());
+        let change = write_in(dir.path(), &managed).unwrap();
+        assert_eq!(
+            change.changed,
+            ["primary_conninfo", "primary_slot_name", "shared_buffers"]
+        );
+        assert_eq!(change.needs_restart, ["shared_buffers"]);
+        assert!(
+            !write_in(dir.path(), &managed).unwrap().any(),
+            "quoting does not survive reading back"
+        );
+    }
+
+    #[test]
+    fn alter_system_cannot_override_the_agent() {
+        let dir = tempfile::tempdir().unwrap();
+        let auto = dir.path().join("postgresql.auto.conf");
+        std::fs::write(
+            &auto,
+            "# Do not edit\nwork_mem = '8MB'\nSynchronous_Standby_Names = ''\nfsync=off\n",
+        )
+        .unwrap();
+        let change = write_in(dir.path(), &ManagedConfig::default()).unwrap();
+        assert_eq!(
+            change.removed_overrides,
+            ["Synchronous_Standby_Names = ''", "fsync=off"]
+        );
+        assert_eq!(
+            std::fs::read_to_string(&auto).unwrap(),
+            "# Do not edit\nwork_mem = '8MB'\n"
+        );
+    }
+
+    #[test]
+    fn refuses_settings_that_would_break_the_cluster_or_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        for (key, value) in [
+            ("fsync", "off"),
+            ("Port", "1"),
+            ("a b", "1"),
+            ("work_mem", "1\nfsync=off"),
+        ] {
+            let managed = ManagedConfig {
+                settings: BTreeMap::from([(key.to_owned(), value.to_owned())]),
+                ..Default::default()
+            };
+            assert!(
+                write_in(dir.path(), &managed).is_err(),
+                "{key} = {value} was accepted"
+            );
+        }
+        let rule = HbaRule {
+            address: "all # x".into(),
+            ..HbaRule::standard(&["all"])[0].clone()
+        };
+        let managed = ManagedConfig {
+            hba: vec![rule],
+            ..Default::default()
+        };
+        assert!(write_in(dir.path(), &managed).is_err());
+    }
+}

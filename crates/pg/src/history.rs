@@ -1,0 +1,259 @@
+//! Timeline history files.
+//!
+//! A promotion takes the first number for which no history file exists (timeline.c, `findNewestTimeLine`).
+//! A timeline that was begun on a member which is gone now is known to the coordinator only, so before a
+//! promotion its number is *reserved* here: by a history file that holds nothing but a comment. Such a file
+//! names no ancestor, so no standby ever follows it ("is not a child of …"); it only takes the number.
+//!
+//! Reserved numbers below a real timeline must stay: a WAL receiver asks its upstream for the history of
+//! every timeline between its own and the upstream's (walreceiver.c, `WalRcvFetchTimeLineHistoryFiles`) and
+//! fails where one is missing. Reserved numbers above every real one must go before a start: with
+//! `recovery_target_timeline = latest` the server would take the newest for its target, and refuse to start.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use craton_core::{Lsn, TimelineId};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{PgError, Result};
+use crate::files;
+
+/// The first line of a file of ours.
+const MARK: &str = "# reserved by craton";
+
+/// A timeline as the coordinator records it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct KnownTimeline {
+    /// Its number.
+    pub id: TimelineId,
+    /// The timeline it left.
+    pub parent: TimelineId,
+    /// Where it left.
+    pub fork: Lsn,
+}
+
+/// One line of a history file: this timeline was left at that position.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct HistoryEntry {
+    /// The ancestor.
+    pub timeline: TimelineId,
+    /// Where it was left.
+    pub switch: Lsn,
+    /// Why, in PostgreSQL's words.
+    pub reason: String,
+}
+
+fn file_of(wal_dir: &Path, timeline: TimelineId) -> PathBuf {
+    wal_dir.join(format!("{:08X}.history", timeline.0))
+}
+
+/// Reads a history file's text: `parent switchpoint reason`, `#` begins a comment line.
+pub fn parse(text: &str) -> Result<Vec<HistoryEntry>> {
+    text.lines()
+        .map(str::trim_start)
+        .filter(|l| !l.is_empty() && !l.starts_with('#'))
+        .map(|line| {
+            let mut fields = line.splitn(3, ['\t', ' ']);
+            let timeline = fields.next().and_then(|t| t.parse().ok());
+            let switch = fields.next().and_then(|s| s.trim().parse().ok());
+            match (timeline, switch) {
+                (Some(timeline), Some(switch)) => Ok(HistoryEntry {
+                    timeline: TimelineId(timeline),
+                    switch,
+                    reason: fields.next().unwrap_or_default().trim().to_owned(),
+                }),
+                _ => Err(PgError::Unintelligible {
+                    what: "timeline history file",
+                    detail: line.to_owned(),
+                }),
+            }
+        })
+        .collect()
+}
+
+/// The ancestors of a timeline, oldest first; empty for timeline 1 and for one whose file is not here.
+pub(crate) fn read(wal_dir: &Path, timeline: TimelineId) -> Result<Vec<HistoryEntry>> {
+    files::read_text(&file_of(wal_dir, timeline))?
+        .map_or_else(|| Ok(Vec::new()), |text| parse(&text))
+}
+
+/// Reserves the numbers that have no history file here. Returns them.
+pub(crate) fn reserve(wal_dir: &Path, timelines: &[KnownTimeline]) -> Result<Vec<TimelineId>> {
+    let mut reserved = Vec::new();
+    for known in timelines.iter().filter(|t| t.id.0 > 1) {
+        let path = file_of(wal_dir, known.id);
+        if path.exists() {
+            continue;
+        }
+        let text = format!(
+            "{MARK}: timeline {} left timeline {} at {}\n",
+            known.id, known.parent, known.fork
+        );
+        files::write_durably(&path, text.as_bytes())?;
+        reserved.push(known.id);
+    }
+    Ok(reserved)
+}
+
+/// Removes reserved numbers above the newest real timeline: the given one, or one with a real file here.
+pub(crate) fn remove_reserved(wal_dir: &Path, newest_known: TimelineId) -> Result<Vec<TimelineId>> {
+    let mut reserved = Vec::new();
+    let mut newest_real = newest_known;
+    for (timeline, path) in list(wal_dir)? {
+        if files::read_text(&path)?.is_some_and(|t| t.starts_with(MARK)) {
+            reserved.push((timeline, path));
+        } else {
+            newest_real = newest_real.max(timeline);
+        }
+    }
+    reserved.retain(|(timeline, _)| *timeline > newest_real);
+    for (_, path) in &reserved {
+        files::remove_durably(path)?;
+        // The archiver may have been told of it.
+        let Some(name) = path.file_name().and_then(|n| n.to_str()) else {
+            continue;
+        };
+        for suffix in ["ready", "done"] {
+            files::remove_durably(
+                &wal_dir
+                    .join("archive_status")
+                    .join(format!("{name}.{suffix}")),
+            )?;
+        }
+    }
+    Ok(reserved.into_iter().map(|(timeline, _)| timeline).collect())
+}
+
+/// All history files.
+fn list(wal_dir: &Path) -> Result<Vec<(TimelineId, PathBuf)>> {
+    let entries = fs::read_dir(wal_dir).map_err(PgError::io("cannot list", wal_dir))?;
+    Ok(entries
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let number = name.to_str()?.strip_suffix(".history")?;
+            Some((
+                TimelineId(u32::from_str_radix(number, 16).ok()?),
+                entry.path(),
+            ))
+        })
+        .collect())
+}
+
+/// A WAL segment's name taken apart.
+pub(crate) fn parse_segment_name(name: &str, segment_size: u64) -> Option<(TimelineId, u64)> {
+    if name.len() != 24
+        || !name
+            .bytes()
+            .all(|b| b.is_ascii_digit() || (b'A'..=b'F').contains(&b))
+    {
+        return None;
+    }
+    let part = |range| u64::from_str_radix(name.get(range)?, 16).ok();
+    let per_id = 0x1_0000_0000_u64.checked_div(segment_size)?;
+    let timeline = u32::try_from(part(0..8)?).ok()?;
+    Some((
+        TimelineId(timeline),
+        part(8..16)?
+            .checked_mul(per_id)?
+            .checked_add(part(16..24)?)?,
+    ))
+}
+
+/// The newest timeline among the files that could hold the byte before `end`.
+pub(crate) fn newest_timeline_of_segment(
+    wal_dir: &Path,
+    end: Lsn,
+    segment_size: u64,
+) -> Option<TimelineId> {
+    let segment = end.0.checked_sub(1)?.checked_div(segment_size)?;
+    fs::read_dir(wal_dir)
+        .ok()?
+        .flatten()
+        .filter_map(|e| parse_segment_name(e.file_name().to_str()?, segment_size))
+        .filter(|(_, number)| *number == segment)
+        .map(|(timeline, _)| timeline)
+        .max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn known(id: u32, parent: u32) -> KnownTimeline {
+        KnownTimeline {
+            id: TimelineId(id),
+            parent: TimelineId(parent),
+            fork: Lsn(0x300_0000),
+        }
+    }
+
+    #[test]
+    fn parses_what_postgresql_writes_and_refuses_the_rest() {
+        let text =
+            "1\t0/3000148\tno recovery target specified\n\n# comment\n2\t0/5000000\tbefore x y\n";
+        let entries = parse(text).unwrap();
+        assert_eq!(entries.len(), 2);
+        assert_eq!(
+            (entries[1].timeline, entries[1].switch),
+            (TimelineId(2), Lsn(0x500_0000))
+        );
+        assert_eq!(entries[1].reason, "before x y");
+        assert!(parse("1\tx\ty\n").is_err());
+    }
+
+    #[test]
+    fn reserved_numbers_below_a_real_timeline_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("00000004.history"), "1\t0/3000000\tx\n").unwrap();
+        let made = reserve(
+            dir.path(),
+            &[
+                known(1, 0),
+                known(2, 1),
+                known(3, 1),
+                known(4, 1),
+                known(5, 4),
+            ],
+        );
+        assert_eq!(made.unwrap(), [TimelineId(2), TimelineId(3), TimelineId(5)]);
+        assert!(read(dir.path(), TimelineId(2)).unwrap().is_empty());
+        assert_eq!(
+            remove_reserved(dir.path(), TimelineId(1)).unwrap(),
+            [TimelineId(5)]
+        );
+        assert!(dir.path().join("00000003.history").exists());
+        assert!(
+            remove_reserved(dir.path(), TimelineId(1))
+                .unwrap()
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn finds_the_timeline_of_a_position_by_file_name() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in [
+            "000000010000000000000003",
+            "000000020000000000000003",
+            "000000010000000000000004",
+        ] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let size = 16 << 20;
+        let at = |lsn| newest_timeline_of_segment(dir.path(), Lsn(lsn), size);
+        assert_eq!(at(0x300_0001), Some(TimelineId(2)));
+        assert_eq!(
+            at(0x400_0000),
+            Some(TimelineId(2)),
+            "the byte before the end counts"
+        );
+        assert_eq!(at(0x400_0001), Some(TimelineId(1)));
+        assert_eq!(at(0), None);
+        assert_eq!(
+            parse_segment_name("000000010000000200000003", size),
+            Some((TimelineId(1), 0x203))
+        );
+    }
+}
