@@ -1,2 +1,7 @@
-//! The craton binary: one file per sub-command.
-fn main() {}
+//! The craton binary. Everything is in the library, so that tests reach it.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    craton::run(std::env::args_os().collect())
+}

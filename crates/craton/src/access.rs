@@ -1,0 +1,152 @@
+//! How a command finds a cluster's agents: by address and token, or as the local cluster of a directory.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use craton_console::views::StatusView;
+use craton_console::{Client, ClientError, Token};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::task::JoinSet;
+
+use crate::exit::{Problem, UNREACHABLE};
+use crate::layout::Layout;
+use crate::secrets::names;
+
+/// How long a question about the state may take: a frozen agent must not hold up the others' answers.
+const LOOK_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// The agents' API addresses and a client that may use them.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// `host:port` of every known agent.
+    pub agents: Vec<String>,
+    client: Client,
+}
+
+impl Access {
+    /// The agents of a local cluster.
+    pub fn local(layout: &Layout) -> anyhow::Result<Self> {
+        let token = Token::from_file(&layout.secret(names::API_TOKEN))?;
+        Ok(Self {
+            agents: layout.api_addresses(),
+            client: Client::new(Some(token)),
+        })
+    }
+
+    /// The agents named on the command line, else those of the local cluster in `dir`.
+    pub fn open(
+        agents: &[String],
+        token_file: Option<&PathBuf>,
+        dir: &Path,
+    ) -> anyhow::Result<Self> {
+        if agents.is_empty() {
+            return Self::local(&Layout::require(dir)?);
+        }
+        let token = token_file.map(|path| Token::from_file(path)).transpose()?;
+        Ok(Self {
+            agents: agents.to_vec(),
+            client: Client::new(token),
+        })
+    }
+
+    /// The client, for requests to one address.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
+    /// What every agent says that answers in time.
+    pub async fn statuses(&self) -> Vec<Result<StatusView, ClientError>> {
+        let client = self.client.clone().with_timeout(LOOK_TIMEOUT);
+        let mut asked = JoinSet::new();
+        for agent in self.agents.clone() {
+            let client = client.clone();
+            asked.spawn(async move { client.get_json::<StatusView>(&agent, "/v1/status").await });
+        }
+        asked.join_all().await
+    }
+
+    /// The newest view of the cluster; among equals that of the leader's own agent.
+    pub async fn status(&self) -> anyhow::Result<StatusView> {
+        let mut last_error = None;
+        let mut views = Vec::new();
+        for answer in self.statuses().await {
+            match answer {
+                Ok(view) => views.push(view),
+                Err(error) => last_error = Some(error),
+            }
+        }
+        let newest = views.into_iter().max_by_key(|v| {
+            (
+                v.term,
+                v.revision,
+                v.leader.as_ref() == Some(&v.answered_by),
+            )
+        });
+        newest.ok_or_else(|| self.nobody(last_error))
+    }
+
+    fn nobody(&self, last: Option<ClientError>) -> anyhow::Error {
+        match last {
+            // A wrong token is not an unreachable cluster.
+            Some(error @ ClientError::Refused { .. }) => error.into(),
+            Some(error) => {
+                let what = format!(
+                    "no agent answers ({}); the last one: {error}",
+                    self.agents.join(", ")
+                );
+                Problem::new(
+                    UNREACHABLE,
+                    what,
+                    "is the cluster up? `craton up` starts a local one",
+                )
+                .into()
+            }
+            None => Problem::new(
+                UNREACHABLE,
+                "no agent is known",
+                "name agents with --api host:port,…",
+            )
+            .into(),
+        }
+    }
+
+    /// Asks one agent after the other until one answers.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        let mut last = None;
+        for agent in &self.agents {
+            match self.client.get_json(agent, path).await {
+                Ok(answer) => return Ok(answer),
+                Err(error @ ClientError::Refused { .. }) => return Err(error.into()),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(self.nobody(last))
+    }
+
+    /// Sends a command: to `first` if given, else to any agent that can be reached. Another agent is
+    /// asked only where the command certainly was not received.
+    pub async fn post<B: Serialize, T: DeserializeOwned>(
+        &self,
+        first: Option<&str>,
+        path: &str,
+        body: &B,
+        timeout: Duration,
+    ) -> anyhow::Result<T> {
+        let client = self.client.clone().with_timeout(timeout);
+        let mut last = None;
+        let others = self
+            .agents
+            .iter()
+            .map(String::as_str)
+            .filter(|a| Some(*a) != first);
+        for agent in first.into_iter().chain(others) {
+            match client.post_json(agent, path, body).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) if error.never_sent() => last = Some(error),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(self.nobody(last))
+    }
+}

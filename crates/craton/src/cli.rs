@@ -1,0 +1,222 @@
+//! What may be typed. The reference page `docs/reference/commands.md` is rendered from here.
+
+use std::ffi::OsString;
+use std::future::Future;
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use craton_core::MemberId;
+
+use crate::access::Access;
+use crate::{change, daemons, down, drill, explain, history, layout, psql, status, supervise, up};
+
+/// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
+#[derive(Parser, Debug)]
+#[command(
+    name = "craton",
+    version,
+    about,
+    max_term_width = 100,
+    disable_help_subcommand = true
+)]
+pub struct Cli {
+    /// Directory of the local cluster [default: /var/lib/craton for root, else ~/.local/share/craton]
+    #[arg(
+        long,
+        global = true,
+        env = "CRATON_DIR",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    pub dir: Option<PathBuf>,
+    /// Results as JSON
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// API addresses of the agents, instead of those of a local cluster
+    #[arg(
+        long,
+        global = true,
+        env = "CRATON_API",
+        value_name = "HOST:PORT,…",
+        value_delimiter = ',',
+        hide_env_values = true
+    )]
+    pub api: Vec<String>,
+    /// File with the token for the agents named by --api
+    #[arg(
+        long,
+        global = true,
+        env = "CRATON_TOKEN_FILE",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    pub token_file: Option<PathBuf>,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The sub-commands.
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Start a local cluster: members, proxy and backup on loopback, with a sample map
+    Up(UpArgs),
+    /// Stop the local cluster
+    Down(DownArgs),
+    /// Members, roles, timelines, lag, lease, sync set, and what would happen next
+    Status(StatusArgs),
+    /// Why the cluster does, or does not do, something
+    Explain {
+        /// Ask this member's agent [default: the leader's]
+        member: Option<MemberId>,
+    },
+    /// Hand the leadership over as planned: clients of the proxy see a pause, no error
+    Switchover {
+        /// The member that is to lead [default: the one that is furthest]
+        #[arg(long, value_name = "MEMBER")]
+        to: Option<MemberId>,
+    },
+    /// Replace a leader that is gone, where the cluster may not do so by itself
+    Failover {
+        /// The member that is to lead [default: the one that is furthest]
+        #[arg(long, value_name = "MEMBER")]
+        to: Option<MemberId>,
+        /// Go on even where acknowledged commits may be lost
+        #[arg(long)]
+        allow_data_loss: bool,
+    },
+    /// Changes of leadership, oldest first
+    History,
+    /// psql through the proxy, with the password taken from the cluster's secrets
+    Psql(PsqlArgs),
+    /// Break the local cluster on purpose, and measure outage, errors, lost rows and healing
+    Drill(drill::DrillArgs),
+    /// Run the agent beside one PostgreSQL
+    Node(DaemonArgs),
+    /// Run the supervisor of a local cluster (`craton up` does)
+    #[command(hide = true)]
+    Supervise,
+}
+
+/// How many copies a commit waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Durability {
+    /// Flushed on the leader only
+    Async,
+    /// Flushed on the leader and a quorum of standbys; goes on alone when they are gone
+    Quorum,
+}
+
+impl Durability {
+    /// The word in settings files.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Async => "async",
+            Self::Quorum => "quorum",
+        }
+    }
+}
+
+/// `craton up`
+#[derive(Args, Debug)]
+pub struct UpArgs {
+    /// How many members
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=i64::from(layout::MEMBERS_MAX)))]
+    pub members: u8,
+    /// When a commit is acknowledged
+    #[arg(long, value_enum, default_value_t = Durability::Quorum)]
+    pub durability: Durability,
+    /// Leave the sample map out
+    #[arg(long)]
+    pub no_sample: bool,
+    /// First of the ports: the proxy gets this + 2 for writes and + 3 for reads
+    #[arg(long, default_value_t = 6430, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1024..=65000))]
+    pub base_port: u16,
+}
+
+/// `craton down`
+#[derive(Args, Debug)]
+pub struct DownArgs {
+    /// Remove the cluster with all its data and backups
+    #[arg(long)]
+    pub purge: bool,
+}
+
+/// `craton status`
+#[derive(Args, Debug)]
+pub struct StatusArgs {
+    /// Show it again and again, until interrupted
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// `craton psql`
+#[derive(Args, Debug)]
+pub struct PsqlArgs {
+    /// Connect to the endpoint for reads, which the standbys serve
+    #[arg(long)]
+    pub read: bool,
+    /// Arguments of psql
+    #[arg(
+        allow_hyphen_values = true,
+        trailing_var_arg = true,
+        value_name = "PSQL ARGUMENT"
+    )]
+    pub args: Vec<OsString>,
+}
+
+/// Arguments of every daemon.
+#[derive(Args, Debug, Clone)]
+pub struct DaemonArgs {
+    /// Settings file
+    #[arg(
+        long,
+        env = "CRATON_CONFIG",
+        default_value = "craton.toml",
+        value_name = "FILE",
+        hide_env_values = true
+    )]
+    pub config: PathBuf,
+    /// A setting on top of the file and of CRATON_* variables, for example proxy.listen=0.0.0.0:5432
+    #[arg(long = "set", value_name = "TABLE.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Write the process id here, and refuse to run twice
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+}
+
+/// A runtime for a command: it waits much and computes little.
+fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.context("cannot start the event loop")?;
+    let result = runtime.block_on(work);
+    // A name lookup that hangs in the background must not keep the command from ending.
+    runtime.shutdown_background();
+    result
+}
+
+/// Runs a command; the result is the exit code.
+pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
+    let json = cli.json;
+    let dir = layout::directory(cli.dir.as_deref())?;
+    let access = || Access::open(&cli.api, cli.token_file.as_ref(), &dir);
+    match cli.command {
+        Command::Up(args) => up::run(&dir, &args),
+        Command::Down(args) => down::run(&dir, &args),
+        Command::Supervise => wait_for(supervise::run(&dir)),
+        Command::Node(args) => daemons::node(&args),
+        Command::Status(args) => wait_for(status::run(&access()?, &args, json)),
+        Command::Explain { member } => wait_for(explain::run(&access()?, member, json)),
+        Command::Switchover { to } => wait_for(change::switchover(&access()?, to, json)),
+        Command::Failover {
+            to,
+            allow_data_loss,
+        } => wait_for(change::failover(&access()?, to, allow_data_loss, json)),
+        Command::History => wait_for(history::run(&access()?, json)),
+        Command::Psql(args) => psql::run(&dir, args),
+        Command::Drill(args) => wait_for(drill::run(&dir, args, json)),
+    }
+}

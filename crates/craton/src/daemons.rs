@@ -1,0 +1,92 @@
+//! The long-running parts: settings in, shutdown on SIGTERM or SIGINT, log on standard error.
+
+use std::future::Future;
+use std::io::IsTerminal as _;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::cli::DaemonArgs;
+use crate::config;
+use crate::exit::{self, Problem};
+use crate::processes::RunLock;
+
+/// Begins logging to standard error. `CRATON_LOG` overrides the level (`debug`, `craton_proxy=trace`, …);
+/// `CRATON_LOG_FORMAT=json` makes one JSON object a line.
+pub fn log_to_stderr(level: &str, loud: bool) {
+    use tracing_subscriber::EnvFilter;
+    let chosen = std::env::var("CRATON_LOG")
+        .ok()
+        .and_then(|text| EnvFilter::try_new(text).ok());
+    let filter = chosen.unwrap_or_else(|| EnvFilter::new(level));
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(loud);
+    // An error means that logging is set up already.
+    let _ = if std::env::var("CRATON_LOG_FORMAT").is_ok_and(|f| f == "json") {
+        lines.json().try_init()
+    } else {
+        lines.try_init()
+    };
+}
+
+/// Takes the daemon's lock where one is asked for; held until the process ends.
+fn lock(args: &DaemonArgs) -> anyhow::Result<Option<RunLock>> {
+    let Some(pid_file) = &args.pid_file else {
+        return Ok(None);
+    };
+    let taken = RunLock::take(pid_file)?;
+    if taken.is_none() {
+        let what = format!(
+            "this daemon runs already (the lock beside {} is held)",
+            pid_file.display()
+        );
+        return Err(Problem::new(
+            exit::RUNNING_ALREADY,
+            what,
+            "stop the other one first: `craton down`",
+        )
+        .into());
+    }
+    Ok(taken)
+}
+
+/// Runs a daemon until it ends or is told to; `work` gets the shutdown signal.
+fn run<F, E>(work: impl FnOnce(watch::Receiver<bool>) -> F) -> anyhow::Result<u8>
+where
+    F: Future<Output = Result<(), E>>,
+    E: Into<anyhow::Error>,
+{
+    log_to_stderr("info", true);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the event loop")?;
+    let result = runtime.block_on(async {
+        let (stop, stopped) = watch::channel(false);
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            tracing::info!("told to stop");
+            stop.send_replace(true);
+        });
+        work(stopped).await.map_err(Into::into)
+    });
+    // Nothing that hangs may keep a daemon from ending once its work is done.
+    runtime.shutdown_background();
+    result.map(|()| exit::OK)
+}
+
+/// `craton node`
+pub fn node(args: &DaemonArgs) -> anyhow::Result<u8> {
+    let _lock = lock(args)?;
+    let settings: craton_agent::AgentConfig = config::load(args, "node")?;
+    run(|stopped| craton_agent::run(settings, stopped))
+}

@@ -1,0 +1,59 @@
+//! The craton binary: one file per sub-command.
+//!
+//! # Layout
+//! * [`cli`]: what may be typed; [`exit`]: what the process ends with.
+//! * [`access`]: how a command finds the agents; [`output`]: the only place that prints.
+//! * [`layout`], [`secrets`], [`owner`], [`preflight`], [`processes`], [`sessions`]: one local cluster on this machine.
+//! * [`up`], [`down`], [`supervise`], [`ready`], [`sample`]: its life. [`drill`]: breaking it on purpose.
+//! * [`daemons`], [`config`], [`settings`]: the long-running parts and their `craton.toml`.
+//! * the rest: one command a file.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+pub mod access;
+pub mod change;
+pub mod cli;
+pub mod config;
+pub mod daemons;
+pub mod down;
+pub mod drill;
+pub mod exit;
+pub mod explain;
+pub mod history;
+pub mod layout;
+pub mod output;
+pub mod owner;
+pub mod preflight;
+pub mod processes;
+pub mod psql;
+pub mod ready;
+pub mod sample;
+pub mod secrets;
+pub mod sessions;
+pub mod settings;
+pub mod status;
+pub mod supervise;
+pub mod up;
+
+/// Parses the command line, runs the command, prints what went wrong.
+pub fn run(args: Vec<OsString>) -> ExitCode {
+    let cli = match cli::Cli::try_parse_from(&args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // clap knows whether this is help (stdout, 0) or a mistake (stderr, 2).
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(exit::USAGE));
+        }
+    };
+    let json = cli.json;
+    match cli::dispatch(cli) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            output::print_error(&error, json);
+            ExitCode::from(exit::code_of(&error))
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! PostgreSQL sessions of the local cluster's own tools: through the proxy, or straight to a member.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
+
+use crate::layout::{HOST, Layout};
+use crate::secrets;
+
+/// How long connecting may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Who connects and to what.
+#[derive(Clone, Debug)]
+pub struct Login {
+    config: Config,
+}
+
+impl Login {
+    /// The superuser, in database `postgres`.
+    pub fn superuser(layout: &Layout) -> anyhow::Result<Self> {
+        Self::new(
+            "postgres",
+            &secrets::read(&layout.secret(secrets::names::SUPERUSER))?,
+        )
+    }
+
+    fn new(user: &str, password: &str) -> anyhow::Result<Self> {
+        let mut config = Config::new();
+        config
+            .host(HOST.to_string())
+            .user(user)
+            .password(password)
+            .dbname("postgres")
+            .connect_timeout(CONNECT_TIMEOUT);
+        Ok(Self { config })
+    }
+
+    /// The same login to another database.
+    #[must_use]
+    pub fn database(mut self, name: &str) -> Self {
+        self.config.dbname(name);
+        self
+    }
+
+    /// The same login with a name that shows in `pg_stat_activity`.
+    #[must_use]
+    pub fn application(mut self, name: &str) -> Self {
+        self.config.application_name(name);
+        self
+    }
+
+    /// Connects to a port on loopback. The session ends when the client is dropped.
+    pub async fn connect(&self, port: u16) -> Result<Client, SessionError> {
+        let mut config = self.config.clone();
+        config.port(port);
+        let connected = tokio::time::timeout(CONNECT_TIMEOUT, config.connect(NoTls)).await;
+        let (client, connection) = connected
+            .map_err(|_| SessionError::TimedOut)?
+            .map_err(SessionError::Failed)?;
+        // The task ends with the client; its error reaches every request as well.
+        tokio::spawn(connection);
+        Ok(client)
+    }
+}
+
+/// Why there is no session.
+#[derive(Debug)]
+pub enum SessionError {
+    /// No answer within [`CONNECT_TIMEOUT`].
+    TimedOut,
+    /// The connection or the login failed.
+    Failed(tokio_postgres::Error),
+}
+
+impl std::fmt::Display for SessionError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::TimedOut => write!(f, "no answer within {} s", CONNECT_TIMEOUT.as_secs()),
+            Self::Failed(error) => f.write_str(&describe(error)),
+        }
+    }
+}
+
+impl std::error::Error for SessionError {}
+
+/// An error with its SQLSTATE, or with the reason below tokio-postgres' own words.
+pub fn describe(error: &tokio_postgres::Error) -> String {
+    if let Some(db) = error.as_db_error() {
+        return format!("{} ({})", db.message(), db.code().code());
+    }
+    let cause = std::error::Error::source(error)
+        .map(|c| format!(": {c}"))
+        .unwrap_or_default();
+    format!("{error}{cause}")
+}
+
+/// The first column of every row of a simple query.
+pub async fn column(client: &Client, query: &str) -> anyhow::Result<Vec<String>> {
+    let messages = client
+        .simple_query(query)
+        .await
+        .map_err(|e| anyhow::anyhow!("{}", describe(&e)))?;
+    let rows = messages.into_iter().filter_map(|message| match message {
+        SimpleQueryMessage::Row(row) => row.get(0).map(ToOwned::to_owned),
+        _ => None,
+    });
+    Ok(rows.collect())
+}
+
+/// The only value of a query.
+pub async fn value(client: &Client, query: &str) -> anyhow::Result<String> {
+    column(client, query)
+        .await?
+        .into_iter()
+        .next()
+        .with_context(|| format!("no row from: {query}"))
+}

@@ -1,0 +1,67 @@
+//! The settings files of a local cluster's daemons, made from its description.
+
+use std::collections::BTreeMap;
+
+use craton_agent::{AgentConfig, Peer};
+use craton_core::MemberId;
+use craton_core::settings::{Durability, Settings};
+
+use crate::config;
+use crate::layout::{Daemon, HOST, Layout, address};
+
+/// PostgreSQL settings of a local cluster: several servers share one machine's memory.
+const POSTGRESQL: [(&str, &str); 2] = [("shared_buffers", "64MB"), ("max_connections", "100")];
+
+/// Writes every daemon's file.
+pub fn write_all(layout: &Layout) -> anyhow::Result<()> {
+    for member in &layout.cluster.members {
+        config::write(
+            &layout.conf_of(&Daemon::Node(member.clone())),
+            "node",
+            &agent(layout, member)?,
+        )?;
+    }
+    Ok(())
+}
+
+/// The `[node]` table of a member.
+fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
+    let peer = |m: &MemberId| Peer {
+        member: m.clone(),
+        address: address(layout.coordinator_port(m)),
+    };
+    let postgresql: BTreeMap<_, _> = POSTGRESQL
+        .iter()
+        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
+        .collect();
+    Ok(AgentConfig {
+        cluster: layout.cluster.name.clone(),
+        member: member.clone(),
+        dir: layout.member(member),
+        host: HOST.to_string(),
+        listen_addresses: HOST.to_string(),
+        port: layout.postgres_port(member),
+        api_listen: address(layout.api_port(member)),
+        api_advertise: None,
+        peer_listen: address(layout.coordinator_port(member)),
+        peers: layout.cluster.members.iter().map(peer).collect(),
+        priority: 100,
+        bin_dir: Some(layout.cluster.postgres_bin.clone()),
+        secrets: layout.secrets(),
+        networks: vec![format!("{HOST}/32")],
+        postgresql,
+        initial: Settings {
+            durability: durability(&layout.cluster.durability)?,
+            ..Settings::default()
+        },
+        fence_program: None,
+    })
+}
+
+fn durability(name: &str) -> anyhow::Result<Durability> {
+    match name {
+        "async" => Ok(Durability::Async),
+        "quorum" => Ok(Durability::Quorum),
+        other => anyhow::bail!("there is no durability \"{other}\": use async or quorum"),
+    }
+}

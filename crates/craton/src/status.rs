@@ -1,0 +1,178 @@
+//! `craton status`: the cluster as its agents see it.
+
+use std::time::Duration;
+
+use craton_console::views::{MemberView, StatusView};
+use craton_core::topology::MemberRole;
+
+use crate::access::Access;
+use crate::cli::StatusArgs;
+use crate::output::{self, Colour, cell, paint, plain};
+
+/// How often `--watch` looks.
+const WATCH_EVERY: Duration = Duration::from_secs(1);
+
+/// Moves to the top left and clears what is below.
+const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";
+
+/// Runs the command.
+pub async fn run(access: &Access, args: &StatusArgs, json: bool) -> anyhow::Result<u8> {
+    if !args.watch {
+        let view = access.status().await?;
+        if json {
+            output::json(&view)?;
+        } else {
+            output::line(render(&view));
+        }
+        return Ok(crate::exit::OK);
+    }
+    loop {
+        let looked = access.status().await;
+        match (looked, json) {
+            (Ok(view), true) => output::line(serde_json::to_string(&view)?),
+            (Ok(view), false) => output::line(format!("{HOME_AND_CLEAR}{}", render(&view))),
+            (Err(error), true) => return Err(error),
+            (Err(error), false) => output::line(format!("{HOME_AND_CLEAR}{error:#}")),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(WATCH_EVERY) => {}
+            _ = tokio::signal::ctrl_c() => return Ok(crate::exit::OK),
+        }
+    }
+}
+
+/// The whole page.
+pub fn render(view: &StatusView) -> String {
+    let mut lines = vec![
+        headline(view),
+        protection(view),
+        String::new(),
+        members(&view.members),
+    ];
+    if let Some(election) = &view.election {
+        let names = |members: &[craton_core::MemberId]| {
+            if members.is_empty() {
+                "none".to_owned()
+            } else {
+                join(members)
+            }
+        };
+        lines.push(format!(
+            "\n{} for term {}: sealed {} of {} needed ({}); missing: {}",
+            paint(Colour::Yellow, "election"),
+            election.term,
+            election.sealed.len(),
+            election.seals_needed,
+            names(&election.sealed),
+            names(&election.missing),
+        ));
+    }
+    if !view.next.is_empty() {
+        lines.push(format!("\n{} {}", paint(Colour::Dim, "next:"), view.next));
+    }
+    for warning in &view.warnings {
+        lines.push(format!("{} {warning}", paint(Colour::Yellow, "warning:")));
+    }
+    lines.join("\n")
+}
+
+fn headline(view: &StatusView) -> String {
+    let state = match (&view.leader, view.writable, view.hold) {
+        (_, true, true) => paint(Colour::Yellow, "switching over"),
+        (_, true, false) => paint(Colour::Green, "writable"),
+        (Some(_), false, _) => paint(Colour::Yellow, "not writable yet"),
+        (None, false, _) => paint(Colour::Red, "no leader"),
+    };
+    let leader = view
+        .leader
+        .as_ref()
+        .map_or_else(|| "none".to_owned(), ToString::to_string);
+    format!(
+        "{} {}  {state}  leader {}  term {}",
+        paint(Colour::Dim, "cluster"),
+        paint(Colour::Bold, &view.cluster),
+        paint(Colour::Cyan, &leader),
+        view.term,
+    )
+}
+
+fn protection(view: &StatusView) -> String {
+    let sync = if view.sync.members.is_empty() {
+        match view.durability.as_str() {
+            "async" => "commits wait for no standby".to_owned(),
+            _ => paint(Colour::Yellow, "no standby protects commits now"),
+        }
+    } else {
+        let state = if view.sync.in_force {
+            String::new()
+        } else {
+            paint(Colour::Yellow, " (not in force yet)")
+        };
+        format!(
+            "commits wait for {} of {}{state}",
+            view.sync.acks,
+            join(&view.sync.members)
+        )
+    };
+    let lease = match (&view.lease.holder, view.lease.remaining_ms) {
+        (Some(holder), Some(ms)) => {
+            format!("lease {holder}, {ms} of {} ms left", view.lease.ttl_ms)
+        }
+        (Some(holder), None) => format!("lease {holder}, {} ms", view.lease.ttl_ms),
+        (None, _) => paint(Colour::Yellow, "lease free"),
+    };
+    format!(
+        "{} {}  {sync}  {lease}",
+        paint(Colour::Dim, "durability"),
+        view.durability
+    )
+}
+
+fn join(members: &[craton_core::MemberId]) -> String {
+    members
+        .iter()
+        .map(craton_core::MemberId::as_str)
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+/// The table of members.
+pub fn members(members: &[MemberView]) -> String {
+    let mut table = output::table(&[
+        "MEMBER", "ROLE", "STATE", "TIMELINE", "WAL", "LAG", "SYNC", "ADDRESS",
+    ]);
+    for member in members {
+        let role = match member.role {
+            MemberRole::Leader => cell(Colour::Green, "leader"),
+            MemberRole::Standby => plain("standby"),
+            MemberRole::Transition => cell(Colour::Yellow, "changing"),
+            MemberRole::Down => cell(Colour::Red, "down"),
+        };
+        let state = if member.agent_alive {
+            plain(&member.state)
+        } else {
+            let since = member.heard_ms_ago.map(|ms| {
+                format!(
+                    ", heard {} ago",
+                    output::duration(Duration::from_millis(ms))
+                )
+            });
+            cell(
+                Colour::Red,
+                format!("agent silent{}", since.unwrap_or_default()),
+            )
+        };
+        let or_dash = |text: Option<String>| plain(text.unwrap_or_else(|| "-".to_owned()));
+        table.add_row(vec![
+            cell(Colour::Cyan, member.id.as_str()),
+            role,
+            state,
+            or_dash(member.timeline.map(|t| t.to_string())),
+            or_dash(member.lsn.map(|l| l.to_string())),
+            or_dash(member.lag_bytes.map(output::bytes)),
+            plain(if member.sync { "yes" } else { "-" }),
+            plain(format!("{}:{}", member.host, member.port)),
+        ]);
+    }
+    output::table_text(&table)
+}

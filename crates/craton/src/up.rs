@@ -1,0 +1,352 @@
+//! `craton up`: a whole cluster on this machine, ready when the command returns.
+
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::time::{Instant, sleep};
+
+use crate::access::Access;
+use crate::cli::UpArgs;
+use crate::exit::{self, NOT_IN_TIME, Problem};
+use crate::layout::{CLUSTER_FILE, ClusterFile, FORMAT, Layout, member_names};
+use crate::output::{self, Colour, paint};
+use crate::{
+    down, owner, preflight, processes, ready, sample, secrets, settings, status, supervise,
+};
+
+/// The name of a local cluster.
+const CLUSTER_NAME: &str = "local";
+
+/// How long the supervisor may take to appear.
+const SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Runs the command.
+pub fn run(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
+    if let Some(account) = owner::successor(dir)? {
+        let new = !dir.exists();
+        if new {
+            // Before anything is made: what is missing is said without leaving a trace.
+            preflight::postgres(!args.no_sample)?;
+        }
+        owner::prepare_directory(dir, &account)?;
+        let typed: Vec<_> = std::env::args_os().collect();
+        let mut command = owner::again_as(&account, dir, &typed);
+        return Err(command.exec()).with_context(|| format!("cannot run as {}", account.name));
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
+    let result = runtime.block_on(start(dir, args));
+    runtime.shutdown_background();
+    result
+}
+
+async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
+    let existing = Layout::load(dir)?;
+    let is_new = existing.is_none();
+    let layout = match existing {
+        Some(layout) => {
+            if processes::running(&layout, supervise::NAME).is_some() {
+                return already_up(&layout).await;
+            }
+            again(&layout, args)?;
+            layout
+        }
+        None => new_cluster(dir, args)?,
+    };
+    let outcome = tokio::select! {
+        outcome = bring_up(&layout) => outcome,
+        _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+    };
+    match outcome {
+        Ok(()) => {
+            output::line(summary(&layout, &Access::local(&layout)?.status().await?));
+            Ok(exit::OK)
+        }
+        Err(error) => {
+            output::note(ready::last_words(&layout));
+            down::stop(&layout)
+                .await
+                .context("and what had been started cannot be stopped")?;
+            if is_new {
+                down::purge(&layout)?;
+                output::note("what had been made is removed again");
+            } else {
+                output::note("what had been started is stopped again; the data stays");
+            }
+            Err(error)
+        }
+    }
+}
+
+async fn already_up(layout: &Layout) -> anyhow::Result<u8> {
+    output::line(format!(
+        "the cluster in {} is up already",
+        layout.root.display()
+    ));
+    match Access::local(layout)?.status().await {
+        Ok(view) => output::line(summary(layout, &view)),
+        Err(error) => output::note(format!("but {error:#}")),
+    }
+    Ok(exit::OK)
+}
+
+/// Checks before a cluster that exists is started again.
+fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
+    let cluster = &layout.cluster;
+    if usize::from(args.members) != cluster.members.len()
+        || args.durability.as_str() != cluster.durability
+        || args.base_port != cluster.base_port
+    {
+        output::note(format!(
+            "the cluster in {} has {} members, durability {} and base port {}; it is started as it is",
+            layout.root.display(),
+            cluster.members.len(),
+            cluster.durability,
+            cluster.base_port
+        ));
+    }
+    if !cluster.postgres_bin.join("postgres").exists() {
+        let what = format!(
+            "this cluster was made with the PostgreSQL in {}, which is gone",
+            cluster.postgres_bin.display()
+        );
+        return Err(Problem::machine(what, "install that version again").into());
+    }
+    preflight::disk(&layout.root)?;
+    // Daemons that outlived their supervisor hold their own ports, and are adopted.
+    let alive = layout
+        .daemons()
+        .iter()
+        .any(|d| processes::running(layout, &d.name()).is_some());
+    if !alive {
+        preflight::ports(layout)?;
+    }
+    write_files(layout)
+}
+
+fn new_cluster(dir: &Path, args: &UpArgs) -> anyhow::Result<Layout> {
+    let postgres_bin = preflight::postgres(!args.no_sample)?;
+    let existed = dir.exists();
+    let checked = (|| {
+        preflight::directory(dir)?;
+        preflight::disk(dir)?;
+        let cluster = ClusterFile {
+            format: FORMAT,
+            name: CLUSTER_NAME.to_owned(),
+            base_port: args.base_port,
+            members: member_names(args.members)?,
+            durability: args.durability.as_str().to_owned(),
+            sample: !args.no_sample,
+            postgres_bin,
+        };
+        let layout = Layout {
+            root: dir.to_owned(),
+            cluster,
+        };
+        preflight::ports(&layout)?;
+        anyhow::Ok(layout)
+    })();
+    let layout = checked.inspect_err(|_| {
+        if !existed {
+            let _ = std::fs::remove_dir(dir);
+        }
+    })?;
+    let made = (|| {
+        // First of all: from here on the directory is known as ours, and can be purged.
+        secrets::write_private(&dir.join(CLUSTER_FILE), &toml::to_string(&layout.cluster)?)?;
+        write_files(&layout)
+    })();
+    made.inspect_err(|_| {
+        let _ = down::purge(&layout);
+    })?;
+    Ok(layout)
+}
+
+/// Directories, secrets, settings and our copy of the binary; all of it can be written again.
+fn write_files(layout: &Layout) -> anyhow::Result<()> {
+    let own = [
+        layout.conf(),
+        layout.log(),
+        layout.run(),
+        layout.root.join("bin"),
+        layout.root.join("members"),
+        layout.repository(),
+    ];
+    let members = layout.cluster.members.iter().map(|m| layout.member(m));
+    for dir in own.into_iter().chain(members) {
+        let made = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir);
+        made.with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    secrets::ensure(layout)?;
+    settings::write_all(layout)?;
+    copy_binary(&layout.binary())
+}
+
+/// Daemons run from a copy, so that a new build does not pull the program from under them, and so that
+/// the cluster's user can reach it.
+fn copy_binary(to: &Path) -> anyhow::Result<()> {
+    let temporary = to.with_extension("new");
+    let copy = || -> std::io::Result<()> {
+        let mut from = std::fs::File::open("/proc/self/exe")?;
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o700)
+            .open(&temporary)?;
+        std::io::copy(&mut from, &mut file)?;
+        file.set_permissions(std::fs::Permissions::from_mode(0o700))?;
+        drop(file);
+        std::fs::rename(&temporary, to)
+    };
+    copy().with_context(|| format!("cannot copy this program to {}", to.display()))
+}
+
+async fn bring_up(layout: &Layout) -> anyhow::Result<()> {
+    output::note(format!(
+        "starting {} members, proxy and backup in {} …",
+        layout.cluster.members.len(),
+        layout.root.display()
+    ));
+    start_supervisor(layout).await?;
+    ready::wait(layout).await?;
+    if layout.cluster.sample
+        && let Some(loaded) = sample::load(layout).await?
+    {
+        output::note(format!(
+            "  loaded the sample map: {} countries, {} cities",
+            loaded.countries, loaded.cities
+        ));
+    }
+    Ok(())
+}
+
+async fn start_supervisor(layout: &Layout) -> anyhow::Result<()> {
+    let log = supervise::open_log(layout, supervise::NAME)?;
+    let errors = log.try_clone().context("cannot share the log")?;
+    let mut child = Command::new(layout.binary())
+        .arg("supervise")
+        .arg("--dir")
+        .arg(&layout.root)
+        .current_dir(&layout.root)
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(errors)
+        .spawn()
+        .with_context(|| format!("cannot run {}", layout.binary().display()))?;
+    let deadline = Instant::now() + SUPERVISOR_TIMEOUT;
+    while processes::running(layout, supervise::NAME).is_none() {
+        if let Some(status) = child.try_wait().context("cannot watch the supervisor")? {
+            let what = format!("the supervisor ended at once ({status})");
+            return Err(Problem::new(
+                exit::FAILURE,
+                what,
+                format!("see {}", layout.log_of(supervise::NAME).display()),
+            )
+            .into());
+        }
+        if Instant::now() > deadline {
+            return Err(Problem::new(
+                NOT_IN_TIME,
+                "the supervisor does not start",
+                format!("see {}", layout.log_of(supervise::NAME).display()),
+            )
+            .into());
+        }
+        sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+/// Members, how to connect, and what to try.
+fn summary(layout: &Layout, view: &craton_console::views::StatusView) -> String {
+    let me = command_name(layout);
+    let (user, database) = crate::psql::default_session(layout);
+    let connection = |port| {
+        format!(
+            "postgresql://{user}@{}/{database}",
+            crate::layout::address(port)
+        )
+    };
+    let heading = |text: &str| paint(Colour::Bold, text);
+    let mut lines = vec![
+        String::new(),
+        status::render(view),
+        String::new(),
+        format!("{}  {}", heading("writes"), connection(layout.proxy_port())),
+        format!(
+            "{}   {}",
+            heading("reads"),
+            connection(layout.proxy_read_port())
+        ),
+        format!(
+            "        the password is in {}: PGPASSFILE, or `{me} psql`",
+            layout.secret(secrets::names::PGPASS).display()
+        ),
+        String::new(),
+        heading("Three things to try"),
+    ];
+    let tries = if layout.cluster.sample {
+        [
+            (
+                "the cities of the largest countries",
+                format!(
+                    "{me} psql -c \"SELECT c.name, count(*) AS cities FROM countries c JOIN cities t ON ST_Contains(c.geom, t.geom) GROUP BY c.name ORDER BY 2 DESC LIMIT 5\""
+                ),
+            ),
+            (
+                "a read that a standby serves",
+                format!(
+                    "{me} psql --read -c \"SELECT pg_is_in_recovery() AS on_a_standby, inet_server_port() AS port, count(*) AS countries FROM countries\""
+                ),
+            ),
+            (
+                "kill the primary while clients write",
+                format!("{me} drill kill-primary"),
+            ),
+        ]
+    } else {
+        [
+            (
+                "a table that every member gets",
+                format!("{me} psql -c \"CREATE TABLE hello AS SELECT now() AS said_at\""),
+            ),
+            (
+                "a read that a standby serves",
+                format!("{me} psql --read -c \"SELECT pg_is_in_recovery() AS on_a_standby\""),
+            ),
+            (
+                "kill the primary while clients write",
+                format!("{me} drill kill-primary"),
+            ),
+        ]
+    };
+    for (what, command) in tries {
+        lines.push(format!("  {}", paint(Colour::Dim, &format!("# {what}"))));
+        lines.push(format!("  {command}"));
+    }
+    lines.join("\n")
+}
+
+/// How this program was called, so that what is printed can be typed; `--dir` where it is needed.
+fn command_name(layout: &Layout) -> String {
+    let name = std::env::args_os().next().map_or_else(
+        || "craton".to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    );
+    let default = crate::layout::directory(None).is_ok_and(|dir| dir == layout.root);
+    let roots = layout.root == Path::new("/var/lib/craton") && !Path::new(&name).is_absolute();
+    if default || roots {
+        name
+    } else {
+        format!("{name} --dir {}", layout.root.display())
+    }
+}
