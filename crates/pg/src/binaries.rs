@@ -12,6 +12,15 @@ const DEBIAN_ROOT: &str = "/usr/lib/postgresql";
 /// The oldest major version that this crate drives (`primary_conninfo` is reloadable since 13).
 pub const MAJOR_MIN: u32 = 13;
 
+/// The programs that this crate runs beside the server.
+const TOOLS: [&str; 5] = [
+    "initdb",
+    "pg_controldata",
+    "pg_basebackup",
+    "pg_rewind",
+    "pg_waldump",
+];
+
 /// A server's version.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct PgVersion {
@@ -116,9 +125,19 @@ fn installed() -> Vec<PathBuf> {
         .map(|entry| entry.path().join("bin"));
     let path = std::env::var_os("PATH");
     let on_path = std::env::split_paths(path.as_deref().unwrap_or(OsStr::new("")));
+    // A link to the server alone (/usr/local/bin/postgres) leads to where its other programs are.
     debian
         .chain(on_path)
-        .filter(|dir| dir.join("postgres").is_file())
+        .filter_map(|dir| {
+            Some(
+                dir.join("postgres")
+                    .canonicalize()
+                    .ok()?
+                    .parent()?
+                    .to_owned(),
+            )
+        })
+        .filter(|dir| TOOLS.iter().all(|tool| dir.join(tool).is_file()))
         .collect()
 }
 

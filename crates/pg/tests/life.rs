@@ -1,0 +1,240 @@
+//! One server: made, started, adopted, killed.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{LIMIT, Member, PASSWORD, ran_as_postgres, until};
+use craton_pg::{DataDir, ExitReason, InitOptions, PgError, StartMode, StopMode, processes};
+
+#[tokio::test]
+async fn initdb_is_whole_or_nothing() {
+    if ran_as_postgres("initdb_is_whole_or_nothing") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let member = Member::new(root.path(), "a");
+    assert_eq!(
+        member.instance.data_dir_state().await.unwrap(),
+        DataDir::Empty
+    );
+
+    let half = member.instance.member_dir().join("data.init");
+    std::fs::create_dir(&half).unwrap();
+    std::fs::write(half.join("PG_VERSION"), "15").unwrap();
+    assert_eq!(
+        member.instance.data_dir_state().await.unwrap(),
+        DataDir::HalfClone
+    );
+
+    let options = InitOptions {
+        superuser_password: PASSWORD.into(),
+    };
+    let control = member.instance.initdb(&options).await.unwrap();
+    assert!(control.checksums && control.shut_down_cleanly() && control.system_identifier != 0);
+    assert!(!half.exists());
+    assert!(matches!(
+        member.instance.data_dir_state().await.unwrap(),
+        DataDir::Cluster { .. }
+    ));
+    let again = member.instance.initdb(&options).await;
+    assert!(matches!(again, Err(PgError::DataDir { .. })), "{again:?}");
+
+    std::fs::write(member.instance.data_dir().join("PG_VERSION"), "9.6\n").unwrap();
+    assert!(matches!(
+        member.instance.data_dir_state().await.unwrap(),
+        DataDir::Foreign(_)
+    ));
+}
+
+#[tokio::test]
+async fn a_server_outlives_its_handle_and_is_adopted() {
+    if ran_as_postgres("a_server_outlives_its_handle_and_is_adopted") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut member = Member::new_primary(root.path(), "a").await;
+    let pid = member.postmaster.take().unwrap().pid();
+    assert!(matches!(
+        member.instance.start(StartMode::Standby).await,
+        Err(PgError::Running { .. })
+    ));
+
+    let adopted = member.instance.adopt().await.unwrap().unwrap();
+    assert_eq!(adopted.pid(), pid);
+    assert!(adopted.is_running());
+    let waiting = tokio::spawn({
+        let adopted = adopted.clone();
+        async move { adopted.exited().await }
+    });
+    member.control.disconnect().await;
+    assert_eq!(
+        adopted.stop(StopMode::Fast, LIMIT).await.unwrap(),
+        ExitReason::Status(0)
+    );
+    assert_eq!(
+        tokio::time::timeout(LIMIT, waiting).await.unwrap().unwrap(),
+        ExitReason::Status(0)
+    );
+    assert!(member.instance.adopt().await.unwrap().is_none());
+    assert!(
+        member
+            .instance
+            .control_data()
+            .await
+            .unwrap()
+            .shut_down_cleanly()
+    );
+}
+
+#[tokio::test]
+async fn kill_all_leaves_no_process_even_of_a_frozen_server() {
+    if ran_as_postgres("kill_all_leaves_no_process_even_of_a_frozen_server") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut member = Member::new_primary(root.path(), "a").await;
+    let busy = member.instance.control();
+    let query =
+        tokio::spawn(async move { busy.query("test", "SELECT pg_sleep(100)", LIMIT).await });
+    let data = member.instance.data_dir().to_owned();
+    until("backends run", || async {
+        processes::living_in(&data).len() > 5
+    })
+    .await;
+    for process in processes::living_in(&data).iter().take(3) {
+        let pid = rustix::process::Pid::from_raw(process.pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+    let postmaster = member.postmaster.take().unwrap();
+    postmaster.kill_all(LIMIT).await.unwrap();
+    assert!(processes::living_in(&data).is_empty());
+    assert_eq!(postmaster.exited().await, ExitReason::Signal(9));
+    assert!(query.await.unwrap().is_err());
+
+    // What it left behind (pid file, socket, shared memory) does not hinder the next start.
+    member.start(StartMode::Primary).await;
+    assert_eq!(member.sql("SELECT 1").await, "1");
+}
+
+#[tokio::test]
+async fn a_postmaster_that_dies_is_noticed_and_its_orphans_die_before_the_next_start() {
+    if ran_as_postgres(
+        "a_postmaster_that_dies_is_noticed_and_its_orphans_die_before_the_next_start",
+    ) {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut member = Member::new_primary(root.path(), "a").await;
+    let data = member.instance.data_dir().to_owned();
+    let postmaster = member.postmaster.take().unwrap();
+    // Frozen children cannot see that their postmaster is gone.
+    for child in processes::children_of(postmaster.pid()) {
+        let pid = rustix::process::Pid::from_raw(child.pid).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    }
+    let pid = rustix::process::Pid::from_raw(postmaster.pid()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    let exit = tokio::time::timeout(Duration::from_secs(2), postmaster.exited())
+        .await
+        .unwrap();
+    assert_eq!(exit, ExitReason::Signal(9));
+    assert!(!processes::living_in(&data).is_empty());
+    assert!(member.instance.adopt().await.unwrap().is_none());
+    member.start(StartMode::Primary).await;
+    assert_eq!(member.sql("SELECT 1").await, "1");
+}
+
+#[tokio::test]
+async fn a_start_that_fails_says_why() {
+    if ran_as_postgres("a_start_that_fails_says_why") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut member = Member::new(root.path(), "a");
+    member
+        .instance
+        .initdb(&InitOptions {
+            superuser_password: PASSWORD.into(),
+        })
+        .await
+        .unwrap();
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", member.instance.config().port)).unwrap();
+    member
+        .managed
+        .settings
+        .insert("work_mem".into(), "many".into());
+    member.instance.write_config(&member.managed).await.unwrap();
+    let postmaster = member.instance.start(StartMode::Primary).await.unwrap();
+    let error = member
+        .instance
+        .wait_ready(&postmaster, LIMIT)
+        .await
+        .unwrap_err();
+    assert!(error.to_string().contains("work_mem"), "{error}");
+}
+
+#[tokio::test]
+async fn control_queries_have_deadlines_and_recover() {
+    if ran_as_postgres("control_queries_have_deadlines_and_recover") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let member = Member::new_primary(root.path(), "a").await;
+    let short = Duration::from_millis(50);
+    let slow = member
+        .control
+        .query("test", "SELECT pg_sleep(10)", short)
+        .await;
+    assert!(matches!(slow, Err(PgError::Timeout { .. })), "{slow:?}");
+    assert_eq!(member.sql("SELECT 1").await, "1");
+    let wrong = member
+        .control
+        .query("test", "SELECT no_such", LIMIT)
+        .await
+        .unwrap_err();
+    assert_eq!(wrong.sqlstate(), Some("42703"));
+
+    member
+        .control
+        .create_database("it's \"x\"", None, LIMIT)
+        .await
+        .unwrap();
+    member
+        .control
+        .create_database("it's \"x\"", None, LIMIT)
+        .await
+        .unwrap();
+    assert_eq!(
+        member
+            .control
+            .active_client_transactions(LIMIT)
+            .await
+            .unwrap(),
+        0
+    );
+
+    member
+        .control
+        .bootstrap_roles(&passwords(), LIMIT)
+        .await
+        .unwrap();
+    let row = member
+        .sql("SELECT passwd FROM craton.user_lookup('craton_proxy')")
+        .await;
+    assert!(row.starts_with("SCRAM-SHA-256$"), "{row}");
+    let log = std::fs::read_to_string(member.instance.log_path()).unwrap();
+    assert!(
+        !log.contains("secret") && !log.contains("SCRAM-SHA-256$"),
+        "the log holds a secret"
+    );
+}
+
+fn passwords() -> craton_pg::RolePasswords {
+    let password = || PASSWORD.to_owned();
+    craton_pg::RolePasswords {
+        replication: password(),
+        proxy: password(),
+        rewind: password(),
+    }
+}
