@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::clock;
 use crate::config::Secrets;
 use crate::fencing::Fencing;
-use crate::server::{LocalServer, sync_names};
+use crate::server::{LocalServer, end_is_exact, sync_names};
 use crate::state::{MemberState, StateFile};
 
 /// A clean stop that takes longer is ended by force.
@@ -28,8 +28,13 @@ const PROMOTE_MAX: Duration = Duration::from_secs(30);
 const SEAL_MAX: Duration = Duration::from_secs(30);
 /// How long one attempt to prove a sync set may take.
 const SYNC_MAX: Duration = Duration::from_secs(5);
+/// A query of the agent's own.
+const QUERY_MAX: Duration = Duration::from_secs(10);
 /// Until a started server answers.
 const READY_MAX: Duration = Duration::from_secs(60);
+/// Until a started standby answers. One that needs more (a rewound one needs WAL from the leader) is left
+/// running and looked at again.
+const READY_STANDBY_MAX: Duration = Duration::from_secs(10);
 
 /// Why a task failed.
 #[derive(Debug, thiserror::Error)]
@@ -154,7 +159,7 @@ impl Actor {
         let process = self.server.instance.start(StartMode::Standby).await?;
         self.server.hold(process.clone(), false);
         self.server.set_upstream(whom);
-        self.server.instance.wait_ready(&process, READY_MAX).await?;
+        self.server.instance.wait_ready(&process, READY_STANDBY_MAX).await?;
         self.server.poke();
         Ok(())
     }
@@ -206,24 +211,22 @@ impl Actor {
         };
         self.raise_floor(term)?;
         let config = self.server.managed(None, SyncNames::Nobody);
-        self.server.instance.write_config(&config).await?;
-        process.reload()?;
         self.server.set_upstream(None);
+        self.server.instance.cut_upstream(&process, &config, SEAL_MAX).await?;
         let deadline = clock::now().after(SEAL_MAX);
         loop {
             let sample = self.server.control.sample(Duration::from_secs(1)).await?;
-            let exact = sample.replay_caught_local || sample.receive_lsn.is_some();
             if !sample.in_recovery {
                 return Err(ActError::Stale("PostgreSQL is not a standby".into()));
             }
-            if sample.receiver.is_none() && sample.primary_conninfo_empty && exact {
+            if end_is_exact(&sample) {
                 let seal = Seal { term, incarnation, timeline: sample.timeline, lsn: sample.end_of_wal() };
                 tracing::info!(%term, timeline = %seal.timeline, lsn = %seal.lsn, "sealed");
                 self.server.set_sealed(Some(seal));
                 return Ok(());
             }
             if clock::now() > deadline {
-                return Err(ActError::Stale(format!("the WAL receiver or the reading of local WAL did not end within {SEAL_MAX:?}")));
+                return Err(ActError::Stale(format!("the reading of local WAL did not end within {SEAL_MAX:?}")));
             }
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
@@ -249,7 +252,7 @@ impl Actor {
         self.server.instance.write_history_files(&taken).await?;
         self.server.set_maybe_primary();
         self.fencing.guard(&process);
-        let got = self.server.instance.promote(&self.server.control, PROMOTE_MAX).await?;
+        let got = self.server.control.promote(PROMOTE_MAX).await?;
         tracing::info!(%term, timeline = %got, "promoted");
         self.server.data_changed();
         self.server.set_in_force(Some(sync));
@@ -263,7 +266,7 @@ impl Actor {
             proxy: self.secrets.proxy.clone(),
             rewind: self.secrets.rewind.clone(),
         };
-        Ok(self.server.control.bootstrap_roles(&passwords).await?)
+        Ok(self.server.control.bootstrap_roles(&passwords, QUERY_MAX).await?)
     }
 
     async fn clone_from(&self, from: &MemberId, term: Term, members: &Members) -> Result<(), ActError> {

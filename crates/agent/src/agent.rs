@@ -10,7 +10,7 @@ use craton_core::observe::{
     LeaseSeen, Me, MemberStatus, Observation, PeerView, ServerView, TaskFailure, TaskView,
 };
 use craton_core::records::ClusterView;
-use craton_core::topology::Topology;
+use craton_core::topology::{MemberRole, Topology};
 use craton_core::{BootTime, MemberId};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -335,10 +335,13 @@ impl Agent {
 
     /// Announcements and topology: at once when something of substance changed, else with the heartbeat.
     fn tell(&mut self, o: &Observation, d: &Decision) {
-        let own = views::own_status(o, d);
+        let mut own = views::own_status(o, d);
+        if own.role == MemberRole::Leader {
+            own.slots = self.server.slots();
+        }
         let heartbeat = o.view.as_ref().map_or_else(|| o.initial_settings.heartbeat(), |v| v.settings().heartbeat());
         let due = self.announced_at.is_none_or(|at| o.now.since(at) >= heartbeat);
-        let bare = |s: &MemberStatus| MemberStatus { lsn: None, replay_lsn: None, ..s.clone() };
+        let bare = |s: &MemberStatus| MemberStatus { lsn: None, replay_lsn: None, slots: BTreeMap::new(), ..s.clone() };
         let changed = self.announced.as_ref().map(bare) != Some(bare(&own));
         if due || changed {
             if let Ok(text) = serde_json::to_string(&own) {

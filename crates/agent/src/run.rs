@@ -76,8 +76,9 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
     let adopted = server.instance.adopt().await?;
     if let Some(process) = adopted {
         tracing::info!(pid = process.pid(), "took over the running PostgreSQL");
-        // Writable until it is seen not to be.
-        server.hold(process, true);
+        // PostgreSQL removes standby.signal before it accepts its first write (xlog.c, StartupXLOG).
+        let standby = server.instance.data_dir().join("standby.signal").exists();
+        server.hold(process, !standby);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(LEASE_THREADS)
@@ -295,7 +296,7 @@ async fn keep_metrics(metrics: AgentMetrics, mut seen: watch::Receiver<Option<Se
 async fn bound_log(server: Arc<LocalServer>) {
     loop {
         tokio::time::sleep(Duration::from_secs(60)).await;
-        if let Err(error) = server.instance.bound_log(LOG_BYTES_MAX) {
+        if let Err(error) = server.instance.bound_log(LOG_BYTES_MAX).await {
             tracing::debug!(%error, "PostgreSQL's log could not be cut");
         }
     }

@@ -199,12 +199,9 @@ impl LocalServer {
             in_recovery: s.in_recovery,
             timeline: s.timeline,
             end: s.end_of_wal(),
-            // A WAL receiver is started only when all local WAL has been replayed, and what it writes is
-            // counted in receive_lsn; so once there was one in this postmaster's life, the greater of
-            // receive and replay is the end of all there is (xlogrecovery.c, WaitForWALToBecomeAvailable).
-            end_is_exact: !s.in_recovery || s.receive_lsn.is_some() || s.replay_caught_local,
+            end_is_exact: end_is_exact(s),
             upstream: k.upstream.clone(),
-            streaming: s.receiver.as_ref().is_some_and(|r| r.status == "streaming"),
+            streaming: s.is_streaming(),
             sync_in_force: k.in_force.as_ref() == Some(&configured),
             sync_configured: configured,
             standbys: standbys(s),
@@ -245,7 +242,7 @@ impl LocalServer {
     async fn look_once(&self, process: &Postmaster) {
         let count = self.known().count_transactions;
         let sample = self.control.sample(SAMPLE_TIMEOUT).await;
-        let active = if count { self.control.active_client_transactions().await.ok() } else { None };
+        let active = if count { self.control.active_client_transactions(SAMPLE_TIMEOUT).await.ok() } else { None };
         let mut k = self.known();
         if k.process.as_ref().map(Postmaster::pid) != Some(process.pid()) {
             return;
@@ -263,13 +260,23 @@ impl LocalServer {
 
     /// The configuration for a role.
     pub fn managed(&self, upstream: Option<Upstream>, sync: SyncNames) -> ManagedConfig {
-        ManagedConfig { upstream, sync, settings: self.settings.clone(), hba: HbaRule::standard(&self.networks) }
+        let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
+        ManagedConfig { upstream, sync, settings: self.settings.clone(), hba: HbaRule::standard(&networks) }
     }
 
-    /// The position up to which WAL is flushed here, for announcements.
-    pub fn end(&self) -> Option<Lsn> {
-        self.sample().map(|s| s.end_of_wal())
+    /// From where each replication slot here keeps WAL.
+    pub fn slots(&self) -> BTreeMap<String, Lsn> {
+        let slots = self.sample().map(|s| s.slots).unwrap_or_default();
+        slots.into_iter().filter_map(|s| Some((s.name, s.restart_lsn?))).collect()
     }
+}
+
+/// True if nothing on this disk lies beyond `end_of_wal`. A WAL receiver is started only when all local WAL
+/// has been replayed, and what it writes is counted in `receive_lsn`; so once there was one in this
+/// postmaster's life, the greater of receive and replay is the end of all there is (xlogrecovery.c,
+/// `WaitForWALToBecomeAvailable`).
+pub fn end_is_exact(s: &ServerSample) -> bool {
+    s.receive_lsn.is_some() || s.has_replayed_local_wal()
 }
 
 /// (V, k) as PostgreSQL's setting for it. k = 0 is "nobody is waited for".
@@ -296,8 +303,8 @@ fn standbys(sample: &ServerSample) -> Vec<StandbyView> {
             Some(StandbyView {
                 member,
                 incarnation,
-                streaming: row.state == "streaming",
-                flush_lsn: row.flush.unwrap_or(Lsn::ZERO),
+                streaming: row.state.as_deref() == Some("streaming"),
+                flush_lsn: row.flush_lsn.unwrap_or(Lsn::ZERO),
             })
         })
         .collect()

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use craton_core::observe::{Observation, ServerView};
-use craton_core::records::ClusterView;
 use craton_core::{Lsn, MemberId};
 use tokio::sync::watch;
 
@@ -15,6 +14,8 @@ use crate::server::LocalServer;
 
 /// How often slots are looked after.
 const INTERVAL: Duration = Duration::from_secs(2);
+/// A query of the agent's own.
+const QUERY_MAX: Duration = Duration::from_secs(5);
 /// The backup daemon's slot.
 pub const BACKUP_SLOT: &str = "craton_backup";
 
@@ -39,26 +40,19 @@ async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::Pg
     if s.in_recovery && !s.streaming {
         return Ok(());
     }
-    server.control.ensure_slots(&wanted).await?;
+    server.control.ensure_slots(&wanted, QUERY_MAX).await?;
     if !s.in_recovery {
         return Ok(());
     }
-    // On a standby nobody uses the slots: they are moved to what each member is known to have flushed, and
-    // the backup's to what the leader's slot says, through the announcements' lowest position.
+    // On a standby nobody uses the slots: each is moved to where the leader's slot of that name is.
     let Some(sample) = server.sample() else { return Ok(()) };
-    for member in others {
-        if let Some(lsn) = flushed(o, view, member) {
-            advance(server, &sample, &member.slot_name(), lsn).await?;
+    let leader = view.leader().and_then(|l| o.peers.get(&l.member));
+    for (slot, lsn) in leader.map(|p| &p.status.slots).into_iter().flatten() {
+        if *slot != o.me.id.slot_name() && wanted.contains(slot) {
+            advance(server, &sample, slot, *lsn).await?;
         }
     }
     Ok(())
-}
-
-/// What a member is known to hold.
-fn flushed(o: &Observation, view: &ClusterView, member: &MemberId) -> Option<Lsn> {
-    let status = &o.peers.get(member)?.status;
-    let timeline = view.leadership.as_ref()?.value.timeline;
-    status.lsn.filter(|_| status.timeline == Some(timeline))
 }
 
 async fn advance(
@@ -67,7 +61,7 @@ async fn advance(
     let limit = sample.end_of_wal().min(lsn);
     let known = sample.slots.iter().find(|s| s.name == slot);
     if known.is_some_and(|s| !s.active && s.restart_lsn.is_none_or(|at| at < limit)) {
-        server.control.advance_slot(slot, limit).await?;
+        server.control.advance_slot(slot, limit, QUERY_MAX).await?;
     }
     Ok(())
 }

@@ -28,6 +28,7 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
         replay_lsn: None,
         streaming: false,
         doing: decision.reasons.last().map(|r| r.text.clone()).unwrap_or_default(),
+        slots: BTreeMap::new(),
     };
     match &o.server {
         ServerView::Down => {}
