@@ -8,7 +8,8 @@ use craton_core::records::{At, MemberRecord, Seal, Timelines};
 use craton_core::sync::{SyncSet, application_name};
 use craton_core::{Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
-    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RewindFailure, RolePasswords, StartMode, StopMode, SyncNames, Upstream,
+    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RewindFailure, RolePasswords,
+    StartMode, StopMode, SyncNames, Upstream,
 };
 use tokio::sync::watch;
 
@@ -72,18 +73,30 @@ pub type Members = std::collections::BTreeMap<MemberId, At<MemberRecord>>;
 impl Actor {
     /// A copy of the durable state.
     pub fn state(&self) -> MemberState {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).get().clone()
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get()
+            .clone()
     }
 
     fn raise_floor(&self, term: Term) -> Result<(), ActError> {
-        Ok(self.state.lock().unwrap_or_else(PoisonError::into_inner).raise_floor(term)?)
+        Ok(self
+            .state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .raise_floor(term)?)
     }
 
     /// A new life of the data directory; its floor is the term at its birth.
     fn reborn(&self, floor: Term) -> Result<(), ActError> {
         let mut file = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let floor = floor.max(file.get().floor);
-        let next = MemberState { version: 1, incarnation: Some(Incarnation(rand::random())), floor };
+        let next = MemberState {
+            version: 1,
+            incarnation: Some(Incarnation(rand::random())),
+            floor,
+        };
         Ok(file.set(next)?)
     }
 
@@ -92,7 +105,12 @@ impl Actor {
         loop {
             let result = match self.server.process() {
                 Some(process) => process.kill_all(KILL_MAX).await,
-                None => self.server.instance.kill_leftovers(KILL_MAX).await.map(|_| ()),
+                None => self
+                    .server
+                    .instance
+                    .kill_leftovers(KILL_MAX)
+                    .await
+                    .map(|_| ()),
             };
             match result {
                 Ok(()) => break,
@@ -111,20 +129,28 @@ impl Actor {
             Task::Stop { how, why } => self.stop(how, &why).await,
             Task::Follow { leader, term } => self.follow(&leader, term, members).await,
             Task::Seal { term } => self.seal(term).await,
-            Task::Promote { term, timeline, sync, known } => self.promote(term, timeline, sync, &known).await,
+            Task::Promote {
+                term,
+                timeline,
+                sync,
+                known,
+            } => self.promote(term, timeline, sync, &known).await,
             Task::Bootstrap => self.bootstrap().await,
             Task::Clone { from, term } => self.clone_from(&from, term, members).await,
             Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
             Task::SetSync(set) => self.set_sync(set).await,
-            Task::Checkpoint => Ok(self.server.control.checkpoint(Duration::from_secs(60)).await?),
+            Task::Checkpoint => Ok(self
+                .server
+                .control
+                .checkpoint(Duration::from_secs(60))
+                .await?),
         }
     }
 
     fn upstream(&self, of: &MemberId, members: &Members, user: &str) -> Result<Upstream, ActError> {
-        let record = members
-            .get(of)
-            .map(|m| &m.value)
-            .ok_or_else(|| ActError::Stale(format!("the coordinator has no address of {of} yet")))?;
+        let record = members.get(of).map(|m| &m.value).ok_or_else(|| {
+            ActError::Stale(format!("the coordinator has no address of {of} yet"))
+        })?;
         let incarnation = self.state().incarnation.unwrap_or_default();
         Ok(Upstream {
             host: record.host.clone(),
@@ -137,7 +163,9 @@ impl Actor {
     }
 
     async fn init_db(&self) -> Result<(), ActError> {
-        let options = InitOptions { superuser_password: self.secrets.superuser.clone() };
+        let options = InitOptions {
+            superuser_password: self.secrets.superuser.clone(),
+        };
         self.server.instance.initdb(&options).await?;
         self.reborn(Term(0))?;
         self.server.data_changed();
@@ -149,9 +177,14 @@ impl Actor {
         self.start_following(None).await
     }
 
-    async fn start_following(&self, upstream: Option<(Upstream, MemberId, Term)>) -> Result<(), ActError> {
+    async fn start_following(
+        &self,
+        upstream: Option<(Upstream, MemberId, Term)>,
+    ) -> Result<(), ActError> {
         let whom = upstream.as_ref().map(|(_, m, t)| (m.clone(), *t));
-        let config = self.server.managed(upstream.map(|(u, _, _)| u), SyncNames::Nobody);
+        let config = self
+            .server
+            .managed(upstream.map(|(u, _, _)| u), SyncNames::Nobody);
         self.server.instance.write_config(&config).await?;
         self.server.data_changed();
         // Known before the server runs: a decision in between must see the right upstream.
@@ -159,7 +192,10 @@ impl Actor {
         let process = self.server.instance.start(StartMode::Standby).await?;
         self.server.hold(process.clone(), false);
         self.server.set_upstream(whom);
-        self.server.instance.wait_ready(&process, READY_STANDBY_MAX).await?;
+        self.server
+            .instance
+            .wait_ready(&process, READY_STANDBY_MAX)
+            .await?;
         self.server.poke();
         Ok(())
     }
@@ -179,7 +215,9 @@ impl Actor {
 
     async fn stop(&self, how: StopHow, why: &str) -> Result<(), ActError> {
         tracing::info!(?how, why, "stopping PostgreSQL");
-        let Some(process) = self.server.process() else { return Ok(()) };
+        let Some(process) = self.server.process() else {
+            return Ok(());
+        };
         if how == StopHow::Fast && process.stop(StopMode::Fast, STOP_FAST_MAX).await.is_ok() {
             return Ok(());
         }
@@ -187,7 +225,12 @@ impl Actor {
         Ok(())
     }
 
-    async fn follow(&self, leader: &MemberId, term: Term, members: &Members) -> Result<(), ActError> {
+    async fn follow(
+        &self,
+        leader: &MemberId,
+        term: Term,
+        members: &Members,
+    ) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
@@ -207,12 +250,17 @@ impl Actor {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
         let Some(incarnation) = self.state().incarnation else {
-            return Err(ActError::Stale("the data directory has no incarnation".into()));
+            return Err(ActError::Stale(
+                "the data directory has no incarnation".into(),
+            ));
         };
         self.raise_floor(term)?;
         let config = self.server.managed(None, SyncNames::Nobody);
         self.server.set_upstream(None);
-        self.server.instance.cut_upstream(&process, &config, SEAL_MAX).await?;
+        self.server
+            .instance
+            .cut_upstream(&process, &config, SEAL_MAX)
+            .await?;
         let deadline = clock::now().after(SEAL_MAX);
         loop {
             let sample = self.server.control.sample(Duration::from_secs(1)).await?;
@@ -220,20 +268,31 @@ impl Actor {
                 return Err(ActError::Stale("PostgreSQL is not a standby".into()));
             }
             if end_is_exact(&sample) {
-                let seal = Seal { term, incarnation, timeline: sample.timeline, lsn: sample.end_of_wal() };
+                let seal = Seal {
+                    term,
+                    incarnation,
+                    timeline: sample.timeline,
+                    lsn: sample.end_of_wal(),
+                };
                 tracing::info!(%term, timeline = %seal.timeline, lsn = %seal.lsn, "sealed");
                 self.server.set_sealed(Some(seal));
                 return Ok(());
             }
             if clock::now() > deadline {
-                return Err(ActError::Stale(format!("the reading of local WAL did not end within {SEAL_MAX:?}")));
+                return Err(ActError::Stale(format!(
+                    "the reading of local WAL did not end within {SEAL_MAX:?}"
+                )));
             }
             tokio::time::sleep(Duration::from_millis(3)).await;
         }
     }
 
     async fn promote(
-        &self, term: Term, timeline: TimelineId, sync: SyncSet, known: &Timelines,
+        &self,
+        term: Term,
+        timeline: TimelineId,
+        sync: SyncSet,
+        known: &Timelines,
     ) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
@@ -247,7 +306,13 @@ impl Actor {
             .0
             .iter()
             .filter(|t| t.timeline < timeline)
-            .filter_map(|t| Some(KnownTimeline { id: t.timeline, parent: t.parent?, fork: t.fork }))
+            .filter_map(|t| {
+                Some(KnownTimeline {
+                    id: t.timeline,
+                    parent: t.parent?,
+                    fork: t.fork,
+                })
+            })
             .collect();
         self.server.instance.write_history_files(&taken).await?;
         self.server.set_maybe_primary();
@@ -256,7 +321,10 @@ impl Actor {
         tracing::info!(%term, timeline = %got, "promoted");
         self.server.data_changed();
         self.server.set_in_force(Some(sync));
-        self.server.instance.remove_reserved_history_files(got).await?;
+        self.server
+            .instance
+            .remove_reserved_history_files(got)
+            .await?;
         Ok(())
     }
 
@@ -266,41 +334,75 @@ impl Actor {
             proxy: self.secrets.proxy.clone(),
             rewind: self.secrets.rewind.clone(),
         };
-        Ok(self.server.control.bootstrap_roles(&passwords, QUERY_MAX).await?)
+        Ok(self
+            .server
+            .control
+            .bootstrap_roles(&passwords, QUERY_MAX)
+            .await?)
     }
 
-    async fn clone_from(&self, from: &MemberId, term: Term, members: &Members) -> Result<(), ActError> {
+    async fn clone_from(
+        &self,
+        from: &MemberId,
+        term: Term,
+        members: &Members,
+    ) -> Result<(), ActError> {
         // The new life begins before its first byte: nothing of the old one can be taken for it.
         self.reborn(term)?;
-        if matches!(self.server.instance.data_dir_state().await?, DataDir::HalfRewind) {
+        if matches!(
+            self.server.instance.data_dir_state().await?,
+            DataDir::HalfRewind
+        ) {
             // Its divergent WAL was kept before pg_rewind began.
             self.server.instance.discard_data_dir().await?;
         }
         let mut source = self.upstream(from, members, "craton_replication")?;
         source.slot = None;
         tracing::info!(%from, "cloning");
-        self.server.instance.clone_from(&source, self.progress.clone()).await?;
+        self.server
+            .instance
+            .clone_from(&source, self.progress.clone())
+            .await?;
         self.server.data_changed();
         self.start_standby().await
     }
 
     /// Keeps what the cluster does not have, then rewinds; where that cannot work, clones.
     async fn rewind(
-        &self, from: &MemberId, fork: Option<(TimelineId, Lsn)>, term: Term, members: &Members,
+        &self,
+        from: &MemberId,
+        fork: Option<(TimelineId, Lsn)>,
+        term: Term,
+        members: &Members,
     ) -> Result<(), ActError> {
         let control = self.server.instance.control_data().await?;
-        self.stop(StopHow::Fast, "its WAL is not the cluster's").await?;
+        self.stop(StopHow::Fast, "its WAL is not the cluster's")
+            .await?;
         let (timeline, at) = fork.unwrap_or((control.timeline, control.redo_lsn));
-        let id = format!("term-{term}-timeline-{timeline}-{}", at.to_string().replace('/', "-"));
-        let kept = self.server.instance.keep_divergent_wal(&id, timeline, at).await?;
+        let id = format!(
+            "term-{term}-timeline-{timeline}-{}",
+            at.to_string().replace('/', "-")
+        );
+        let kept = self
+            .server
+            .instance
+            .keep_divergent_wal(&id, timeline, at)
+            .await?;
         tracing::warn!(?kept, "kept the WAL that the cluster does not have");
         self.reborn(term)?;
         let source = self.upstream(from, members, "craton_rewind")?;
         self.server.data_changed();
         match self.server.instance.rewind_from(&source).await {
             Ok(()) => {}
-            Err(PgError::Rewind { kind: RewindFailure::SourceUnavailable, output }) => {
-                return Err(PgError::Rewind { kind: RewindFailure::SourceUnavailable, output }.into());
+            Err(PgError::Rewind {
+                kind: RewindFailure::SourceUnavailable,
+                output,
+            }) => {
+                return Err(PgError::Rewind {
+                    kind: RewindFailure::SourceUnavailable,
+                    output,
+                }
+                .into());
             }
             Err(error) => {
                 tracing::warn!(%error, "pg_rewind cannot bring this member back: cloning it anew");
@@ -310,7 +412,8 @@ impl Actor {
         }
         let upstream = self.upstream(from, members, "craton_replication")?;
         self.raise_floor(term)?;
-        self.start_following(Some((upstream, from.clone(), term))).await
+        self.start_following(Some((upstream, from.clone(), term)))
+            .await
     }
 
     async fn set_sync(&self, set: SyncSet) -> Result<(), ActError> {
@@ -319,7 +422,10 @@ impl Actor {
         };
         let config = self.server.managed(None, sync_names(&set));
         self.server.set_in_force(None);
-        self.server.instance.enforce_sync(&process, &self.server.control, &config, SYNC_MAX).await?;
+        self.server
+            .instance
+            .enforce_sync(&process, &self.server.control, &config, SYNC_MAX)
+            .await?;
         self.server.set_in_force(Some(set));
         Ok(())
     }

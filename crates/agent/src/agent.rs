@@ -144,7 +144,8 @@ impl Agent {
         self.log(&decision);
         self.act(&observation, &decision).await;
         self.tell(&observation, &decision);
-        self.seen.send_replace(Some(Arc::new((observation, decision))));
+        self.seen
+            .send_replace(Some(Arc::new((observation, decision))));
     }
 
     /// The local copy may be old just after a start: the store is believed once it was read linearizably.
@@ -162,11 +163,16 @@ impl Agent {
                 }
             }
         });
-        self.submission = Some(Submission { handle, first_read: true });
+        self.submission = Some(Submission {
+            handle,
+            first_read: true,
+        });
     }
 
     async fn collect_submission(&mut self) {
-        let Some(s) = self.submission.take_if(|s| s.handle.is_finished()) else { return };
+        let Some(s) = self.submission.take_if(|s| s.handle.is_finished()) else {
+            return;
+        };
         if let Ok(Some(revision)) = s.handle.await {
             if s.first_read {
                 self.known_from = Some(revision);
@@ -177,7 +183,9 @@ impl Agent {
     }
 
     async fn collect_task(&mut self) {
-        let Some((view, handle)) = self.task.take_if(|(_, h)| h.is_finished()) else { return };
+        let Some((view, handle)) = self.task.take_if(|(_, h)| h.is_finished()) else {
+            return;
+        };
         let kind = view.task.kind();
         self.server.set_busy(false);
         match handle.await {
@@ -198,9 +206,19 @@ impl Agent {
     }
 
     fn note_failure(&mut self, kind: TaskKind, error: String) {
-        let count = self.failures.get(&kind).map_or(1, |f| f.count.saturating_add(1));
-        let pause = RETRY_MIN.saturating_mul(1 << count.saturating_sub(1).min(10)).min(RETRY_MAX);
-        let failure = TaskFailure { kind, error, count, retry_at: clock::now().after(pause) };
+        let count = self
+            .failures
+            .get(&kind)
+            .map_or(1, |f| f.count.saturating_add(1));
+        let pause = RETRY_MIN
+            .saturating_mul(1 << count.saturating_sub(1).min(10))
+            .min(RETRY_MAX);
+        let failure = TaskFailure {
+            kind,
+            error,
+            count,
+            retry_at: clock::now().after(pause),
+        };
         self.failures.insert(kind, failure);
     }
 
@@ -259,7 +277,13 @@ impl Agent {
             .filter(|(m, _)| **m != self.config.member)
             .filter_map(|(m, p)| {
                 let status: MemberStatus = serde_json::from_str(&p.value).ok()?;
-                Some((m.clone(), PeerView { heard_at: p.heard_at, status }))
+                Some((
+                    m.clone(),
+                    PeerView {
+                        heard_at: p.heard_at,
+                        status,
+                    },
+                ))
             })
             .collect()
     }
@@ -273,16 +297,24 @@ impl Agent {
             self.server.set_busy(false);
             self.actor.kill().await;
         }
-        let settings = o.view.as_ref().map_or_else(|| o.initial_settings.clone(), ClusterView::settings);
-        let timing = LeaseTiming { ttl: settings.ttl(), margin: settings.margin(), heartbeat: settings.heartbeat() };
+        let settings = o
+            .view
+            .as_ref()
+            .map_or_else(|| o.initial_settings.clone(), ClusterView::settings);
+        let timing = LeaseTiming {
+            ttl: settings.ttl(),
+            margin: settings.margin(),
+            heartbeat: settings.heartbeat(),
+        };
         self.lease.wish(d.lease, timing);
         if d.lease == LeaseWish::Leave && matches!(o.server, ServerView::Down) {
             self.fencing.rest();
         }
-        self.server.count_transactions(d.reasons.iter().any(|r| r.code == "switching"));
-        let echoed = self
-            .echo
-            .is_none_or(|(rev, until)| o.view.as_ref().is_some_and(|v| v.revision >= rev) || o.now > until);
+        self.server
+            .count_transactions(d.reasons.iter().any(|r| r.code == "switching"));
+        let echoed = self.echo.is_none_or(|(rev, until)| {
+            o.view.as_ref().is_some_and(|v| v.revision >= rev) || o.now > until
+        });
         if self.submission.is_none() && echoed {
             self.submit(d);
         }
@@ -299,7 +331,10 @@ impl Agent {
                 Err(error) => tracing::error!(%error, "a change cannot be written"),
             }
         }
-        let open = d.open.as_ref().and_then(|open| Some((open.clone(), store::txn(&open.change).ok()?)));
+        let open = d
+            .open
+            .as_ref()
+            .and_then(|open| Some((open.clone(), store::txn(&open.change).ok()?)));
         if txns.is_empty() && open.is_none() {
             return;
         }
@@ -310,7 +345,10 @@ impl Agent {
             server.changed.notify_one();
             revision
         });
-        self.submission = Some(Submission { handle, first_read: false });
+        self.submission = Some(Submission {
+            handle,
+            first_read: false,
+        });
     }
 
     fn start(&mut self, task: Task, o: &Observation) {
@@ -320,11 +358,21 @@ impl Agent {
         } else {
             tracing::info!(task = ?task.kind(), "starting");
         }
-        self.server.set_busy(!matches!(task.kind(), TaskKind::Clone | TaskKind::Checkpoint));
+        self.server.set_busy(!matches!(
+            task.kind(),
+            TaskKind::Clone | TaskKind::Checkpoint
+        ));
         let actor = Arc::clone(&self.actor);
         let server = Arc::clone(&self.server);
-        let members = o.view.as_ref().map(|v| v.members.clone()).unwrap_or_default();
-        let view = TaskView { task: task.clone(), since: o.now };
+        let members = o
+            .view
+            .as_ref()
+            .map(|v| v.members.clone())
+            .unwrap_or_default();
+        let view = TaskView {
+            task: task.clone(),
+            since: o.now,
+        };
         let handle = tokio::spawn(async move {
             let result = actor.run(task.clone(), &members).await;
             server.poke();
@@ -339,9 +387,19 @@ impl Agent {
         if own.role == MemberRole::Leader {
             own.slots = self.server.slots();
         }
-        let heartbeat = o.view.as_ref().map_or_else(|| o.initial_settings.heartbeat(), |v| v.settings().heartbeat());
-        let due = self.announced_at.is_none_or(|at| o.now.since(at) >= heartbeat);
-        let bare = |s: &MemberStatus| MemberStatus { lsn: None, replay_lsn: None, slots: BTreeMap::new(), ..s.clone() };
+        let heartbeat = o.view.as_ref().map_or_else(
+            || o.initial_settings.heartbeat(),
+            |v| v.settings().heartbeat(),
+        );
+        let due = self
+            .announced_at
+            .is_none_or(|at| o.now.since(at) >= heartbeat);
+        let bare = |s: &MemberStatus| MemberStatus {
+            lsn: None,
+            replay_lsn: None,
+            slots: BTreeMap::new(),
+            ..s.clone()
+        };
         let changed = self.announced.as_ref().map(bare) != Some(bare(&own));
         if due || changed {
             if let Ok(text) = serde_json::to_string(&own) {
@@ -372,7 +430,11 @@ impl Agent {
 }
 
 /// Submits in order; stops at the first that fails. Returns the newest revision made.
-async fn submit(coordinator: &dyn Coordinator, txns: Vec<Txn>, open: Option<(OpenElection, Txn)>) -> Option<u64> {
+async fn submit(
+    coordinator: &dyn Coordinator,
+    txns: Vec<Txn>,
+    open: Option<(OpenElection, Txn)>,
+) -> Option<u64> {
     let mut newest = None;
     for txn in txns {
         match coordinator.txn(txn).await {

@@ -49,7 +49,11 @@ pub fn routes(api: Api) -> Router {
 }
 
 fn starting() -> Response {
-    failure(StatusCode::SERVICE_UNAVAILABLE, "the agent is starting", Some("ask again in a second"))
+    failure(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "the agent is starting",
+        Some("ask again in a second"),
+    )
 }
 
 impl Api {
@@ -93,7 +97,12 @@ async fn failover(State(api): State<Api>, Json(body): Json<FailoverRequest>) -> 
 /// A refusal with its HTTP status.
 struct Refusal(StatusCode, String, &'static str);
 
-async fn change(api: &Api, kind: RequestKind, to: Option<MemberId>, allow_data_loss: bool) -> Response {
+async fn change(
+    api: &Api,
+    kind: RequestKind,
+    to: Option<MemberId>,
+    allow_data_loss: bool,
+) -> Response {
     let began = clock::now();
     match ask(api, kind, to, allow_data_loss).await {
         Ok(term) => match outcome(api, term).await {
@@ -114,14 +123,27 @@ async fn change(api: &Api, kind: RequestKind, to: Option<MemberId>, allow_data_l
 }
 
 /// Writes the request; returns the term that it is to end.
-async fn ask(api: &Api, kind: RequestKind, to: Option<MemberId>, allow_data_loss: bool) -> Result<Term, Refusal> {
+async fn ask(
+    api: &Api,
+    kind: RequestKind,
+    to: Option<MemberId>,
+    allow_data_loss: bool,
+) -> Result<Term, Refusal> {
     let unavailable = |e: &dyn std::fmt::Display| {
-        Refusal(StatusCode::SERVICE_UNAVAILABLE, e.to_string(), "a majority of the voters must run; see craton status")
+        Refusal(
+            StatusCode::SERVICE_UNAVAILABLE,
+            e.to_string(),
+            "a majority of the voters must run; see craton status",
+        )
     };
     let snapshot = api.coordinator.read().await.map_err(|e| unavailable(&e))?;
     let view = store::view(&snapshot).map_err(|e| unavailable(&e))?;
     let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
-        return Err(Refusal(StatusCode::CONFLICT, "the cluster is still being made".into(), "wait for the first leader"));
+        return Err(Refusal(
+            StatusCode::CONFLICT,
+            "the cluster is still being made".into(),
+            "wait for the first leader",
+        ));
     };
     check(&view, kind, to.as_ref(), allow_data_loss)?;
     let request = Request {
@@ -134,12 +156,20 @@ async fn ask(api: &Api, kind: RequestKind, to: Option<MemberId>, allow_data_loss
         by: "the operator".into(),
     };
     let change = Change {
-        expect: vec![(Key::Request, 0), (Key::Leadership, view.revision_of(&Key::Leadership))],
+        expect: vec![
+            (Key::Request, 0),
+            (Key::Leadership, view.revision_of(&Key::Leadership)),
+        ],
         puts: vec![Record::Request(request)],
         deletes: vec![],
     };
     let txn = store::txn(&change).map_err(|e| unavailable(&e))?;
-    match api.coordinator.txn(txn).await.map_err(|e| unavailable(&e))? {
+    match api
+        .coordinator
+        .txn(txn)
+        .await
+        .map_err(|e| unavailable(&e))?
+    {
         TxnOutcome::Committed(_) => Ok(l.term),
         TxnOutcome::Conflict => Err(Refusal(
             StatusCode::CONFLICT,
@@ -149,9 +179,17 @@ async fn ask(api: &Api, kind: RequestKind, to: Option<MemberId>, allow_data_loss
     }
 }
 
-fn check(view: &ClusterView, kind: RequestKind, to: Option<&MemberId>, allow_data_loss: bool) -> Result<(), Refusal> {
+fn check(
+    view: &ClusterView,
+    kind: RequestKind,
+    to: Option<&MemberId>,
+    allow_data_loss: bool,
+) -> Result<(), Refusal> {
     if let Some(request) = view.request.as_ref().map(|r| &r.value)
-        && view.leadership.as_ref().is_some_and(|l| l.value.term == request.term)
+        && view
+            .leadership
+            .as_ref()
+            .is_some_and(|l| l.value.term == request.term)
     {
         return Err(Refusal(
             StatusCode::CONFLICT,
@@ -160,7 +198,11 @@ fn check(view: &ClusterView, kind: RequestKind, to: Option<&MemberId>, allow_dat
         ));
     }
     if let Some(to) = to.filter(|m| !view.members.contains_key(*m)) {
-        return Err(Refusal(StatusCode::NOT_FOUND, format!("there is no member {to}"), "see craton status for the members"));
+        return Err(Refusal(
+            StatusCode::NOT_FOUND,
+            format!("there is no member {to}"),
+            "see craton status for the members",
+        ));
     }
     let leader = view.leader();
     if kind == RequestKind::Switchover && leader.is_none() {
@@ -196,25 +238,42 @@ async fn outcome(api: &Api, asked_in: Term) -> Result<(MemberId, Term), Refusal>
                 return Ok((leader.member.clone(), l.term));
             }
             if let Some(why) = refused(&view, asked_in) {
-                return Err(Refusal(StatusCode::CONFLICT, why, "nothing was changed; see craton status"));
+                return Err(Refusal(
+                    StatusCode::CONFLICT,
+                    why,
+                    "nothing was changed; see craton status",
+                ));
             }
         }
         let left = deadline.since(clock::now());
         if left.is_zero() {
             return Err(Refusal(
                 StatusCode::GATEWAY_TIMEOUT,
-                format!("no new leader within {} s; the request stands", CHANGE_MAX.as_secs()),
+                format!(
+                    "no new leader within {} s; the request stands",
+                    CHANGE_MAX.as_secs()
+                ),
                 "see craton explain for what is missing",
             ));
         }
-        let _ = tokio::time::timeout(left.min(Duration::from_millis(500)), store_watch.changed()).await;
+        let _ =
+            tokio::time::timeout(left.min(Duration::from_millis(500)), store_watch.changed()).await;
     }
 }
 
 fn refused(view: &ClusterView, asked_in: Term) -> Option<String> {
-    if view.request.is_some() || view.leadership.as_ref().is_some_and(|l| l.value.term != asked_in) {
+    if view.request.is_some()
+        || view
+            .leadership
+            .as_ref()
+            .is_some_and(|l| l.value.term != asked_in)
+    {
         return None;
     }
     let events = &view.history.as_ref()?.value.0;
-    events.iter().rev().find(|e| e.kind == "refused" && e.term == asked_in).map(|e| e.text.clone())
+    events
+        .iter()
+        .rev()
+        .find(|e| e.kind == "refused" && e.term == asked_in)
+        .map(|e| e.text.clone())
 }

@@ -60,8 +60,15 @@ pub struct LeaseKeeper {
 impl LeaseKeeper {
     /// Starts the keeper on the current runtime. A lease that an earlier agent of this member took, and
     /// that has not run out, is taken over (rule 2.6).
-    pub fn start(coordinator: Arc<dyn Coordinator>, dir: &Path, timing: LeaseTiming, sink: DeadlineSink) -> Self {
-        let file = LeaseFile { path: dir.join("lease") };
+    pub fn start(
+        coordinator: Arc<dyn Coordinator>,
+        dir: &Path,
+        timing: LeaseTiming,
+        sink: DeadlineSink,
+    ) -> Self {
+        let file = LeaseFile {
+            path: dir.join("lease"),
+        };
         let inherited = file.read().filter(|l| l.until > clock::now());
         sink(inherited.map(|l| l.until));
         let (changed, _) = watch::channel(0);
@@ -79,12 +86,20 @@ impl LeaseKeeper {
 
     /// The lease as it stands; it may have run out.
     pub fn get(&self) -> Option<Lease> {
-        *self.shared.lease.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .shared
+            .lease
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Counters.
     pub fn counts(&self) -> LeaseCounts {
-        *self.shared.counts.lock().unwrap_or_else(PoisonError::into_inner)
+        *self
+            .shared
+            .counts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Changes with the lease.
@@ -141,7 +156,9 @@ impl Shared {
 }
 
 async fn keep(
-    coordinator: Arc<dyn Coordinator>, shared: Arc<Shared>, mut wishes: watch::Receiver<(LeaseWish, LeaseTiming)>,
+    coordinator: Arc<dyn Coordinator>,
+    shared: Arc<Shared>,
+    mut wishes: watch::Receiver<(LeaseWish, LeaseTiming)>,
 ) {
     let mut renewals = JoinSet::new();
     let mut released = Term(0);
@@ -151,7 +168,12 @@ async fn keep(
         match wish {
             LeaseWish::Hold(term) if term > released => {
                 if renewals.len() < RENEWALS_MAX {
-                    renewals.spawn(renew(Arc::clone(&coordinator), Arc::clone(&shared), term, timing));
+                    renewals.spawn(renew(
+                        Arc::clone(&coordinator),
+                        Arc::clone(&shared),
+                        term,
+                        timing,
+                    ));
                 }
             }
             LeaseWish::Release(term) if term > released => {
@@ -173,16 +195,28 @@ async fn keep(
     }
 }
 
-async fn renew(coordinator: Arc<dyn Coordinator>, shared: Arc<Shared>, term: Term, timing: LeaseTiming) {
+async fn renew(
+    coordinator: Arc<dyn Coordinator>,
+    shared: Arc<Shared>,
+    term: Term,
+    timing: LeaseTiming,
+) {
     match coordinator.renew(term, timing.ttl).await {
         Ok(renewal) => {
-            shared.accept(term, renewal.sent_at.after(timing.ttl.saturating_sub(timing.margin)));
+            shared.accept(
+                term,
+                renewal
+                    .sent_at
+                    .after(timing.ttl.saturating_sub(timing.margin)),
+            );
             shared.count(true);
         }
         Err(error) => {
             shared.count(false);
             match error {
-                CoordinatorError::Refused(why) => tracing::warn!(%term, why, "the lease was refused"),
+                CoordinatorError::Refused(why) => {
+                    tracing::warn!(%term, why, "the lease was refused")
+                }
                 error => tracing::debug!(%term, %error, "a renewal failed"),
             }
         }
@@ -208,7 +242,10 @@ impl LeaseFile {
         if Some(boot) != Self::boot_id().as_deref() {
             return None;
         }
-        Some(Lease { term: Term(term.parse().ok()?), until: BootTime(until.parse().ok()?) })
+        Some(Lease {
+            term: Term(term.parse().ok()?),
+            until: BootTime(until.parse().ok()?),
+        })
     }
 
     fn write(&self, lease: Lease) {
@@ -234,9 +271,14 @@ mod tests {
     #[test]
     fn a_lease_is_inherited_within_the_same_boot_only() {
         let dir = tempfile::tempdir().unwrap();
-        let file = LeaseFile { path: dir.path().join("lease") };
+        let file = LeaseFile {
+            path: dir.path().join("lease"),
+        };
         assert_eq!(file.read(), None);
-        let lease = Lease { term: Term(4), until: BootTime(99) };
+        let lease = Lease {
+            term: Term(4),
+            until: BootTime(99),
+        };
         file.write(lease);
         assert_eq!(file.read(), Some(lease));
         std::fs::write(&file.path, "4 99 another-boot\n").unwrap();

@@ -39,22 +39,64 @@ impl AgentMetrics {
     /// Registers them.
     pub fn register(m: &mut Metrics) -> Self {
         Self {
-            role: m.gauge("craton_member_role", "Role of this member: 0 down, 1 in transition, 2 standby, 3 leader"),
-            leader: m.gauge("craton_leader", "1 when this member holds the leadership and is open for clients"),
-            term: m.gauge("craton_term", "The term of the leader, or of the election in progress"),
+            role: m.gauge(
+                "craton_member_role",
+                "Role of this member: 0 down, 1 in transition, 2 standby, 3 leader",
+            ),
+            leader: m.gauge(
+                "craton_leader",
+                "1 when this member holds the leadership and is open for clients",
+            ),
+            term: m.gauge(
+                "craton_term",
+                "The term of the leader, or of the election in progress",
+            ),
             timeline: m.gauge("craton_timeline", "PostgreSQL's timeline on this member"),
-            wal: m.gauge("craton_wal_position_bytes", "End of this member's WAL: flushed on the leader, received on a standby"),
-            lag: m.gauge("craton_lag_bytes", "WAL that the leader has flushed and this member has not received, in bytes"),
-            streaming: m.gauge("craton_streaming", "1 when this member streams from its upstream"),
-            lease_remaining: m.gauge_f64("craton_lease_remaining_seconds", "What is left of the lease held by this member; 0 when it holds none"),
-            renewals: m.counter("craton_lease_renewals", "Lease renewals that a majority accepted"),
-            renewal_failures: m.counter("craton_lease_renewal_failures", "Lease renewals that failed or came too late"),
+            wal: m.gauge(
+                "craton_wal_position_bytes",
+                "End of this member's WAL: flushed on the leader, received on a standby",
+            ),
+            lag: m.gauge(
+                "craton_lag_bytes",
+                "WAL that the leader has flushed and this member has not received, in bytes",
+            ),
+            streaming: m.gauge(
+                "craton_streaming",
+                "1 when this member streams from its upstream",
+            ),
+            lease_remaining: m.gauge_f64(
+                "craton_lease_remaining_seconds",
+                "What is left of the lease held by this member; 0 when it holds none",
+            ),
+            renewals: m.counter(
+                "craton_lease_renewals",
+                "Lease renewals that a majority accepted",
+            ),
+            renewal_failures: m.counter(
+                "craton_lease_renewal_failures",
+                "Lease renewals that failed or came too late",
+            ),
             sync_members: m.gauge("craton_sync_members", "Members of the sync set (V)"),
-            sync_acks: m.gauge("craton_sync_acknowledgements", "How many of the sync set must flush a commit (k)"),
-            members_alive: m.gauge("craton_members_alive", "Members whose agent was heard lately, this one included"),
-            coordinator_reachable: m.gauge("craton_coordinator_known", "1 when the coordinator's state is known to this agent"),
-            elections: m.gauge("craton_failovers", "Leaderships that began after the first: elections won in this cluster's life"),
-            fence_kills: m.counter("craton_fence_kills", "Times that PostgreSQL was killed because the lease ended or was lost"),
+            sync_acks: m.gauge(
+                "craton_sync_acknowledgements",
+                "How many of the sync set must flush a commit (k)",
+            ),
+            members_alive: m.gauge(
+                "craton_members_alive",
+                "Members whose agent was heard lately, this one included",
+            ),
+            coordinator_reachable: m.gauge(
+                "craton_coordinator_known",
+                "1 when the coordinator's state is known to this agent",
+            ),
+            elections: m.gauge(
+                "craton_failovers",
+                "Leaderships that began after the first: elections won in this cluster's life",
+            ),
+            fence_kills: m.counter(
+                "craton_fence_kills",
+                "Times that PostgreSQL was killed because the lease ended or was lost",
+            ),
             last: std::sync::Mutex::new(LeaseCounts::default()),
         }
     }
@@ -80,26 +122,43 @@ impl AgentMetrics {
         let leads = own.role == MemberRole::Leader && leadership.is_some_and(|l| l.open);
         self.leader.set(i64::from(leads));
         self.term.set(leadership.map_or(0, |l| number(l.term.0)));
-        self.elections.set(leadership.map_or(0, |l| number(l.term.0.saturating_sub(1))));
-        self.sync_members.set(leadership.map_or(0, |l| number(l.sync.members.len() as u64)));
-        self.sync_acks.set(leadership.map_or(0, |l| i64::from(l.sync.k)));
+        self.elections
+            .set(leadership.map_or(0, |l| number(l.term.0.saturating_sub(1))));
+        self.sync_members
+            .set(leadership.map_or(0, |l| number(l.sync.members.len() as u64)));
+        self.sync_acks
+            .set(leadership.map_or(0, |l| i64::from(l.sync.k)));
         self.coordinator_reachable.set(i64::from(view.is_some()));
         if let ServerView::Running(s) = &o.server {
             self.timeline.set(i64::from(s.timeline.0));
             self.wal.set(number(s.end.0));
             self.streaming.set(i64::from(s.streaming));
-            let leader = view.and_then(ClusterView::leader).and_then(|l| o.peers.get(&l.member));
-            let lag = leader.and_then(|l| l.status.lsn).map_or(0, |l| l.bytes_since(s.end));
+            let leader = view
+                .and_then(ClusterView::leader)
+                .and_then(|l| o.peers.get(&l.member));
+            let lag = leader
+                .and_then(|l| l.status.lsn)
+                .map_or(0, |l| l.bytes_since(s.end));
             self.lag.set(if s.in_recovery { number(lag) } else { 0 });
         }
         let remaining = o.lease.map_or(0.0, |l| l.until.since(o.now).as_secs_f64());
         self.lease_remaining.set(remaining);
         let ttl = view.map_or_else(|| o.initial_settings.ttl(), |v| v.settings().ttl());
-        let alive = o.peers.values().filter(|p| o.now.since(p.heard_at) < ttl).count() as u64 + 1;
+        let alive = o
+            .peers
+            .values()
+            .filter(|p| o.now.since(p.heard_at) < ttl)
+            .count() as u64
+            + 1;
         self.members_alive.set(number(alive));
-        let mut last = self.last.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        self.renewals.inc_by(counts.renewed.saturating_sub(last.renewed));
-        self.renewal_failures.inc_by(counts.failed.saturating_sub(last.failed));
+        let mut last = self
+            .last
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.renewals
+            .inc_by(counts.renewed.saturating_sub(last.renewed));
+        self.renewal_failures
+            .inc_by(counts.failed.saturating_sub(last.failed));
         *last = counts;
     }
 }

@@ -69,7 +69,8 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
 pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
-    let token = Token::from_file(&config.secrets.join("api.token")).map_err(|e| AgentError::Config(e.to_string()))?;
+    let token = Token::from_file(&config.secrets.join("api.token"))
+        .map_err(|e| AgentError::Config(e.to_string()))?;
     make_dir(&config.dir)?;
     let server = local_server(&config, &secrets)?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
@@ -92,8 +93,13 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
 }
 
 async fn with_runtime(
-    config: &AgentConfig, secrets: Secrets, token: Token, server: Arc<LocalServer>, fencing: Arc<Fencing>,
-    runtime: &tokio::runtime::Runtime, shutdown: watch::Receiver<bool>,
+    config: &AgentConfig,
+    secrets: Secrets,
+    token: Token,
+    server: Arc<LocalServer>,
+    fencing: Arc<Fencing>,
+    runtime: &tokio::runtime::Runtime,
+    shutdown: watch::Receiver<bool>,
 ) -> Result<(), AgentError> {
     let embedded = start_coordinator(config, &secrets, runtime).await?;
     let coordinator: Arc<dyn Coordinator> = embedded.clone();
@@ -122,8 +128,17 @@ async fn with_runtime(
     });
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(config)));
-    let metrics = serve_http(config, &coordinator, seen.clone(), topology, token, &shutdown).await?;
+    let metrics = serve_http(
+        config,
+        &coordinator,
+        seen.clone(),
+        topology,
+        token,
+        &shutdown,
+    )
+    .await?;
     tokio::spawn(Arc::clone(&server).watch());
+    tokio::spawn(Arc::clone(&server).knock());
     tokio::spawn(slots::keep(Arc::clone(&server), seen.clone()));
     tokio::spawn(keep_metrics(metrics, seen, lease.clone()));
     tokio::spawn(bound_log(Arc::clone(&server)));
@@ -145,7 +160,12 @@ async fn with_runtime(
 }
 
 /// The orderly end: PostgreSQL first, then the lease, so that another may lead at once.
-async fn stop(server: &LocalServer, lease: &LeaseKeeper, coordinator: &Arc<dyn Coordinator>, fencing: &Fencing) {
+async fn stop(
+    server: &LocalServer,
+    lease: &LeaseKeeper,
+    coordinator: &Arc<dyn Coordinator>,
+    fencing: &Fencing,
+) {
     if let Some(process) = server.process() {
         tracing::info!("stopping PostgreSQL");
         if let Err(error) = process.stop(StopMode::Fast, STOP_MAX).await {
@@ -158,7 +178,8 @@ async fn stop(server: &LocalServer, lease: &LeaseKeeper, coordinator: &Arc<dyn C
         return;
     }
     if let Some(held) = lease.get() {
-        let released = tokio::time::timeout(Duration::from_secs(1), coordinator.release(held.term)).await;
+        let released =
+            tokio::time::timeout(Duration::from_secs(1), coordinator.release(held.term)).await;
         if !matches!(released, Ok(Ok(()))) {
             tracing::info!(term = %held.term, "the lease could not be given up; it runs out by itself");
         }
@@ -196,7 +217,12 @@ fn local_server(config: &AgentConfig, secrets: &Secrets) -> Result<Arc<LocalServ
         cluster_name: config.cluster.clone(),
     })?;
     let passfile = write_passfile(&config.dir, secrets)?;
-    Ok(LocalServer::new(instance, passfile, config.postgresql.clone(), config.networks.clone()))
+    Ok(LocalServer::new(
+        instance,
+        passfile,
+        config.postgresql.clone(),
+        config.networks.clone(),
+    ))
 }
 
 /// libpq's password file: passwords never stand on a command line or in a connection string.
@@ -223,12 +249,18 @@ fn write_passfile(dir: &Path, secrets: &Secrets) -> Result<PathBuf, AgentError> 
 }
 
 async fn start_coordinator(
-    config: &AgentConfig, secrets: &Secrets, runtime: &tokio::runtime::Runtime,
+    config: &AgentConfig,
+    secrets: &Secrets,
+    runtime: &tokio::runtime::Runtime,
 ) -> Result<Arc<Embedded>, AgentError> {
     let settings = EmbeddedConfig::new(
         config.cluster.clone(),
         config.member.clone(),
-        config.peers.iter().map(|p| (p.member.clone(), p.address.clone())).collect(),
+        config
+            .peers
+            .iter()
+            .map(|p| (p.member.clone(), p.address.clone()))
+            .collect(),
         config.peer_listen.clone(),
         config.dir.join("coordinator"),
         secrets.peers.clone(),
@@ -241,16 +273,29 @@ async fn start_coordinator(
 }
 
 async fn serve_http(
-    config: &AgentConfig, coordinator: &Arc<dyn Coordinator>, seen: watch::Receiver<Option<Seen>>,
-    topology: watch::Receiver<Arc<Topology>>, token: Token, shutdown: &watch::Receiver<bool>,
+    config: &AgentConfig,
+    coordinator: &Arc<dyn Coordinator>,
+    seen: watch::Receiver<Option<Seen>>,
+    topology: watch::Receiver<Arc<Topology>>,
+    token: Token,
+    shutdown: &watch::Receiver<bool>,
 ) -> Result<AgentMetrics, AgentError> {
     let mut metrics = Metrics::new();
     let handles = AgentMetrics::register(&mut metrics);
     let listener = TcpListener::bind(&config.api_listen)
         .await
-        .map_err(io(format!("cannot listen on {} for the control API (node.api_listen)", config.api_listen)))?;
-    let routes = api::routes(Api { seen: seen.clone(), topology, coordinator: Arc::clone(coordinator) });
-    let router = Service::new(Arc::new(metrics), move || health(&seen)).with_api(routes, token).router();
+        .map_err(io(format!(
+            "cannot listen on {} for the control API (node.api_listen)",
+            config.api_listen
+        )))?;
+    let routes = api::routes(Api {
+        seen: seen.clone(),
+        topology,
+        coordinator: Arc::clone(coordinator),
+    });
+    let router = Service::new(Arc::new(metrics), move || health(&seen))
+        .with_api(routes, token)
+        .router();
     let shutdown = shutdown.clone();
     tokio::spawn(async move {
         if let Err(error) = serve(listener, router, shutdown).await {
@@ -266,16 +311,19 @@ fn health(seen: &watch::Receiver<Option<Seen>>) -> Health {
         Some(seen) => {
             let own = crate::views::own_status(&seen.0, &seen.1);
             match own.role {
-                craton_core::topology::MemberRole::Leader | craton_core::topology::MemberRole::Standby => {
-                    Health::ok(own.doing)
-                }
+                craton_core::topology::MemberRole::Leader
+                | craton_core::topology::MemberRole::Standby => Health::ok(own.doing),
                 _ => Health::failing("not serving", own.doing),
             }
         }
     }
 }
 
-async fn keep_metrics(metrics: AgentMetrics, mut seen: watch::Receiver<Option<Seen>>, lease: LeaseKeeper) {
+async fn keep_metrics(
+    metrics: AgentMetrics,
+    mut seen: watch::Receiver<Option<Seen>>,
+    lease: LeaseKeeper,
+) {
     let mut next = tokio::time::Instant::now();
     loop {
         if seen.changed().await.is_err() {

@@ -9,7 +9,10 @@ use craton_core::observe::{DataView, Server, ServerView};
 use craton_core::records::Seal;
 use craton_core::sync::{StandbyView, SyncSet, parse_application_name};
 use craton_core::{BootTime, Lsn, MemberId, Term};
-use craton_pg::{Control, DataDir, HbaRule, Instance, ManagedConfig, Postmaster, ServerSample, SyncNames, Upstream};
+use craton_pg::{
+    Control, DataDir, HbaRule, Instance, ManagedConfig, Postmaster, ServerSample, SyncNames,
+    Upstream,
+};
 use tokio::sync::Notify;
 
 use crate::clock;
@@ -36,7 +39,16 @@ struct Known {
     active_transactions: Option<u32>,
     busy: bool,
     count_transactions: bool,
+    /// When a new session was last let in (or refused in words).
+    answered_at: Option<BootTime>,
 }
+
+/// How often a new session is tried on a primary: an old one goes on working when the postmaster is stuck.
+const KNOCK_INTERVAL: Duration = Duration::from_millis(500);
+/// A new session that takes longer counts as none.
+const KNOCK_TIMEOUT: Duration = Duration::from_millis(1500);
+/// A primary that has let nobody in for this long does not answer.
+const KNOCK_AGE_MAX: Duration = Duration::from_millis(2500);
 
 /// The local PostgreSQL.
 pub struct LocalServer {
@@ -59,7 +71,10 @@ pub struct LocalServer {
 impl LocalServer {
     /// Wraps an instance; nothing is started.
     pub fn new(
-        instance: Instance, passfile: PathBuf, settings: BTreeMap<String, String>, networks: Vec<String>,
+        instance: Instance,
+        passfile: PathBuf,
+        settings: BTreeMap<String, String>,
+        networks: Vec<String>,
     ) -> Arc<Self> {
         Arc::new(Self {
             control: instance.control(),
@@ -96,7 +111,10 @@ impl LocalServer {
     /// The postmaster ended, and nothing of it is left.
     pub fn gone(&self) {
         let mut k = self.known();
-        *k = Known { busy: k.busy, ..Known::default() };
+        *k = Known {
+            busy: k.busy,
+            ..Known::default()
+        };
         drop(k);
         self.changed.notify_one();
     }
@@ -115,7 +133,11 @@ impl LocalServer {
     /// Whom it follows.
     pub fn set_upstream(&self, upstream: Option<(MemberId, Term)>) {
         let mut k = self.known();
-        k.sealed = if upstream.is_some() { None } else { k.sealed.take() };
+        k.sealed = if upstream.is_some() {
+            None
+        } else {
+            k.sealed.take()
+        };
         k.upstream = upstream;
         drop(k);
         self.poke();
@@ -190,9 +212,17 @@ impl LocalServer {
         if k.process.is_none() {
             return ServerView::Down;
         }
-        let fresh = k.sample.as_ref().filter(|(_, at)| clock::now().since(*at) <= SAMPLE_AGE_MAX);
-        let Some((s, _)) = fresh else {
-            return ServerView::Silent { maybe_primary: k.maybe_primary };
+        let fresh = k
+            .sample
+            .as_ref()
+            .filter(|(_, at)| clock::now().since(*at) <= SAMPLE_AGE_MAX);
+        let stuck = k
+            .answered_at
+            .is_some_and(|at| clock::now().since(at) > KNOCK_AGE_MAX);
+        let Some((s, _)) = fresh.filter(|(s, _)| s.in_recovery || !stuck) else {
+            return ServerView::Silent {
+                maybe_primary: k.maybe_primary,
+            };
         };
         let configured = configured_sync(&s.synchronous_standby_names);
         ServerView::Running(Server {
@@ -216,7 +246,11 @@ impl LocalServer {
                 self.look.notified().await;
                 continue;
             };
-            let interval = if self.known().busy { SAMPLE_INTERVAL_BUSY } else { SAMPLE_INTERVAL };
+            let interval = if self.known().busy {
+                SAMPLE_INTERVAL_BUSY
+            } else {
+                SAMPLE_INTERVAL
+            };
             tokio::select! {
                 reason = process.exited() => self.after_exit(&process, &reason.to_string()).await,
                 () = self.look_once(&process) => {
@@ -226,6 +260,27 @@ impl LocalServer {
                         () = tokio::time::sleep(interval) => {}
                     }
                 }
+            }
+        }
+    }
+
+    /// Knocks at a primary's door with new sessions for as long as the agent lives.
+    pub async fn knock(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(KNOCK_INTERVAL).await;
+            let primary =
+                self.sample().is_some_and(|s| !s.in_recovery) || self.known().answered_at.is_some();
+            let Some(process) = self.process().filter(|_| primary) else {
+                continue;
+            };
+            let answer = self
+                .control
+                .query_apart("a new session", None, "SELECT 1", KNOCK_TIMEOUT)
+                .await;
+            let mut k = self.known();
+            let same = k.process.as_ref().map(Postmaster::pid) == Some(process.pid());
+            if same && !matches!(answer, Err(craton_pg::PgError::Timeout { .. })) {
+                k.answered_at = Some(clock::now());
             }
         }
     }
@@ -242,7 +297,14 @@ impl LocalServer {
     async fn look_once(&self, process: &Postmaster) {
         let count = self.known().count_transactions;
         let sample = self.control.sample(SAMPLE_TIMEOUT).await;
-        let active = if count { self.control.active_client_transactions(SAMPLE_TIMEOUT).await.ok() } else { None };
+        let active = if count {
+            self.control
+                .active_client_transactions(SAMPLE_TIMEOUT)
+                .await
+                .ok()
+        } else {
+            None
+        };
         let mut k = self.known();
         if k.process.as_ref().map(Postmaster::pid) != Some(process.pid()) {
             return;
@@ -261,13 +323,21 @@ impl LocalServer {
     /// The configuration for a role.
     pub fn managed(&self, upstream: Option<Upstream>, sync: SyncNames) -> ManagedConfig {
         let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
-        ManagedConfig { upstream, sync, settings: self.settings.clone(), hba: HbaRule::standard(&networks) }
+        ManagedConfig {
+            upstream,
+            sync,
+            settings: self.settings.clone(),
+            hba: HbaRule::standard(&networks),
+        }
     }
 
     /// From where each replication slot here keeps WAL.
     pub fn slots(&self) -> BTreeMap<String, Lsn> {
         let slots = self.sample().map(|s| s.slots).unwrap_or_default();
-        slots.into_iter().filter_map(|s| Some((s.name, s.restart_lsn?))).collect()
+        slots
+            .into_iter()
+            .filter_map(|s| Some((s.name, s.restart_lsn?)))
+            .collect()
     }
 }
 
@@ -284,14 +354,21 @@ pub fn sync_names(set: &SyncSet) -> SyncNames {
     if set.k == 0 || set.members.is_empty() {
         return SyncNames::Off;
     }
-    let names = set.members.iter().map(|(m, i)| craton_core::sync::application_name(m, *i)).collect();
+    let names = set
+        .members
+        .iter()
+        .map(|(m, i)| craton_core::sync::application_name(m, *i))
+        .collect();
     SyncNames::Any { k: set.k, names }
 }
 
 /// Reads the setting back. Anything that is not ours (or waits for nobody that exists) lets no commit
 /// through that we know of, which covers every sync set.
 fn configured_sync(text: &str) -> SyncSet {
-    SyncSet::from_standby_names(text).unwrap_or(SyncSet { members: BTreeMap::new(), k: u32::MAX })
+    SyncSet::from_standby_names(text).unwrap_or(SyncSet {
+        members: BTreeMap::new(),
+        k: u32::MAX,
+    })
 }
 
 fn standbys(sample: &ServerSample) -> Vec<StandbyView> {

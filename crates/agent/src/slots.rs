@@ -33,7 +33,9 @@ pub async fn keep(server: Arc<LocalServer>, seen: watch::Receiver<Option<Seen>>)
 }
 
 async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::PgError> {
-    let (Some(view), ServerView::Running(s)) = (&o.view, &o.server) else { return Ok(()) };
+    let (Some(view), ServerView::Running(s)) = (&o.view, &o.server) else {
+        return Ok(());
+    };
     let others: BTreeSet<&MemberId> = view.members.keys().filter(|m| **m != o.me.id).collect();
     let mut wanted: Vec<String> = others.iter().map(|m| m.slot_name()).collect();
     wanted.push(BACKUP_SLOT.to_owned());
@@ -45,7 +47,9 @@ async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::Pg
         return Ok(());
     }
     // On a standby nobody uses the slots: each is moved to where the leader's slot of that name is.
-    let Some(sample) = server.sample() else { return Ok(()) };
+    let Some(sample) = server.sample() else {
+        return Ok(());
+    };
     let leader = view.leader().and_then(|l| o.peers.get(&l.member));
     for (slot, lsn) in leader.map(|p| &p.status.slots).into_iter().flatten() {
         if *slot != o.me.id.slot_name() && wanted.contains(slot) {
@@ -56,7 +60,10 @@ async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::Pg
 }
 
 async fn advance(
-    server: &LocalServer, sample: &craton_pg::ServerSample, slot: &str, lsn: Lsn,
+    server: &LocalServer,
+    sample: &craton_pg::ServerSample,
+    slot: &str,
+    lsn: Lsn,
 ) -> Result<(), craton_pg::PgError> {
     let limit = sample.end_of_wal().min(lsn);
     let known = sample.slots.iter().find(|s| s.name == slot);

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use craton_console::views::{
-    ElectionView, ExplainView, HistoryEvent, HistoryView, LeaseView, MemberView, StatusView, SyncView,
+    ElectionView, ExplainView, HistoryEvent, HistoryView, LeaseView, MemberView, StatusView,
+    SyncView,
 };
 use craton_core::decide::Decision;
 use craton_core::observe::{MemberStatus, Observation, ServerView};
@@ -18,7 +19,12 @@ const SILENT_HEARTBEATS: u64 = 7;
 /// What this member announces of itself.
 pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
     let leads = o.view.as_ref().and_then(ClusterView::leader) == o.me.reference().as_ref();
-    let term = o.view.as_ref().and_then(|v| v.leadership.as_ref()).map(|l| l.value.term).unwrap_or_default();
+    let term = o
+        .view
+        .as_ref()
+        .and_then(|v| v.leadership.as_ref())
+        .map(|l| l.value.term)
+        .unwrap_or_default();
     let mut status = MemberStatus {
         incarnation: o.me.incarnation,
         role: MemberRole::Down,
@@ -27,7 +33,11 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
         lsn: None,
         replay_lsn: None,
         streaming: false,
-        doing: decision.reasons.last().map(|r| r.text.clone()).unwrap_or_default(),
+        doing: decision
+            .reasons
+            .last()
+            .map(|r| r.text.clone())
+            .unwrap_or_default(),
         slots: BTreeMap::new(),
     };
     match &o.server {
@@ -48,8 +58,13 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
 }
 
 /// The members as everybody should see them: the coordinator's records with the newest announcements.
-fn statuses(o: &Observation, own: &MemberStatus) -> BTreeMap<MemberId, (Option<MemberStatus>, Option<u64>)> {
-    let Some(view) = &o.view else { return BTreeMap::new() };
+fn statuses(
+    o: &Observation,
+    own: &MemberStatus,
+) -> BTreeMap<MemberId, (Option<MemberStatus>, Option<u64>)> {
+    let Some(view) = &o.view else {
+        return BTreeMap::new();
+    };
     view.members
         .keys()
         .map(|m| {
@@ -57,7 +72,8 @@ fn statuses(o: &Observation, own: &MemberStatus) -> BTreeMap<MemberId, (Option<M
                 return (m.clone(), (Some(own.clone()), Some(0)));
             }
             let peer = o.peers.get(m);
-            let age = peer.map(|p| u64::try_from(o.now.since(p.heard_at).as_millis()).unwrap_or(u64::MAX));
+            let age = peer
+                .map(|p| u64::try_from(o.now.since(p.heard_at).as_millis()).unwrap_or(u64::MAX));
             (m.clone(), (peer.map(|p| p.status.clone()), age))
         })
         .collect()
@@ -71,7 +87,10 @@ pub fn topology(o: &Observation, own: &MemberStatus) -> Option<Topology> {
         (Some(r), Some(l)) => r.value.phase == RequestPhase::Hold && r.value.term == l.term,
         _ => false,
     };
-    let silent = view.settings().heartbeat_ms.saturating_mul(SILENT_HEARTBEATS);
+    let silent = view
+        .settings()
+        .heartbeat_ms
+        .saturating_mul(SILENT_HEARTBEATS);
     let known = statuses(o, own);
     let members = view
         .members
@@ -89,15 +108,23 @@ pub fn topology(o: &Observation, own: &MemberStatus) -> Option<Topology> {
                 timeline: status.as_ref().and_then(|s| s.timeline),
                 lsn: status.as_ref().and_then(|s| s.lsn),
                 replay_lsn: status.as_ref().and_then(|s| s.replay_lsn),
-                streaming: status.as_ref().is_some_and(|s| s.streaming && s.role == MemberRole::Standby),
+                streaming: status
+                    .as_ref()
+                    .is_some_and(|s| s.streaming && s.role == MemberRole::Standby),
             }
         })
         .collect();
     Some(Topology {
-        cluster: view.cluster.as_ref().map_or_else(|| o.cluster_name.clone(), |c| c.value.name.clone()),
+        cluster: view
+            .cluster
+            .as_ref()
+            .map_or_else(|| o.cluster_name.clone(), |c| c.value.name.clone()),
         term: leadership.map(|l| l.term).unwrap_or_default(),
         revision: view.revision,
-        writable: leadership.filter(|l| l.open).and_then(|l| l.leader.as_ref()).map(|l| l.member.clone()),
+        writable: leadership
+            .filter(|l| l.open)
+            .and_then(|l| l.leader.as_ref())
+            .map(|l| l.member.clone()),
         hold,
         members,
     })
@@ -124,7 +151,9 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
     let settings = view.settings();
     let leadership = view.leadership.as_ref().map(|l| &l.value);
     let topology = topology(o, &own);
-    let leader = leadership.and_then(|l| l.leader.as_ref()).map(|l| l.member.clone());
+    let leader = leadership
+        .and_then(|l| l.leader.as_ref())
+        .map(|l| l.member.clone());
     let members = members(o, view, &own, leader.as_ref());
     let mut warnings: Vec<String> = members
         .iter()
@@ -140,9 +169,13 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         term: leadership.map(|l| l.term).unwrap_or_default(),
         revision: view.revision,
         writable: leadership.is_some_and(|l| l.open),
-        durability: leadership.map_or(settings.durability, |l| l.durability).to_string(),
+        durability: leadership
+            .map_or(settings.durability, |l| l.durability)
+            .to_string(),
         sync: SyncView {
-            members: leadership.map(|l| l.sync.members.keys().cloned().collect()).unwrap_or_default(),
+            members: leadership
+                .map(|l| l.sync.members.keys().cloned().collect())
+                .unwrap_or_default(),
             acks: leadership.map_or(0, |l| l.sync.k),
             in_force: match &o.server {
                 ServerView::Running(s) if !s.in_recovery => s.sync_in_force,
@@ -151,12 +184,16 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         },
         lease: LeaseView {
             holder: leader.clone(),
-            remaining_ms: o.lease.map(|l| u64::try_from(l.until.since(o.now).as_millis()).unwrap_or(0)),
+            remaining_ms: o
+                .lease
+                .map(|l| u64::try_from(l.until.since(o.now).as_millis()).unwrap_or(0)),
             ttl_ms: settings.ttl_ms,
             heartbeat_ms: settings.heartbeat_ms,
         },
         hold: topology.is_some_and(|t| t.hold),
-        election: leadership.filter(|l| l.leader.is_none()).map(|l| election(view, l)),
+        election: leadership
+            .filter(|l| l.leader.is_none())
+            .map(|l| election(view, l)),
         next: next(view, &members, leader.as_ref()),
         leader,
         members,
@@ -166,8 +203,12 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
 }
 
 fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> ElectionView {
-    let sealed: Vec<MemberId> =
-        view.seals.iter().filter(|(_, s)| s.value.term == l.term).map(|(m, _)| m.clone()).collect();
+    let sealed: Vec<MemberId> = view
+        .seals
+        .iter()
+        .filter(|(_, s)| s.value.term == l.term)
+        .map(|(m, _)| m.clone())
+        .collect();
     ElectionView {
         term: l.term,
         opened_by: None,
@@ -176,15 +217,32 @@ fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> Electio
         } else {
             u32::try_from(l.sync.seals_needed()).unwrap_or(u32::MAX)
         },
-        missing: l.sync.members.keys().filter(|m| !sealed.contains(m)).cloned().collect(),
+        missing: l
+            .sync
+            .members
+            .keys()
+            .filter(|m| !sealed.contains(m))
+            .cloned()
+            .collect(),
         sealed,
     }
 }
 
-fn members(o: &Observation, view: &ClusterView, own: &MemberStatus, leader: Option<&MemberId>) -> Vec<MemberView> {
-    let silent = view.settings().heartbeat_ms.saturating_mul(SILENT_HEARTBEATS);
+fn members(
+    o: &Observation,
+    view: &ClusterView,
+    own: &MemberStatus,
+    leader: Option<&MemberId>,
+) -> Vec<MemberView> {
+    let silent = view
+        .settings()
+        .heartbeat_ms
+        .saturating_mul(SILENT_HEARTBEATS);
     let known = statuses(o, own);
-    let leader_lsn = leader.and_then(|l| known.get(l)).and_then(|(s, _)| s.as_ref()).and_then(|s| s.lsn);
+    let leader_lsn = leader
+        .and_then(|l| known.get(l))
+        .and_then(|(s, _)| s.as_ref())
+        .and_then(|s| s.lsn);
     view.members
         .iter()
         .map(|(id, record)| {
@@ -196,7 +254,8 @@ fn members(o: &Observation, view: &ClusterView, own: &MemberStatus, leader: Opti
             MemberView {
                 id: id.clone(),
                 role: shown.map_or(MemberRole::Down, |s| s.role),
-                state: shown.map_or_else(|| "its agent is not heard".to_owned(), |s| s.doing.clone()),
+                state: shown
+                    .map_or_else(|| "its agent is not heard".to_owned(), |s| s.doing.clone()),
                 host: record.value.host.clone(),
                 port: record.value.port,
                 api: record.value.api.clone(),
@@ -205,10 +264,17 @@ fn members(o: &Observation, view: &ClusterView, own: &MemberStatus, leader: Opti
                 timeline: shown.and_then(|s| s.timeline),
                 lsn,
                 replay_lsn: shown.and_then(|s| s.replay_lsn),
-                lag_bytes: if Some(id) == leader { Some(0) } else { lsn.and_then(behind) },
+                lag_bytes: if Some(id) == leader {
+                    Some(0)
+                } else {
+                    lsn.and_then(behind)
+                },
                 streaming: shown.is_some_and(|s| s.streaming),
                 sync: view.leadership.as_ref().is_some_and(|l| {
-                    record.value.incarnation.is_some_and(|i| l.value.sync.holds(id, i))
+                    record
+                        .value
+                        .incarnation
+                        .is_some_and(|i| l.value.sync.holds(id, i))
                 }),
                 priority: record.value.priority,
                 incarnation: record.value.incarnation,
@@ -232,9 +298,15 @@ fn next(view: &ClusterView, members: &[MemberView], leader: Option<&MemberId>) -
         .filter(|m| l.durability == Durability::Async || m.sync)
         .map(|m| m.id.as_str())
         .collect();
-    let needed = if l.durability == Durability::Async { 1 } else { l.sync.seals_needed() };
+    let needed = if l.durability == Durability::Async {
+        1
+    } else {
+        l.sync.seals_needed()
+    };
     if l.sync.k == 0 && l.durability == Durability::Quorum {
-        return format!("{leader} is alone: if it fails, nobody is promoted, and it goes on when it is back");
+        return format!(
+            "{leader} is alone: if it fails, nobody is promoted, and it goes on when it is back"
+        );
     }
     if heirs.len() < needed || heirs.is_empty() {
         return format!(
@@ -243,29 +315,49 @@ fn next(view: &ClusterView, members: &[MemberView], leader: Option<&MemberId>) -
             heirs.len()
         );
     }
-    format!("if {leader} fails, {} takes over (lease: {ttl} ms)", heirs.join(" or "))
+    format!(
+        "if {leader} fails, {} takes over (lease: {ttl} ms)",
+        heirs.join(" or ")
+    )
 }
 
 /// `GET /v1/explain`.
 pub fn explain(o: &Observation, decision: &Decision) -> ExplainView {
     let own = own_status(o, decision);
-    let mut waiting_for: Vec<String> = o.failures.iter().map(|f| format!("{:?} failed {} times: {}", f.kind, f.count, f.error)).collect();
+    let mut waiting_for: Vec<String> = o
+        .failures
+        .iter()
+        .map(|f| format!("{:?} failed {} times: {}", f.kind, f.count, f.error))
+        .collect();
     if let Some(task) = &o.task {
         let since = o.now.since(task.since);
-        waiting_for.push(format!("{:?} in progress for {:.1} s", task.task.kind(), since.as_secs_f64()));
+        waiting_for.push(format!(
+            "{:?} in progress for {:.1} s",
+            task.task.kind(),
+            since.as_secs_f64()
+        ));
     }
     ExplainView {
         member: o.me.id.clone(),
         role: own.role,
         summary: own.doing,
-        reasons: decision.reasons.iter().map(|r| format!("{}: {}", r.code, r.text)).collect(),
+        reasons: decision
+            .reasons
+            .iter()
+            .map(|r| format!("{}: {}", r.code, r.text))
+            .collect(),
         waiting_for,
     }
 }
 
 /// `GET /v1/history`.
 pub fn history(o: &Observation) -> HistoryView {
-    let events = o.view.as_ref().and_then(|v| v.history.as_ref()).map(|h| h.value.0.clone()).unwrap_or_default();
+    let events = o
+        .view
+        .as_ref()
+        .and_then(|v| v.history.as_ref())
+        .map(|h| h.value.0.clone())
+        .unwrap_or_default();
     HistoryView {
         events: events
             .into_iter()

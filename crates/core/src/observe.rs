@@ -141,6 +141,10 @@ pub struct MemberStatus {
     pub streaming: bool,
     /// What it is doing, in words.
     pub doing: String,
+    /// The leader's replication slots and from where each keeps WAL, so that the standbys' copies of
+    /// them can follow.
+    #[serde(default)]
+    pub slots: BTreeMap<String, Lsn>,
 }
 
 /// What the local voter knows of the lease (see the coordinator's `LeaseHint`).

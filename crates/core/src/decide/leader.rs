@@ -30,13 +30,32 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
             mind.start(Task::StartStandby);
         }
         ServerView::Down => down_rule(mind, view, l, was_primary),
-        ServerView::Silent { .. } => {
-            mind.out.lease = super::LeaseWish::Hold(l.term);
-            mind.because("silent", "PostgreSQL does not answer yet");
-        }
+        ServerView::Silent { .. } => silent_rule(mind, view, l),
         ServerView::Running(s) if s.in_recovery => recovery_rule(mind, view, l, s),
         ServerView::Running(s) => primary_rule(mind, view, l, s),
     }
+}
+
+/// PostgreSQL runs and does not answer: starting, recovering from a crash of a backend, or stuck. A leader
+/// that was open and is stuck for a ttl is worth replacing, if somebody can take over now.
+fn silent_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    mind.out.lease = super::LeaseWish::Hold(l.term);
+    let now = mind.o.now;
+    let since = *mind.out.memory.silent_since.get_or_insert(now);
+    if l.open
+        && mind.o.task.is_none()
+        && now.since(since) >= mind.settings.ttl()
+        && can_hand_over(mind, view, l)
+    {
+        let why = format!(
+            "PostgreSQL has not answered for {:.1} s",
+            now.since(since).as_secs_f64()
+        );
+        mind.because("stalled", why.clone());
+        mind.out.kill = Some(why);
+        return;
+    }
+    mind.because("silent", "PostgreSQL does not answer yet");
 }
 
 /// Gives the lease up and opens the next election, in which this member's own seal is proof enough.
