@@ -12,7 +12,7 @@ pub struct Server {
     verifier: Verifier,
     client_first_bare: String,
     gs2_header: String,
-    server_first: String,
+    first_answer: String,
     nonce: String,
 }
 
@@ -84,14 +84,14 @@ impl Server {
             verifier,
             client_first_bare: bare.to_owned(),
             gs2_header: format!("{binding},,"),
-            server_first,
+            first_answer: server_first,
             nonce,
         })
     }
 
     /// The first answer.
     pub fn first_message(&self) -> &str {
-        &self.server_first
+        &self.first_answer
     }
 
     /// Checks the client's proof.
@@ -116,7 +116,7 @@ impl Server {
             .ok_or(bad)?;
         let auth_message = format!(
             "{},{},{without_proof}",
-            self.client_first_bare, self.server_first
+            self.client_first_bare, self.first_answer
         );
         xor(
             &mut client_key,
