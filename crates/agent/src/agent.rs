@@ -60,6 +60,8 @@ pub struct Agent {
     echo: Option<(u64, BootTime)>,
     /// The revision of the first linearizable read since the start: the local copy is believed from there on.
     known_from: Option<u64>,
+    /// The store as last parsed, with its revision.
+    parsed: Option<ClusterView>,
     bootstrap_done: bool,
     announced_at: Option<BootTime>,
     announced: Option<MemberStatus>,
@@ -105,6 +107,7 @@ impl Agent {
             submission: None,
             echo: None,
             known_from: None,
+            parsed: None,
             bootstrap_done: false,
             announced_at: None,
             announced: None,
@@ -222,7 +225,7 @@ impl Agent {
         self.failures.insert(kind, failure);
     }
 
-    async fn observe(&self) -> Observation {
+    async fn observe(&mut self) -> Observation {
         let state = self.actor.state();
         let view = self.view();
         Observation {
@@ -256,18 +259,21 @@ impl Agent {
         }
     }
 
-    fn view(&self) -> Option<ClusterView> {
+    fn view(&mut self) -> Option<ClusterView> {
         let snapshot = Arc::clone(&self.coordinator.watch().borrow());
         if snapshot.revision < self.known_from? {
             return None;
         }
-        match store::view(&snapshot) {
-            Ok(view) => Some(view),
-            Err(error) => {
-                tracing::error!(%error, "the coordinator holds something that this version cannot read");
-                None
-            }
+        if self.parsed.as_ref().map(|v| v.revision) != Some(snapshot.revision) {
+            self.parsed = match store::view(&snapshot) {
+                Ok(view) => Some(view),
+                Err(error) => {
+                    tracing::error!(%error, "the coordinator holds something that this version cannot read");
+                    None
+                }
+            };
         }
+        self.parsed.clone()
     }
 
     fn peers(&self) -> BTreeMap<MemberId, PeerView> {

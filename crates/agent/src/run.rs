@@ -69,7 +69,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
 pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
-    let token = Token::from_file(&config.secrets.join("api.token"))
+    let token = Token::from_file(&config.secrets.join("api-token"))
         .map_err(|e| AgentError::Config(e.to_string()))?;
     make_dir(&config.dir)?;
     let server = local_server(&config, &secrets)?;

@@ -268,12 +268,6 @@ fn submit_open(
 
 /// Opens for clients once the sync set is configured and what was recovered is on k of V (3.3).
 fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
-    let promoted_now = view
-        .timelines
-        .as_ref()
-        .and_then(|t| t.value.get(l.timeline))
-        .is_some_and(|t| t.term == l.term)
-        && mind.out.memory.leading_since.is_some();
     if !s.sync_configured.covers(&l.sync) {
         mind.because(
             "opening",
@@ -308,7 +302,7 @@ fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
         })
         .count()
         >= l.sync.k as usize;
-    if promoted_now && (!restarted || safe) {
+    if !restarted || safe {
         return submit_open(
             mind,
             view,
