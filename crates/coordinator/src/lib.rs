@@ -10,3 +10,4 @@ pub mod clock;
 pub mod kv;
 pub mod model;
 pub mod promise;
+pub mod raft;

@@ -1,0 +1,5 @@
+//! The rules of the paper one by one, and a network that does its worst.
+
+mod network;
+mod paper;
+mod world;
