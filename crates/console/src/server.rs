@@ -160,7 +160,7 @@ async fn require_token(State(token): State<Token>, request: Request, next: Next)
     let mut answer = failure(
         StatusCode::UNAUTHORIZED,
         "this needs the cluster's API token",
-        Some("send it as \"Authorization: Bearer …\"; `craton up` keeps it in secrets/api.token"),
+        Some("send it as \"Authorization: Bearer …\"; `craton up` keeps it in secrets/api-token"),
     );
     answer
         .headers_mut()

@@ -153,7 +153,7 @@ impl Sources {
         let mut what = format!("{place}: [{table}]: {}", error.message().trim());
         if !overlays.is_empty() {
             let origins: Vec<_> = overlays.iter().map(|o| o.origin.as_str()).collect();
-            what.push_str(&format!(" (also in force: {})", origins.join(", ")));
+            what = format!("{what} (also in force: {})", origins.join(", "));
         }
         Problem::new(
             USAGE,

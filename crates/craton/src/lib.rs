@@ -39,8 +39,8 @@ pub mod supervise;
 pub mod up;
 
 /// Parses the command line, runs the command, prints what went wrong.
-pub fn run(args: Vec<OsString>) -> ExitCode {
-    let cli = match cli::Cli::try_parse_from(&args) {
+pub fn run(args: &[OsString]) -> ExitCode {
+    let cli = match cli::Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
             // clap knows whether this is help (stdout, 0) or a mistake (stderr, 2).

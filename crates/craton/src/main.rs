@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    craton::run(std::env::args_os().collect())
+    craton::run(&std::env::args_os().collect::<Vec<_>>())
 }

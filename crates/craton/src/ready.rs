@@ -141,7 +141,9 @@ pub fn last_words(layout: &Layout) -> String {
         let log = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = log.lines().rev().take(LAST_LINES).collect();
         if !lines.is_empty() {
-            text.push_str(&format!("--- {}\n", path.display()));
+            text.push_str("--- ");
+            text.push_str(&path.display().to_string());
+            text.push('\n');
             for line in lines.into_iter().rev() {
                 text.push_str(line);
                 text.push('\n');

@@ -106,6 +106,7 @@ async fn run(client: &Client, statement: &str) -> anyhow::Result<()> {
     client.batch_execute(statement).await.map_err(failed)
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "it is given to map_err")]
 fn failed(error: tokio_postgres::Error) -> anyhow::Error {
     anyhow::anyhow!("{}", describe(&error)).context("cannot load the sample map")
 }

@@ -30,7 +30,7 @@ impl Login {
         let mut config = Config::new();
         config
             .host(HOST.to_string())
-            .user(user)
+            .user("postgres")
             .password(password)
             .dbname("postgres")
             .connect_timeout(CONNECT_TIMEOUT);

@@ -98,7 +98,7 @@ async fn keep(layout: Arc<Layout>, daemon: Daemon, stopped: watch::Receiver<bool
                     tracing::warn!(daemon = name, how, "ended");
                 }
                 Err(error) => {
-                    tracing::error!(daemon = name, error = format!("{error:#}"), "cannot start")
+                    tracing::error!(daemon = name, error = format!("{error:#}"), "cannot start");
                 }
             }
         }

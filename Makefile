@@ -1,0 +1,60 @@
+# Everything a contributor types. `make help` lists it.
+# Another target directory: make TARGET_DIR=… ; another cluster directory: CRATON_DIR=…
+
+SHELL := /bin/bash
+TARGET_DIR ?= $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+CRATON := $(TARGET_DIR)/release/craton
+# Where a fresh rustup puts cargo.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+CARGO := cargo
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build up down check verify fix test sim bench fuzz images
+
+help: ## this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing: PostgreSQL, PostGIS, compiler, Rust
+	@scripts/setup.sh
+
+build: setup ## the release build
+	$(CARGO) build --release --locked -p craton
+
+up: build ## build, and start a local cluster with a sample map
+	$(CRATON) up
+
+down: ## stop the local cluster (make down PURGE=1 removes it)
+	@if [ -x $(CRATON) ]; then $(CRATON) down $(if $(PURGE),--purge); else echo "nothing is built, so nothing was started from here"; fi
+
+check: setup ## the quick look before a commit, below five minutes
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) test --locked -p craton-core -p craton-wire -p craton-repo -p craton-console
+	$(CARGO) test --locked -p craton --lib --test tidy
+
+verify: setup ## format, lints, documentation, tidy, licences: never writes to the tree
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
+	$(CARGO) test --locked -p craton --test tidy
+	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "cargo-deny is not installed: licences are checked by tidy, advisories are not checked here"; fi
+
+fix: setup ## format, apply what clippy knows, write the reference pages again
+	$(CARGO) fmt --all
+	$(CARGO) clippy --locked --workspace --all-targets --fix --allow-dirty --allow-staged
+	CRATON_WRITE_DOCS=1 $(CARGO) test --locked -p craton --test tidy
+
+test: setup ## everything CI runs: all tests, on real PostgreSQL with PostGIS
+	$(CARGO) test --locked --workspace
+
+sim: setup ## the simulator: SEEDS=20000 (one seed: FIRST=seed SEEDS=1)
+	$(CARGO) run --release --locked -p craton-sim -- --seeds $(or $(SEEDS),20000) --first $(or $(FIRST),0)
+
+bench: build ## outages and losses, measured by drills (long)
+	benches/drills.sh $(CRATON) $(RUNS)
+
+fuzz: ## there are no fuzz targets yet
+	@echo "there are no fuzz targets yet; property tests of the parsers run in 'make test'"
+
+images: ## there are no container images yet
+	@echo "there are no container images yet"

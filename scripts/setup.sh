@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Installs what building and running needs and this machine lacks, on Debian and Ubuntu: PostgreSQL with
+# PostGIS, a C compiler and linker, curl, Rust. Says what it does; does nothing where nothing is missing.
+# SETUP_SKIP=1 leaves everything as it is.
+set -euo pipefail
+[ "${SETUP_SKIP:-0}" = 1 ] && exit 0
+export PATH="$PATH:$HOME/.cargo/bin"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# The newest installed server, for example 15; empty if there is none.
+server_major() {
+  local dir
+  for dir in $(ls -d /usr/lib/postgresql/*/bin 2>/dev/null | sort -Vr); do
+    [ -x "$dir/postgres" ] && { basename "$(dirname "$dir")"; return; }
+  done
+}
+
+postgis_there() {
+  [ -e "/usr/share/postgresql/$1/extension/postgis.control" ]
+}
+
+missing=()
+command -v cc >/dev/null || missing+=(gcc libc6-dev)
+command -v make >/dev/null || missing+=(make)
+command -v curl >/dev/null || missing+=(curl ca-certificates)
+command -v psql >/dev/null || missing+=(postgresql-client)
+major=$(server_major)
+[ -n "$major" ] || missing+=(postgresql)
+if [ -n "$major" ] && ! postgis_there "$major"; then
+  missing+=("postgresql-$major-postgis-3")
+fi
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"
+  elif command -v sudo >/dev/null; then say "asking for sudo: $*"; sudo "$@"
+  else die "missing packages, and neither root nor sudo to install them. As root: apt-get install ${missing[*]}"
+  fi
+}
+
+# The distribution starts a server of its own after installing one. Craton's clusters need none.
+install_packages() {
+  command -v apt-get >/dev/null || die "this is no Debian or Ubuntu; install by its own means what these packages hold: $*"
+  say "installing: $*"
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >&2
+}
+
+if [ "${#missing[@]}" -gt 0 ]; then
+  command -v apt-get >/dev/null || die "this is no Debian or Ubuntu; install by its own means what these packages hold: ${missing[*]}"
+  as_root apt-get update -qq >&2 || say "the package lists could not be brought up to date; trying with those that are there"
+  install_packages "${missing[@]}"
+fi
+# A server that came just now: its PostGIS has the same major version in the name.
+major=$(server_major)
+[ -n "$major" ] || die "there is still no PostgreSQL server below /usr/lib/postgresql; install the package postgresql"
+postgis_there "$major" || install_packages "postgresql-$major-postgis-3"
+
+if ! command -v cargo >/dev/null; then
+  say "installing Rust with rustup into $HOME/.cargo (https://rustup.rs)"
+  curl --proto '=https' --tlsv1.2 -sSf --retry 3 https://sh.rustup.rs | sh -s -- -y --profile minimal --component clippy --component rustfmt >&2 \
+    || die "Rust could not be installed; install it from https://rustup.rs and run this again"
+fi
+# rust-toolchain.toml or the workspace's rust-version says what is too old; cargo names it then.
+cargo --version >/dev/null || die "cargo does not run; see https://rustup.rs"
