@@ -3,6 +3,7 @@
 //! The file is one line of JSON that names the format, its version and the hash of the rest, then
 //! the manifest itself in JSON. It is readable with any tool, and damage is noticed.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -157,6 +158,9 @@ pub struct Summary {
     pub new_bytes: u64,
     /// How many bytes the repository grew by.
     pub stored_bytes: u64,
+    /// Settings that a server must have at least as high to recover from this backup.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub minimum_settings: BTreeMap<String, String>,
 }
 
 /// A whole backup.
@@ -299,6 +303,7 @@ mod tests {
                 data_bytes: 8192,
                 new_bytes: 8192,
                 stored_bytes: 20,
+                minimum_settings: BTreeMap::new(),
             },
             tablespaces: vec![Tablespace {
                 oid: 16_400,

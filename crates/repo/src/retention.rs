@@ -98,6 +98,7 @@ mod tests {
             data_bytes: 0,
             new_bytes: 0,
             stored_bytes: 0,
+            minimum_settings: std::collections::BTreeMap::new(),
         }
     }
 

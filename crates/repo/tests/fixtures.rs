@@ -69,6 +69,7 @@ fn manifest() -> Manifest {
             data_bytes: 8192,
             new_bytes: 8192,
             stored_bytes: 300,
+            minimum_settings: std::collections::BTreeMap::new(),
         },
         tablespaces: vec![Tablespace {
             oid: 16_400,

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
 use craton_wire::replication::{parse_report, parse_row};
+use craton_wire::{md5, scram};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
@@ -128,10 +129,10 @@ impl ReplicationConnection {
                 let salt = body
                     .first_chunk::<4>()
                     .ok_or_else(|| ReplicationError::protocol("an MD5 request without a salt"))?;
-                let mut answer: Vec<u8> = {
-                    let _ = (salt, password()?);
-                    Vec::new()
-                };
+                let verifier = md5::verifier(&login.user, password()?);
+                let mut answer = md5::answer(&verifier, *salt)
+                    .unwrap_or_default()
+                    .into_bytes();
                 answer.push(0);
                 self.send(b'p', &answer).await?;
                 self.expect_authenticated().await
@@ -167,8 +168,38 @@ impl ReplicationConnection {
         }
     }
 
-    async fn scram(&mut self, _mechanisms: &[u8], _password: &str) -> Result<(), ReplicationError> {
-        Err(ReplicationError::Login("pending".into()))
+    async fn scram(&mut self, mechanisms: &[u8], password: &str) -> Result<(), ReplicationError> {
+        if !mechanisms
+            .split(|b| *b == 0)
+            .any(|m| m == scram::MECHANISM.as_bytes())
+        {
+            return Err(ReplicationError::Login(
+                "the server offers no SCRAM-SHA-256".into(),
+            ));
+        }
+        let failed = |e: scram::ScramError| ReplicationError::Login(e.to_string());
+        let identity = scram::ClientIdentity::Password(password.to_owned());
+        let mut client = scram::Client::new(identity, &rand::random());
+        let first = client.first_message();
+        let mut message = format!("{}\0", scram::MECHANISM).into_bytes();
+        message.extend_from_slice(&length_of_text(&first)?);
+        message.extend_from_slice(first.as_bytes());
+        self.send(b'p', &message).await?;
+        let challenge = self.sasl_answer(11).await?;
+        let proof = client.final_message(&challenge).map_err(failed)?;
+        self.send(b'p', proof.as_bytes()).await?;
+        let signature = self.sasl_answer(12).await?;
+        client.verify(&signature).map_err(failed)?;
+        self.expect_authenticated().await
+    }
+
+    async fn sasl_answer(&mut self, expected: u32) -> Result<Bytes, ReplicationError> {
+        match self.authentication_request().await? {
+            (kind, body) if kind == expected => Ok(body),
+            (kind, _) => Err(ReplicationError::Protocol(format!(
+                "log-in request {kind} instead of {expected}"
+            ))),
+        }
     }
 
     /// Sends a command and returns the rows of its first result. Leaves the connection idle.
@@ -282,6 +313,12 @@ fn header(bytes: &[u8]) -> Result<Option<(u8, usize)>, ReplicationError> {
 
 fn length_of(body: usize) -> Result<[u8; 4], ReplicationError> {
     u32::try_from(body + 4)
+        .map(u32::to_be_bytes)
+        .map_err(|_| ReplicationError::protocol("a message of ours is too long"))
+}
+
+fn length_of_text(text: &str) -> Result<[u8; 4], ReplicationError> {
+    u32::try_from(text.len())
         .map(u32::to_be_bytes)
         .map_err(|_| ReplicationError::protocol("a message of ours is too long"))
 }

@@ -1,0 +1,121 @@
+//! Settings of the backup daemon: the table `[backup]` of `craton.toml`.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use craton_pg::replication::{ReplicationLogin, ServerAddress};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{BackupError, Result};
+
+/// How long connecting to a server may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the daemon is told.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The directory of the repository.
+    pub repository: PathBuf,
+    /// Where `/metrics`, `/health` and the API are served.
+    #[serde(default = "default_listen")]
+    pub listen: SocketAddr,
+    /// The agents' APIs, `host:port`; one is enough, all are better.
+    pub agents: Vec<String>,
+    /// The file of the token that opens the agents' API and this one.
+    pub token_file: PathBuf,
+    /// The role that replicates.
+    #[serde(default = "default_user")]
+    pub user: String,
+    /// The file whose first line is that role's password; none where the server asks for none.
+    #[serde(default)]
+    pub password_file: Option<PathBuf>,
+    /// The physical slot that keeps WAL for this daemon.
+    #[serde(default = "default_name")]
+    pub slot: String,
+    /// The name in `pg_stat_replication`, and in `synchronous_standby_names` where it counts as a copy.
+    #[serde(default = "default_name")]
+    pub application_name: String,
+    /// Sync and report after everything received, not only several times a second: for a daemon
+    /// that counts as a synchronous copy.
+    #[serde(default)]
+    pub synchronous: bool,
+    /// Take a base backup as soon as there is a leader, when the repository has none.
+    #[serde(default = "default_true")]
+    pub backup_on_start: bool,
+    /// Take a base backup when the newest is older than so many seconds; 0: only when asked.
+    #[serde(default = "default_interval")]
+    pub backup_interval_s: u64,
+    /// Read base backups from a streaming standby where there is one, to spare the leader.
+    #[serde(default)]
+    pub prefer_standby: bool,
+    /// Read base backups at no more than so many kB a second (32 to 1048576).
+    #[serde(default)]
+    pub max_rate_kb: Option<u32>,
+}
+
+fn default_listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 6472))
+}
+
+fn default_user() -> String {
+    "craton_replication".into()
+}
+
+fn default_name() -> String {
+    "craton_backup".into()
+}
+
+fn default_true() -> bool {
+    true
+}
+
+fn default_interval() -> u64 {
+    86_400
+}
+
+impl Config {
+    /// How to log in to a server.
+    pub(crate) fn login(
+        &self,
+        host: &str,
+        port: u16,
+        application_name: &str,
+    ) -> Result<ReplicationLogin> {
+        // A host that is a path names the directory of a Unix socket, as in libpq.
+        let address = if host.starts_with('/') {
+            ServerAddress::Unix(PathBuf::from(host), port)
+        } else {
+            ServerAddress::Tcp(host.to_owned(), port)
+        };
+        Ok(ReplicationLogin {
+            address,
+            user: self.user.clone(),
+            password: self
+                .password_file
+                .as_deref()
+                .map(read_password)
+                .transpose()?,
+            application_name: application_name.to_owned(),
+            timeout: CONNECT_TIMEOUT,
+        })
+    }
+}
+
+/// Read at each log-in, so that a changed password is taken up without a restart.
+fn read_password(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).map_err(BackupError::io("read", path))?;
+    match text
+        .lines()
+        .next()
+        .map(str::trim_end)
+        .filter(|line| !line.is_empty())
+    {
+        Some(line) => Ok(line.to_owned()),
+        None => Err(BackupError::Config(format!(
+            "{} holds no password in its first line",
+            path.display()
+        ))),
+    }
+}

@@ -1,0 +1,153 @@
+//! The daemon's API under `/v1/backup`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use craton_console::Health;
+use craton_console::server::failure;
+use craton_repo::manifest::BackupId;
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::catalog;
+use crate::error::{BackupError, Result};
+use crate::receiver::blocking;
+use crate::scheduler::Request;
+use crate::shared::Shared;
+use crate::store::Repository;
+use crate::views::{BackupStatusView, RunAcceptedView};
+
+/// How long a request for a backup may take to be accepted.
+const ACCEPT_TIMEOUT: Duration = Duration::from_secs(3);
+
+#[derive(Clone)]
+struct Api {
+    shared: Arc<Shared>,
+    requests: mpsc::Sender<Request>,
+}
+
+pub(crate) fn routes(shared: Arc<Shared>, requests: mpsc::Sender<Request>) -> Router {
+    Router::new()
+        .route("/v1/backup/run", post(run))
+        .route("/v1/backup/list", get(list))
+        .route("/v1/backup/show/{id}", get(show))
+        .route("/v1/backup/status", get(status))
+        .with_state(Api { shared, requests })
+}
+
+pub(crate) fn health(shared: &Shared) -> Health {
+    let streaming = shared.streaming.borrow();
+    match (&streaming.from, &streaming.error) {
+        (Some(_), _) => Health::ok("streaming"),
+        (None, Some(error)) => Health::failing("disconnected", error.clone()),
+        (None, None) => Health::failing("waiting", "no leader is known yet"),
+    }
+}
+
+async fn run(State(api): State<Api>) -> Response {
+    if api.shared.runs.borrow().running.is_some() {
+        return failure(
+            StatusCode::CONFLICT,
+            "a backup runs already",
+            Some("watch it: craton backup list"),
+        );
+    }
+    if api.shared.repository.get().is_none() {
+        return failure(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "no leader has been reached yet; a backup needs one",
+            Some("see which member leads: craton status"),
+        );
+    }
+    let (answer, accepted) = oneshot::channel();
+    if api.requests.try_send(answer).is_err() {
+        return failure(
+            StatusCode::CONFLICT,
+            "other requests wait already",
+            Some("try again later"),
+        );
+    }
+    match timeout(ACCEPT_TIMEOUT, accepted).await {
+        Ok(Ok(run)) => (StatusCode::ACCEPTED, Json(RunAcceptedView { run })).into_response(),
+        _ => failure(
+            StatusCode::CONFLICT,
+            "the daemon is busy with another backup",
+            Some("try again later"),
+        ),
+    }
+}
+
+async fn list(State(api): State<Api>) -> Response {
+    answer(read(&api, catalog::list).await)
+}
+
+async fn show(State(api): State<Api>, Path(id): Path<String>) -> Response {
+    let Ok(id) = BackupId::new(id) else {
+        return failure(
+            StatusCode::NOT_FOUND,
+            "that is not the name of a backup",
+            Some("see craton backup list"),
+        );
+    };
+    answer(read(&api, move |r| catalog::show(r, &id)).await)
+}
+
+async fn status(State(api): State<Api>) -> Response {
+    let streaming = api.shared.streaming.borrow().clone();
+    let runs = api.shared.runs.borrow().clone();
+    let mut view = BackupStatusView {
+        streaming_from: streaming.from.map(Into::into),
+        error: streaming.error,
+        timeline: streaming.timeline,
+        flushed_lsn: streaming.flushed,
+        lag_bytes: streaming.server_end.bytes_since(streaming.flushed),
+        runs,
+        backups: 0,
+        newest_ended_at: None,
+        missing_wal: Vec::new(),
+        repository_bytes: 0,
+    };
+    if api.shared.repository.get().is_none() {
+        return answer(Ok(view));
+    }
+    let stored = read(&api, |r| {
+        Ok((catalog::list(r)?, catalog::missing_wal(r)?, r.size_bytes()?))
+    })
+    .await;
+    answer(stored.map(|(list, missing_wal, repository_bytes)| {
+        view.backups = list.backups.len() as u64;
+        view.newest_ended_at = list.backups.last().map(|b| b.ended_at);
+        view.missing_wal = missing_wal;
+        view.repository_bytes = repository_bytes;
+        view
+    }))
+}
+
+async fn read<T: Send + 'static>(
+    api: &Api,
+    work: impl FnOnce(&Repository) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let repository = api
+        .shared
+        .repository
+        .get()
+        .cloned()
+        .map_or_else(|| Repository::open(&api.shared.config.repository), Ok)?;
+    blocking(move || work(&repository)).await
+}
+
+fn answer<T: Serialize>(outcome: Result<T>) -> Response {
+    match outcome {
+        Ok(view) => Json(view).into_response(),
+        Err(error @ BackupError::Refused(_)) => {
+            failure(StatusCode::NOT_FOUND, &error.to_string(), None)
+        }
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
+    }
+}

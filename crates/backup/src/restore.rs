@@ -1,0 +1,104 @@
+//! Restore: a backup and the WAL after it become a directory that PostgreSQL starts from.
+
+mod plan;
+mod settings;
+mod write;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use craton_core::{Lsn, TimelineId};
+use craton_repo::manifest::BackupId;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::store::Repository;
+
+pub use plan::{Plan, plan};
+pub(crate) use settings::MINIMUM_SETTINGS;
+
+/// Up to where WAL is replayed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// Everything there is.
+    Latest,
+    /// The last transaction that committed at or before this time.
+    Time(Timestamp),
+    /// This position.
+    Lsn(Lsn),
+    /// The end of the backup.
+    Immediate,
+}
+
+/// How to restore.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// This backup; otherwise the newest that ended before the target.
+    pub backup: Option<BackupId>,
+    /// Where tablespaces go: from the location on the server to a new one. Those that are not named
+    /// go where they were, provided that nothing is there.
+    pub tablespaces: BTreeMap<String, PathBuf>,
+    /// The `craton` program that PostgreSQL is to call for WAL; an absolute path.
+    pub program: PathBuf,
+}
+
+/// How far a restore is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Progress {
+    /// Bytes written.
+    pub done_bytes: u64,
+    /// Bytes in all.
+    pub total_bytes: u64,
+}
+
+/// What was restored.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RestoredView {
+    /// From this backup.
+    pub backup: BackupId,
+    /// Into this directory.
+    pub directory: PathBuf,
+    /// Recovery follows this timeline.
+    pub timeline: TimelineId,
+    /// WAL is held up to here.
+    pub wal_until: Lsn,
+    /// Files written.
+    pub files: u64,
+    /// Bytes written.
+    pub bytes: u64,
+    /// The server's version, as in `server_version_num`: the same major version must start it.
+    pub server_version: u32,
+}
+
+/// Restores into a directory that does not exist or is empty. Every byte is checked against its
+/// hash. On failure nothing of it is left behind.
+///
+/// Started, PostgreSQL replays WAL through `craton backup wal-fetch` to the target and promotes
+/// itself to a timeline of its own.
+pub fn restore(
+    repository: &Repository,
+    directory: &Path,
+    target: Target,
+    options: &Options,
+    progress: &mut dyn FnMut(Progress),
+) -> Result<RestoredView> {
+    let directory =
+        std::path::absolute(directory).map_err(crate::BackupError::io("resolve", directory))?;
+    let plan = plan(repository, target, options.backup.as_ref())?;
+    let places = write::places(&directory, &plan.manifest, &options.tablespaces)?;
+    let mut undo = write::Undo::default();
+    let written = write::files(repository, &plan.manifest, &places, &mut undo, progress)?;
+    settings::write(repository, &directory, target, &plan, options)?;
+    write::sync(&places)?;
+    undo.keep();
+    Ok(RestoredView {
+        backup: plan.manifest.summary.id.clone(),
+        directory,
+        timeline: plan.timeline,
+        wal_until: plan.wal_until,
+        files: written.files,
+        bytes: written.bytes,
+        server_version: plan.manifest.summary.server_version,
+    })
+}

@@ -1,0 +1,156 @@
+//! Which backup serves a target, and whether the WAL to it is all there.
+
+use craton_core::{Lsn, TimelineId};
+use craton_repo::continuity::{self, Missing};
+use craton_repo::manifest::{BackupId, Manifest};
+use craton_repo::segment::SegmentId;
+
+use super::Target;
+use crate::catalog::{self, Reach};
+use crate::error::{BackupError, Result};
+use crate::store::{Repository, now_ms};
+use crate::views::timestamp;
+
+/// What a restore will do.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Plan {
+    /// The backup.
+    pub manifest: Manifest,
+    /// The timeline that recovery follows.
+    pub timeline: TimelineId,
+    /// WAL is held up to here.
+    pub wal_until: Lsn,
+}
+
+/// Chooses a backup for a target and proves that the target can be reached from it.
+pub fn plan(repository: &Repository, target: Target, backup: Option<&BackupId>) -> Result<Plan> {
+    if let Target::Time(time) = target
+        && time > timestamp(now_ms())
+    {
+        return Err(BackupError::Refused(format!(
+            "{time} is in the future; choose a time that has passed"
+        )));
+    }
+    let manifest = match backup {
+        Some(id) => {
+            let manifest = repository.manifest(id)?;
+            fits(&manifest, target)?;
+            manifest
+        }
+        None => choose(repository, target)?,
+    };
+    let reach = catalog::reach(repository, &manifest.summary)?;
+    check_wal(repository, &manifest, target, &reach)?;
+    Ok(Plan {
+        manifest,
+        timeline: reach.history.timeline,
+        wal_until: reach.coverage.reached,
+    })
+}
+
+fn choose(repository: &Repository, target: Target) -> Result<Manifest> {
+    let (manifests, problems) = repository.manifests()?;
+    let Some(first) = manifests.first().map(|m| m.summary.clone()) else {
+        let mut text = format!(
+            "{} holds no backup yet; take one: craton backup run",
+            repository.root().display()
+        );
+        for problem in problems {
+            text.push_str(&format!("\n  {problem}"));
+        }
+        return Err(BackupError::Refused(text));
+    };
+    manifests.into_iter().rev().find(|m| fits(m, target).is_ok()).ok_or_else(|| {
+        BackupError::Refused(match target {
+            Target::Time(time) => format!(
+                "{time} is before the end of the first backup ({}), so nothing can be restored to it; the earliest time is {}",
+                first.id,
+                timestamp(first.ended_at_ms)
+            ),
+            Target::Lsn(lsn) => format!(
+                "{lsn} is before the end of the first backup ({}); the earliest position is {}",
+                first.id, first.stop_lsn
+            ),
+            Target::Latest | Target::Immediate => "no backup fits".to_owned(),
+        })
+    })
+}
+
+/// A backup can be rolled forward only: the target must not lie before its end.
+fn fits(manifest: &Manifest, target: Target) -> Result<()> {
+    let s = &manifest.summary;
+    match target {
+        Target::Time(time) if time < timestamp(s.ended_at_ms) => {
+            Err(BackupError::Refused(format!(
+                "{time} is before backup {} ended ({}); choose an older backup or a later time",
+                s.id,
+                timestamp(s.ended_at_ms)
+            )))
+        }
+        Target::Lsn(lsn) if lsn < s.stop_lsn => Err(BackupError::Refused(format!(
+            "{lsn} is before the end of backup {} ({}); choose an older backup or a later position",
+            s.id, s.stop_lsn
+        ))),
+        _ => Ok(()),
+    }
+}
+
+fn check_wal(
+    repository: &Repository,
+    manifest: &Manifest,
+    target: Target,
+    reach: &Reach,
+) -> Result<()> {
+    let s = &manifest.summary;
+    let end = match target {
+        Target::Immediate => Some(s.stop_lsn),
+        Target::Lsn(lsn) => Some(lsn),
+        Target::Latest | Target::Time(_) => None,
+    };
+    let size = repository.segment_size();
+    let coverage = match end {
+        Some(end) => continuity::prove(
+            &repository.inventory()?,
+            &reach.history,
+            size,
+            s.start_lsn,
+            Some(end),
+        ),
+        None => reach.coverage.clone(),
+    };
+    let Some(gap) = coverage.missing.first() else {
+        return Ok(());
+    };
+    if let Target::Time(time) = target
+        && gap.from > s.stop_lsn
+        && before_gap(repository, reach, gap)?.is_some_and(|last| time <= last)
+    {
+        return Ok(());
+    }
+    let earlier = before_gap(repository, reach, gap)?
+        .filter(|_| gap.from > s.stop_lsn)
+        .map_or(String::new(), |last| {
+            format!("; times up to about {last} can be restored (--to-time)")
+        });
+    Err(BackupError::Refused(format!(
+        "WAL is missing: timeline {} from {} to {} ({} segments), which the way from backup {} to the target needs{earlier}",
+        gap.timeline, gap.from, gap.to, gap.segments, s.id
+    )))
+}
+
+/// When the last WAL before a gap came in.
+fn before_gap(
+    repository: &Repository,
+    reach: &Reach,
+    gap: &Missing,
+) -> Result<Option<jiff::Timestamp>> {
+    let size = repository.segment_size();
+    let Some(number) = gap.from.0.checked_div(size).and_then(|n| n.checked_sub(1)) else {
+        return Ok(None);
+    };
+    let last = SegmentId {
+        timeline: reach.history.timeline_of(number, size),
+        number,
+    };
+    Ok(repository.segment_received_at_ms(last)?.map(timestamp))
+}

@@ -1,0 +1,546 @@
+//! The repository on a disk: atomic writes, and scans of what is there.
+//!
+//! Every file is written under a temporary name, synced, renamed and its directory synced, so a
+//! crash leaves the old state or the new one. Only the segment being received grows in place.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use craton_core::{Lsn, TimelineId};
+use craton_repo::chunk::ChunkId;
+use craton_repo::continuity::{Held, Inventory, Missing};
+use craton_repo::history::History;
+use craton_repo::layout::{self, Descriptor, SegmentForm};
+use craton_repo::manifest::{BackupId, ChunkRef, Manifest};
+use craton_repo::pack::{self, FOOTER_BYTES, PackEntry, PackId};
+use craton_repo::segment::{self, SegmentId};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{BackupError, Result};
+
+const LOCK: &str = ".lock";
+const TEMPORARY: &str = ".tmp";
+
+/// A repository in a directory. Cheap to clone; holds no open files.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    root: PathBuf,
+    descriptor: Descriptor,
+}
+
+/// Held by the one daemon that writes. Ends with the process, however that ends.
+#[derive(Debug)]
+pub struct WriterLock {
+    _file: File,
+}
+
+/// WAL that no member could give any more.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Gap {
+    /// What is missing.
+    #[serde(flatten)]
+    pub missing: Missing,
+    /// When that was found, in milliseconds since 1970.
+    pub found_at_ms: u64,
+}
+
+impl Repository {
+    /// Opens what is there.
+    pub fn open(root: &Path) -> Result<Self> {
+        let path = root.join(layout::DESCRIPTOR);
+        let bytes = fs::read(&path).map_err(|e| {
+            if e.kind() == io::ErrorKind::NotFound {
+                BackupError::Refused(format!(
+                    "{} is not a backup repository (yet): the backup daemon makes it once it has reached the leader",
+                    root.display()
+                ))
+            } else {
+                BackupError::io("read", &path)(e)
+            }
+        })?;
+        let descriptor = Descriptor::parse(&bytes).map_err(BackupError::format(&path))?;
+        Ok(Self {
+            root: root.to_owned(),
+            descriptor,
+        })
+    }
+
+    /// Opens what is there, or makes a repository for this database cluster.
+    pub fn open_or_create(root: &Path, system_id: u64, wal_segment_size: u64) -> Result<Self> {
+        if !root.join(layout::DESCRIPTOR).exists() {
+            let new = Self {
+                root: root.to_owned(),
+                descriptor: Descriptor::new(system_id, wal_segment_size),
+            };
+            for dir in [layout::BACKUPS, layout::PACKS, layout::WAL] {
+                create_dir_synced(&root.join(dir))?;
+            }
+            new.write(layout::DESCRIPTOR, &new.descriptor.encode())?;
+        }
+        let repository = Self::open(root)?;
+        let known = &repository.descriptor;
+        if known.system_id != system_id || known.wal_segment_size != wal_segment_size {
+            return Err(BackupError::Refused(format!(
+                "{} belongs to database cluster {} (WAL segments of {} bytes), but the leader is {system_id} ({wal_segment_size} bytes); \
+                 use another repository, or move this one away",
+                root.display(),
+                known.system_id,
+                known.wal_segment_size,
+            )));
+        }
+        Ok(repository)
+    }
+
+    /// Makes this process the only writer.
+    pub fn lock(root: &Path) -> Result<WriterLock> {
+        create_dir_synced(root)?;
+        let path = root.join(LOCK);
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(BackupError::io("open", &path))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|e| {
+            if e == rustix::io::Errno::WOULDBLOCK {
+                BackupError::Refused(format!(
+                    "another backup daemon already writes to {}",
+                    root.display()
+                ))
+            } else {
+                BackupError::io("lock", &path)(e.into())
+            }
+        })?;
+        Ok(WriterLock { _file: file })
+    }
+
+    /// Its directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Whose it is.
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// `wal_segment_size` in bytes.
+    pub fn segment_size(&self) -> u64 {
+        self.descriptor.wal_segment_size
+    }
+
+    pub(crate) fn path(&self, relative: &str) -> PathBuf {
+        self.root.join(relative)
+    }
+
+    /// Writes a file so that it exists whole or not at all, even after a crash.
+    pub(crate) fn write(&self, relative: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.path(relative);
+        let dir = path.parent().unwrap_or(&self.root);
+        create_dir_synced(dir)?;
+        let mut name = path.file_name().unwrap_or_default().to_owned();
+        name.push(TEMPORARY);
+        let temporary = dir.join(name);
+        let mut file = File::create(&temporary).map_err(BackupError::io("create", &temporary))?;
+        file.write_all(bytes)
+            .and_then(|()| file.sync_all())
+            .map_err(BackupError::io("write", &temporary))?;
+        fs::rename(&temporary, &path).map_err(BackupError::io("rename", &temporary))?;
+        sync_dir(dir)
+    }
+
+    pub(crate) fn read(&self, relative: &str) -> Result<Vec<u8>> {
+        let path = self.path(relative);
+        fs::read(&path).map_err(BackupError::io("read", &path))
+    }
+
+    /// All segments held and their forms; of one in two forms (a crash between two steps) the better.
+    pub fn segments(&self) -> Result<BTreeMap<SegmentId, (SegmentForm, u64)>> {
+        let mut found = BTreeMap::new();
+        for dir in subdirectories(&self.path(layout::WAL))? {
+            for entry in read_dir(&dir)? {
+                let entry = entry.map_err(BackupError::io("read", &dir))?;
+                let name = entry.file_name();
+                let Some((id, form)) = name
+                    .to_str()
+                    .and_then(|n| layout::parse_segment_name(n, self.segment_size()))
+                else {
+                    continue;
+                };
+                // It may have taken its next form in between; the other name is found then.
+                let Ok(metadata) = entry.metadata() else {
+                    continue;
+                };
+                let best = found.entry(id).or_insert((form, metadata.len()));
+                *best = (*best).max((form, metadata.len()));
+            }
+        }
+        Ok(found)
+    }
+
+    /// What continuity is proved from.
+    pub fn inventory(&self) -> Result<Inventory> {
+        let size = self.segment_size();
+        Ok(self
+            .segments()?
+            .into_iter()
+            .map(|(id, (form, length))| {
+                let until = Lsn(id.start(size).0.saturating_add(length.min(size)));
+                (
+                    id,
+                    if form == SegmentForm::Partial {
+                        Held::Until(until)
+                    } else {
+                        Held::Whole
+                    },
+                )
+            })
+            .collect())
+    }
+
+    /// A whole segment's bytes, checked; `None` when it is not held whole.
+    pub fn whole_segment(&self, id: SegmentId) -> Result<Option<Vec<u8>>> {
+        let relative = layout::segment(id, SegmentForm::Compressed, self.segment_size());
+        match self.read(&relative) {
+            Ok(stored) => {
+                return segment::decode(id, &stored)
+                    .map(Some)
+                    .map_err(BackupError::format(&self.path(&relative)));
+            }
+            Err(e) if e.is_not_found() => {}
+            Err(e) => return Err(e),
+        }
+        match self.read(&layout::segment(id, SegmentForm::Full, self.segment_size())) {
+            Ok(plain) => Ok(Some(plain)),
+            Err(e) if e.is_not_found() => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The beginning of a segment that is still being received, as far as it came.
+    pub fn partial_segment(&self, id: SegmentId) -> Result<Option<Vec<u8>>> {
+        match self.read(&layout::segment(
+            id,
+            SegmentForm::Partial,
+            self.segment_size(),
+        )) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(e) if e.is_not_found() => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Compresses one whole segment that waits for it; the plain file goes when the other is safe.
+    pub(crate) fn compress_segment(&self, id: SegmentId) -> Result<()> {
+        let plain_name = layout::segment(id, SegmentForm::Full, self.segment_size());
+        let path = self.path(&plain_name);
+        let plain = self.read(&plain_name)?;
+        let received_at_ms = fs::metadata(&path)
+            .and_then(|m| m.modified())
+            .map_or(0, unix_ms);
+        let stored =
+            segment::encode(id, received_at_ms, &plain).map_err(BackupError::format(&path))?;
+        self.write(
+            &layout::segment(id, SegmentForm::Compressed, self.segment_size()),
+            &stored,
+        )?;
+        fs::remove_file(&path).map_err(BackupError::io("remove", &path))
+    }
+
+    /// When a segment's last byte was received, in milliseconds since 1970.
+    pub fn segment_received_at_ms(&self, id: SegmentId) -> Result<Option<u64>> {
+        let compressed = self.path(&layout::segment(
+            id,
+            SegmentForm::Compressed,
+            self.segment_size(),
+        ));
+        if let Ok(mut file) = File::open(&compressed) {
+            let mut header = vec![0; segment::HEADER_BYTES];
+            file.read_exact(&mut header)
+                .map_err(BackupError::io("read", &compressed))?;
+            let header =
+                segment::decode_header(&header).map_err(BackupError::format(&compressed))?;
+            return Ok(Some(header.received_at_ms));
+        }
+        let modified = [SegmentForm::Full, SegmentForm::Partial]
+            .into_iter()
+            .find_map(|form| {
+                fs::metadata(self.path(&layout::segment(id, form, self.segment_size())))
+                    .and_then(|m| m.modified())
+                    .ok()
+            });
+        Ok(modified.map(unix_ms))
+    }
+
+    /// The timelines whose history files are held.
+    pub fn timelines(&self) -> Result<Vec<TimelineId>> {
+        let dir = self.path(layout::WAL);
+        let mut found = Vec::new();
+        for entry in read_dir(&dir)? {
+            let entry = entry.map_err(BackupError::io("read", &dir))?;
+            found.extend(
+                entry
+                    .file_name()
+                    .to_str()
+                    .and_then(layout::parse_history_name),
+            );
+        }
+        found.sort();
+        Ok(found)
+    }
+
+    /// A timeline's history; that of one without ancestors when no file is held.
+    pub fn history(&self, timeline: TimelineId) -> Result<History> {
+        let relative = layout::history(timeline);
+        match self.read(&relative) {
+            Ok(bytes) => History::parse(timeline, &String::from_utf8_lossy(&bytes))
+                .map_err(BackupError::format(&self.path(&relative))),
+            Err(e) if e.is_not_found() => Ok(History::root(timeline)),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Keeps a timeline's history file.
+    pub(crate) fn put_history(&self, timeline: TimelineId, text: &str) -> Result<()> {
+        let relative = layout::history(timeline);
+        History::parse(timeline, text).map_err(BackupError::format(&self.path(&relative)))?;
+        match self.read(&relative) {
+            Ok(held) if held == text.as_bytes() => Ok(()),
+            Ok(_) => Err(BackupError::Refused(format!(
+                "the server's history of timeline {timeline} is another than the one held in {}: two servers took the \
+                 same timeline number, or this repository belongs to another past of the cluster; nothing was overwritten",
+                self.path(&relative).display()
+            ))),
+            Err(e) if e.is_not_found() => self.write(&relative, text.as_bytes()),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The names of all backups, oldest first.
+    pub fn backup_ids(&self) -> Result<Vec<BackupId>> {
+        let dir = self.path(layout::BACKUPS);
+        let mut ids = Vec::new();
+        for entry in read_dir(&dir)? {
+            let entry = entry.map_err(BackupError::io("read", &dir))?;
+            let name = entry.file_name();
+            ids.extend(
+                name.to_str()
+                    .and_then(|n| n.strip_suffix(".json"))
+                    .and_then(|n| BackupId::new(n).ok()),
+            );
+        }
+        ids.sort();
+        Ok(ids)
+    }
+
+    /// A backup's manifest.
+    pub fn manifest(&self, id: &BackupId) -> Result<Manifest> {
+        let relative = layout::manifest(id);
+        let bytes = self.read(&relative).map_err(|e| {
+            if e.is_not_found() {
+                BackupError::Refused(format!(
+                    "there is no backup {id}; `craton backup list` shows all"
+                ))
+            } else {
+                e
+            }
+        })?;
+        Manifest::decode(&bytes).map_err(BackupError::format(&self.path(&relative)))
+    }
+
+    /// All manifests that can be read, oldest first, and what is wrong with the others.
+    pub fn manifests(&self) -> Result<(Vec<Manifest>, Vec<BackupError>)> {
+        let (mut good, mut bad) = (Vec::new(), Vec::new());
+        for id in self.backup_ids()? {
+            match self.manifest(&id) {
+                Ok(m) => good.push(m),
+                Err(e) => bad.push(e),
+            }
+        }
+        good.sort_by(|a, b| {
+            (a.summary.ended_at_ms, &a.summary.id).cmp(&(b.summary.ended_at_ms, &b.summary.id))
+        });
+        Ok((good, bad))
+    }
+
+    /// All packs.
+    pub fn packs(&self) -> Result<Vec<PackId>> {
+        let mut found = Vec::new();
+        for dir in subdirectories(&self.path(layout::PACKS))? {
+            for entry in read_dir(&dir)? {
+                let entry = entry.map_err(BackupError::io("read", &dir))?;
+                let name = entry.file_name();
+                found.extend(
+                    name.to_str()
+                        .and_then(|n| n.strip_suffix(".pack"))
+                        .and_then(|n| n.parse::<PackId>().ok()),
+                );
+            }
+        }
+        Ok(found)
+    }
+
+    /// A pack's index.
+    pub fn pack_index(&self, id: PackId) -> Result<Vec<PackEntry>> {
+        let path = self.path(&layout::pack(id));
+        let io = |e| BackupError::io("read", &path)(e);
+        let mut file = File::open(&path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        let cut = || BackupError::format(&path)(craton_repo::FormatError::Truncated("pack"));
+        let footer_at = length.checked_sub(FOOTER_BYTES as u64).ok_or_else(cut)?;
+        file.seek(SeekFrom::Start(footer_at)).map_err(io)?;
+        let mut tail = [0; FOOTER_BYTES];
+        file.read_exact(&mut tail).map_err(io)?;
+        let footer = pack::parse_footer(&tail).map_err(BackupError::format(&path))?;
+        let index_at = footer_at
+            .checked_sub(footer.index_bytes as u64)
+            .ok_or_else(cut)?;
+        file.seek(SeekFrom::Start(index_at)).map_err(io)?;
+        let mut index = vec![0; footer.index_bytes];
+        file.read_exact(&mut index).map_err(io)?;
+        pack::parse_index(&index, footer, Some(id)).map_err(BackupError::format(&path))
+    }
+
+    /// Gaps found so far.
+    pub fn gaps(&self) -> Result<Vec<Gap>> {
+        match self.read(layout::GAPS) {
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
+                let source = craton_repo::FormatError::Corrupt {
+                    what: "gaps",
+                    detail: e.to_string(),
+                };
+                BackupError::format(&self.path(layout::GAPS))(source)
+            }),
+            Err(e) if e.is_not_found() => Ok(Vec::new()),
+            Err(e) => Err(e),
+        }
+    }
+
+    pub(crate) fn record_gap(&self, gap: Gap) -> Result<()> {
+        let mut gaps = self.gaps()?;
+        gaps.push(gap);
+        self.write(
+            layout::GAPS,
+            &serde_json::to_vec_pretty(&gaps).unwrap_or_default(),
+        )
+    }
+
+    /// The size of everything in it, in bytes.
+    pub fn size_bytes(&self) -> Result<u64> {
+        let mut total = 0;
+        let mut todo = vec![self.root.clone()];
+        while let Some(dir) = todo.pop() {
+            for entry in read_dir(&dir)? {
+                let entry = entry.map_err(BackupError::io("read", &dir))?;
+                // Files come and go while this runs.
+                let Ok(metadata) = entry.metadata() else {
+                    continue;
+                };
+                if metadata.is_dir() {
+                    todo.push(entry.path());
+                } else {
+                    total += metadata.len();
+                }
+            }
+        }
+        Ok(total)
+    }
+}
+
+/// Reads chunks, keeping the pack read last open: a file's chunks mostly lie one after the other.
+#[derive(Debug)]
+pub struct ChunkReader<'a> {
+    repository: &'a Repository,
+    open: Option<(PackId, File)>,
+}
+
+impl<'a> ChunkReader<'a> {
+    /// A reader of this repository.
+    pub fn new(repository: &'a Repository) -> Self {
+        Self {
+            repository,
+            open: None,
+        }
+    }
+
+    /// A chunk's plain bytes, checked against its name.
+    pub fn read(&mut self, pack: PackId, chunk: &ChunkRef) -> Result<Vec<u8>> {
+        let path = self.repository.path(&layout::pack(pack));
+        if self.open.as_ref().is_none_or(|(id, _)| *id != pack) {
+            self.open = Some((
+                pack,
+                File::open(&path).map_err(BackupError::io("open", &path))?,
+            ));
+        }
+        let Some((_, file)) = &mut self.open else {
+            return Err(lost(&path, chunk.id));
+        };
+        let mut stored = vec![
+            0;
+            usize::try_from(chunk.stored)
+                .unwrap_or(usize::MAX)
+                .min(pack::PACK_BYTES_MAX)
+        ];
+        file.seek(SeekFrom::Start(chunk.offset))
+            .and_then(|_| file.read_exact(&mut stored))
+            .map_err(BackupError::io("read", &path))?;
+        pack::open_chunk(chunk.id, chunk.plain, &stored).map_err(BackupError::format(&path))
+    }
+}
+
+fn lost(path: &Path, id: ChunkId) -> BackupError {
+    let detail = format!("chunk {id} is not there");
+    BackupError::format(path)(craton_repo::FormatError::Corrupt {
+        what: "pack",
+        detail,
+    })
+}
+
+/// Creates a directory and its parents so that they survive a crash.
+pub(crate) fn create_dir_synced(dir: &Path) -> Result<()> {
+    if dir.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(dir).map_err(BackupError::io("create", dir))?;
+    dir.parent().map_or(Ok(()), sync_dir)
+}
+
+/// Makes renames in a directory durable.
+pub(crate) fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir)
+        .and_then(|d| d.sync_all())
+        .map_err(BackupError::io("sync", dir))
+}
+
+fn read_dir(dir: &Path) -> Result<Box<dyn Iterator<Item = io::Result<fs::DirEntry>>>> {
+    match fs::read_dir(dir) {
+        Ok(entries) => Ok(Box::new(entries)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Box::new(std::iter::empty())),
+        Err(e) => Err(BackupError::io("read", dir)(e)),
+    }
+}
+
+fn subdirectories(dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in read_dir(dir)? {
+        let entry = entry.map_err(BackupError::io("read", dir))?;
+        if entry.file_type().is_ok_and(|t| t.is_dir()) {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
+}
+
+/// Milliseconds since 1970; zero for times before.
+pub(crate) fn unix_ms(time: std::time::SystemTime) -> u64 {
+    time.duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Now, in milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    unix_ms(std::time::SystemTime::now())
+}
