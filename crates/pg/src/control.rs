@@ -122,14 +122,12 @@ impl Control {
             Ok(client) => client?,
             Err(_) => return Err(PgError::Timeout { what, limit }),
         };
-        match tokio::time::timeout_at(end, run(&client, what, sql)).await {
-            Ok(result) => result,
-            Err(_) => {
-                self.disconnect().await;
-                cancel(&client);
-                Err(PgError::Timeout { what, limit })
-            }
+        if let Ok(result) = tokio::time::timeout_at(end, run(&client, what, sql)).await {
+            return result;
         }
+        self.disconnect().await;
+        cancel(&client);
+        Err(PgError::Timeout { what, limit })
     }
 
     /// As [`Self::query`], on a connection of its own: for what takes long, so that samples go on.
@@ -144,13 +142,11 @@ impl Control {
         let client = self.session(database, limit).await?;
         let millis = limit.as_millis().max(1);
         let sql = format!("SET statement_timeout = {millis}; {sql}");
-        match tokio::time::timeout_at(end, run(&client, what, &sql)).await {
-            Ok(result) => result,
-            Err(_) => {
-                cancel(&client);
-                Err(PgError::Timeout { what, limit })
-            }
+        if let Ok(result) = tokio::time::timeout_at(end, run(&client, what, &sql)).await {
+            return result;
         }
+        cancel(&client);
+        Err(PgError::Timeout { what, limit })
     }
 
     /// One value of one row.

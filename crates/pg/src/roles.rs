@@ -1,6 +1,6 @@
 //! The roles that the parts of a cluster log in with, made once by the first leader.
 
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::time::Duration;
 
 use crate::control::{Control, identifier, literal};
@@ -52,18 +52,21 @@ impl Control {
         ] {
             let verifier = postgres_protocol::password::scram_sha_256(password.as_bytes());
             let name = identifier(role);
-            sql.push_str(&format!(
+            // Writing to a String cannot fail.
+            let _ = write!(
+                sql,
                 "DO $do$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = {}) \
                  THEN CREATE ROLE {name}; END IF; END $do$; \
                  ALTER ROLE {name} LOGIN NOSUPERUSER NOCREATEDB NOCREATEROLE {attributes} PASSWORD {}; ",
                 literal(role),
                 literal(&verifier)
-            ));
+            );
         }
         for function in REWIND_FUNCTIONS {
-            sql.push_str(&format!(
+            let _ = write!(
+                sql,
                 "GRANT EXECUTE ON FUNCTION pg_catalog.{function} TO {REWIND_ROLE}; "
-            ));
+            );
         }
         sql.push_str(LOOKUP);
         sql.push_str("COMMIT");

@@ -1,4 +1,9 @@
 //! One server: made, started, adopted, killed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that cannot go on must say where"
+)]
 
 mod common;
 

@@ -1,5 +1,10 @@
 //! Instances for tests on real PostgreSQL.
 #![allow(dead_code, reason = "each test file uses its part")]
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    reason = "a test that cannot go on must say where"
+)]
 
 use std::collections::BTreeMap;
 use std::future::Future;
