@@ -1,1 +1,106 @@
-//! Seeded simulator of a whole cluster: the real decisions against simulated PostgreSQL, coordinator, network and clocks.
+//! Seeded simulator of a whole cluster: the real decisions against simulated PostgreSQL, coordinator, network
+//! and clocks.
+//!
+//! One seed decides a whole run: when hosts crash and come back, freeze, lose their disk, cannot reach each
+//! other, how fast their clocks run, what clients write. Every agent runs the very
+//! [`craton_core::decide::decide`] that the product runs. After every step that could break one, the
+//! invariants of the failover protocol are checked; when the faults are over, the cluster must come back.
+//!
+//! **Architecture invariant:** nothing here reads a clock, the environment or a random device, and there is
+//! one thread: the same seed and options give the same trace, byte for byte.
+
+#![allow(
+    clippy::indexing_slicing,
+    reason = "members are numbered; an index out of range is a bug that a simulator should die of"
+)]
+
+mod agent;
+mod check;
+mod event;
+mod faults;
+mod flaw;
+mod member;
+mod postgres;
+mod replication;
+mod rng;
+mod status;
+mod store;
+mod tasks;
+mod voter;
+mod wal;
+mod world;
+
+use craton_core::settings::Durability;
+
+pub use flaw::Flaw;
+
+/// What to simulate.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Options {
+    /// How many members, 2 to 26.
+    pub members: usize,
+    /// The durability mode.
+    pub durability: Durability,
+    /// k.
+    pub sync_standbys: u32,
+    /// For how long faults go on, simulated seconds.
+    pub fault_seconds: u64,
+    /// A rule to break on purpose.
+    pub flaw: Option<Flaw>,
+    /// Keep a trace.
+    pub trace: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            members: 3,
+            durability: Durability::Quorum,
+            sync_standbys: 1,
+            fault_seconds: 20,
+            flaw: None,
+            trace: false,
+        }
+    }
+}
+
+/// What became of a run.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Outcome {
+    /// The seed.
+    pub seed: u64,
+    /// Broken invariants, in words; empty is good.
+    pub violations: Vec<String>,
+    /// Client writes that were acknowledged.
+    pub acknowledged: u64,
+    /// In `async`: how many of them failovers lost.
+    pub lost_in_async: u64,
+    /// Terms that there were.
+    pub terms: u64,
+    /// How long the cluster took to be whole again after the last fault, milliseconds.
+    pub settled_after_ms: Option<u64>,
+    /// Decisions that were made.
+    pub decisions: u64,
+    /// Events that were handled.
+    pub steps: u64,
+    /// What happened, a line each; empty unless asked for.
+    pub trace: String,
+}
+
+/// Runs one seed to its end.
+pub fn run(seed: u64, options: &Options) -> Outcome {
+    let mut world = world::World::new(seed, options);
+    world.run();
+    let view = world.store.view();
+    Outcome {
+        seed,
+        violations: world.check.violations.clone(),
+        acknowledged: world.check.acknowledged_total,
+        lost_in_async: world.check.lost_in_async,
+        terms: view.leadership.as_ref().map_or(0, |l| l.value.term.0),
+        settled_after_ms: world.settled_after.map(|t| t / world::MS),
+        decisions: world.decisions,
+        steps: world.steps,
+        trace: world.trace,
+    }
+}

@@ -1,0 +1,138 @@
+//! What can happen, and on whose host.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use craton_core::Term;
+use craton_core::observe::MemberStatus;
+use craton_core::records::{Change, ClusterView};
+
+use crate::faults::Repair;
+
+/// A message between agents. May be lost.
+#[derive(Clone, Debug)]
+pub enum Msg {
+    /// Renew the lease.
+    Renew {
+        /// Answered under this number.
+        id: u64,
+        /// For this term.
+        term: Term,
+        /// For so long.
+        ttl: Duration,
+    },
+    /// Promised.
+    Promised {
+        /// The renewal.
+        id: u64,
+    },
+    /// The lease is given up.
+    Release {
+        /// Of this term.
+        term: Term,
+    },
+    /// Is the lease over for good?
+    AskFree {
+        /// Answered under this number.
+        id: u64,
+        /// Of this term.
+        term: Term,
+        /// The ttl in force.
+        ttl: Duration,
+    },
+    /// It is, here.
+    Free {
+        /// The question.
+        id: u64,
+    },
+    /// A member's announcement.
+    Status(Box<MemberStatus>),
+}
+
+/// An event. `life` and `run` name the process it is meant for: one that has ended gets nothing.
+#[derive(Clone, Debug)]
+#[allow(missing_docs, reason = "the fields are what every variant's comment says")]
+pub enum Event {
+    /// The agent decides.
+    Decide { m: usize, life: u64 },
+    /// The agent's clock ticks: it decides, announces itself, reads the store.
+    Tick { m: usize, life: u64 },
+    /// The lease keeper's clock ticks.
+    Keep { m: usize, life: u64 },
+    /// A long task takes its next step.
+    Step { m: usize, life: u64, task: u64 },
+    /// A message arrives.
+    Deliver { from: usize, to: usize, msg: Msg },
+    /// A transaction arrives at the store.
+    Submit { m: usize, life: u64, id: u64, change: Box<Change> },
+    /// Its answer arrives, or the time for it is over.
+    Answered { m: usize, life: u64, id: u64, ok: bool },
+    /// A state of the store arrives at a member.
+    View { m: usize, life: u64, view: Rc<ClusterView> },
+    /// PostgreSQL answers from now on.
+    Ready { m: usize, run: u64 },
+    /// PostgreSQL has read all local WAL.
+    Exact { m: usize, run: u64 },
+    /// PostgreSQL's housekeeping.
+    PgTick { m: usize, run: u64 },
+    /// The disk has flushed up to here.
+    Flushed { m: usize, run: u64, upto: usize },
+    /// A process of PostgreSQL reads the configuration again: a WAL sender, or the checkpointer.
+    Reread { m: usize, run: u64, conn: Option<u64> },
+    /// The head of a replication connection's queue may have arrived.
+    Pump { m: usize, conn: u64, up: bool },
+    /// The fence looks at the deadline.
+    Fence { m: usize },
+    /// A client writes.
+    Client,
+    /// The next fault is due.
+    NextFault,
+    /// A fault ends.
+    Repair(Repair),
+    /// All faults end.
+    Calm,
+    /// Has the cluster come back?
+    Settled,
+}
+
+impl Event {
+    /// The host it happens on, if it is one's.
+    pub fn host(&self) -> Option<usize> {
+        match self {
+            Self::Decide { m, .. }
+            | Self::Tick { m, .. }
+            | Self::Keep { m, .. }
+            | Self::Step { m, .. }
+            | Self::Answered { m, .. }
+            | Self::View { m, .. }
+            | Self::Ready { m, .. }
+            | Self::Exact { m, .. }
+            | Self::PgTick { m, .. }
+            | Self::Flushed { m, .. }
+            | Self::Reread { m, .. }
+            | Self::Pump { m, .. }
+            | Self::Fence { m } => Some(*m),
+            Self::Deliver { to, .. } => Some(*to),
+            Self::Submit { .. }
+            | Self::Client
+            | Self::NextFault
+            | Self::Repair(_)
+            | Self::Calm
+            | Self::Settled => None,
+        }
+    }
+
+    /// True if it happens inside the agent process.
+    pub fn is_agents(&self) -> bool {
+        matches!(
+            self,
+            Self::Decide { .. }
+                | Self::Tick { .. }
+                | Self::Keep { .. }
+                | Self::Step { .. }
+                | Self::Deliver { .. }
+                | Self::Answered { .. }
+                | Self::View { .. }
+        )
+    }
+}

@@ -1,0 +1,389 @@
+//! What goes wrong, when it ends, and whether the cluster comes back.
+
+use craton_core::decide::LeaseWish;
+use craton_core::records::{Change, Key, Record, Request, RequestKind, RequestPhase};
+
+use crate::event::Event;
+use crate::wal::Data;
+use crate::world::{MS, SECOND, World};
+
+/// The cluster must be whole again this long after the last fault.
+const SETTLED_MAX: u64 = 60 * SECOND;
+/// How often that is looked at.
+const SETTLED_LOOK: u64 = 100 * MS;
+
+/// What goes wrong.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fault {
+    /// The host loses power.
+    CrashHost(usize),
+    /// Every process of PostgreSQL is killed.
+    KillPostgres(usize),
+    /// The agent is killed; PostgreSQL goes on.
+    KillAgent(usize),
+    /// The host is paused; its clock runs on.
+    FreezeHost(usize),
+    /// The agent is stopped (SIGSTOP).
+    FreezeAgent(usize),
+    /// Nothing passes to or from the host.
+    Isolate(usize),
+    /// Nothing passes from the first to the second.
+    CutOneWay(usize, usize),
+    /// Nothing passes between the two.
+    CutPair(usize, usize),
+    /// The disk answers slowly.
+    SlowDisk(usize),
+    /// Messages get lost.
+    Loss,
+    /// Messages take long.
+    SlowNet,
+    /// The host loses power and comes back with an empty data directory.
+    LoseDisk(usize),
+    /// An operator asks for another leader.
+    Switchover(Option<usize>),
+}
+
+/// What ends it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Repair {
+    /// The host starts.
+    StartHost(usize),
+    /// The agent starts.
+    StartAgent(usize),
+    /// The host goes on.
+    ThawHost(usize),
+    /// The agent goes on.
+    ThawAgent(usize),
+    /// The host is connected again.
+    Join(usize),
+    /// The link is whole again.
+    Link(usize, usize),
+    /// The disk is itself again.
+    Disk(usize),
+    /// The network is itself again.
+    Net,
+}
+
+/// The state of the faults.
+#[derive(Debug, Default)]
+pub struct Faults {
+    /// No more of them.
+    pub calm: bool,
+    /// When they ended.
+    calm_since: u64,
+    /// A disk was lost and the cluster has not been whole since.
+    disk_lost: bool,
+    /// Numbers of operators' requests.
+    requests: u64,
+}
+
+impl World {
+    /// Schedules the first fault and the last moment of them.
+    pub fn start_faults(&mut self) {
+        // Most runs have a whole cluster when the first fault strikes; some do not.
+        let first = if self.rng.chance(20) {
+            self.rng.between(0, 4 * SECOND)
+        } else {
+            self.rng.between(5 * SECOND, 8 * SECOND)
+        };
+        self.at(first, Event::NextFault);
+        self.at(first + self.options.fault_seconds * SECOND, Event::Calm);
+    }
+
+    /// Draws a fault and the time of the next one.
+    pub fn next_fault(&mut self) {
+        if self.faults.calm {
+            return;
+        }
+        let fault = self.draw_fault();
+        self.fault(fault);
+        let pause = if self.rng.chance(30) {
+            self.rng.between(10 * MS, 400 * MS)
+        } else {
+            self.rng.between(400 * MS, 4 * SECOND)
+        };
+        self.after(pause, Event::NextFault);
+    }
+
+    /// Mostly the leader is struck: that is where it hurts.
+    fn victim(&mut self) -> usize {
+        let n = self.members.len();
+        let any = self.rng.below(n);
+        let view = self.store.view();
+        let leader = view.leader().and_then(|l| self.number(&l.member));
+        match leader {
+            Some(m) if self.rng.chance(50) => m,
+            _ => any,
+        }
+    }
+
+    fn draw_fault(&mut self) -> Fault {
+        let m = self.victim();
+        let n = self.members.len();
+        let other = (m + 1 + self.rng.below(n.saturating_sub(1).max(1))) % n;
+        match self.rng.below(15) {
+            0 | 1 => Fault::CrashHost(m),
+            2 => Fault::KillPostgres(m),
+            3 => Fault::KillAgent(m),
+            4 | 5 => Fault::FreezeHost(m),
+            6 => Fault::FreezeAgent(m),
+            7 | 8 => Fault::Isolate(m),
+            9 if self.rng.chance(50) => Fault::CutOneWay(m, other),
+            9 => Fault::CutPair(m, other),
+            10 => Fault::SlowDisk(m),
+            11 => Fault::Loss,
+            12 => Fault::SlowNet,
+            13 if !self.faults.disk_lost && self.is_whole() => Fault::LoseDisk(m),
+            13 => Fault::CrashHost(m),
+            _ if self.rng.chance(50) => Fault::Switchover(Some(other)),
+            _ => Fault::Switchover(None),
+        }
+    }
+
+    /// A fault begins; its end is scheduled with it.
+    pub fn fault(&mut self, fault: Fault) {
+        self.log(|_| format!("FAULT {fault:?}"));
+        let long = if self.rng.chance(25) { 8 * SECOND } else { 2 * SECOND };
+        let lasts = self.rng.between(20 * MS, long);
+        let repair = match fault {
+            Fault::CrashHost(m) => {
+                self.crash_host(m);
+                Repair::StartHost(m)
+            }
+            Fault::LoseDisk(m) => {
+                self.crash_host(m);
+                self.members[m].data = Data::Empty;
+                self.faults.disk_lost = true;
+                Repair::StartHost(m)
+            }
+            Fault::KillPostgres(m) => return self.pg_exit(m, false),
+            Fault::KillAgent(m) => {
+                self.members[m].agent = None;
+                Repair::StartAgent(m)
+            }
+            Fault::FreezeHost(m) => {
+                self.members[m].frozen = true;
+                Repair::ThawHost(m)
+            }
+            Fault::FreezeAgent(m) => {
+                self.members[m].agent_frozen = true;
+                Repair::ThawAgent(m)
+            }
+            Fault::Isolate(m) => {
+                for o in (0..self.members.len()).filter(|o| *o != m) {
+                    self.net.cut[m][o] = true;
+                    self.net.cut[o][m] = true;
+                }
+                Repair::Join(m)
+            }
+            Fault::CutOneWay(a, b) => {
+                self.net.cut[a][b] = a != b;
+                Repair::Link(a, b)
+            }
+            Fault::CutPair(a, b) => {
+                self.net.cut[a][b] = a != b;
+                self.net.cut[b][a] = a != b;
+                Repair::Link(a, b)
+            }
+            Fault::SlowDisk(m) => {
+                self.members[m].disk_factor = self.rng.between(5, 200);
+                Repair::Disk(m)
+            }
+            Fault::Loss => {
+                self.net.loss = self.rng.between(5, 40);
+                Repair::Net
+            }
+            Fault::SlowNet => {
+                self.net.delay_factor = self.rng.between(5, 200);
+                Repair::Net
+            }
+            Fault::Switchover(to) => return self.ask_switchover(to),
+        };
+        self.after(lasts, Event::Repair(repair));
+    }
+
+    fn crash_host(&mut self, m: usize) {
+        self.pg_exit(m, true);
+        let member = &mut self.members[m];
+        member.up = false;
+        member.frozen = false;
+        member.agent_frozen = false;
+        member.held.clear();
+        member.agent = None;
+        // Means nothing after a reboot.
+        member.lease_file = None;
+        member.fence = None;
+    }
+
+    fn ask_switchover(&mut self, to: Option<usize>) {
+        self.faults.requests += 1;
+        let view = self.store.view();
+        let term = view.leadership.as_ref().map(|l| l.value.term);
+        let Some(term) = term.filter(|_| view.request.is_none()) else {
+            return;
+        };
+        let request = Request {
+            id: self.faults.requests,
+            kind: RequestKind::Switchover,
+            term,
+            to: to.map(|m| self.name(m)),
+            allow_data_loss: false,
+            phase: RequestPhase::Asked,
+            by: "operator".into(),
+        };
+        let change = Change {
+            expect: vec![(Key::Request, 0)],
+            puts: vec![Record::Request(request)],
+            deletes: vec![],
+        };
+        if self.store.apply(&change) {
+            let view = self.store.view();
+            self.tell_store(&view);
+        }
+    }
+
+    /// A fault ends.
+    pub fn repair(&mut self, repair: Repair) {
+        self.log(|_| format!("repaired: {repair:?}"));
+        match repair {
+            Repair::StartHost(m) => {
+                self.members[m].up = true;
+                self.agent_start(m);
+            }
+            Repair::StartAgent(m) => self.agent_start(m),
+            Repair::ThawHost(m) => {
+                self.members[m].frozen = false;
+                self.members[m].thawed_at = self.now;
+                self.go_on(m);
+            }
+            Repair::ThawAgent(m) => {
+                self.members[m].agent_frozen = false;
+                self.go_on(m);
+            }
+            Repair::Join(m) => {
+                for o in 0..self.members.len() {
+                    self.net.cut[m][o] = false;
+                    self.net.cut[o][m] = false;
+                }
+            }
+            Repair::Link(a, b) => {
+                self.net.cut[a][b] = false;
+                self.net.cut[b][a] = false;
+            }
+            Repair::Disk(m) => self.members[m].disk_factor = 1,
+            Repair::Net => {
+                self.net.loss = 0;
+                self.net.delay_factor = 1;
+            }
+        }
+    }
+
+    /// What was held back happens now, in order, a little apart.
+    fn go_on(&mut self, m: usize) {
+        let held = std::mem::take(&mut self.members[m].held);
+        let mut at = self.now;
+        for event in held {
+            at += self.rng.between(1, 20_000);
+            self.at(at, event);
+        }
+    }
+
+    /// All faults end.
+    pub fn calm(&mut self) {
+        self.log(|_| "CALM: no more faults".into());
+        self.faults.calm = true;
+        self.faults.calm_since = self.now;
+        self.repair(Repair::Net);
+        for m in 0..self.members.len() {
+            self.repair(Repair::Join(m));
+            self.repair(Repair::Disk(m));
+            if self.members[m].frozen {
+                self.repair(Repair::ThawHost(m));
+            }
+            if self.members[m].agent_frozen {
+                self.repair(Repair::ThawAgent(m));
+            }
+            if !self.members[m].up {
+                self.repair(Repair::StartHost(m));
+            }
+            self.agent_start(m);
+        }
+        self.after(SETTLED_LOOK, Event::Settled);
+    }
+
+    /// A leader is open, every other member streams from it and is in the sync set.
+    pub fn is_whole(&self) -> bool {
+        let view = self.store.view();
+        let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
+            return false;
+        };
+        let Some(m) = l.leader.as_ref().and_then(|r| self.number(&r.member)) else {
+            return false;
+        };
+        let held = self.members[m].agent.as_ref().is_some_and(|a| {
+            a.wish == LeaseWish::Hold(l.term) && a.running.is_none()
+        });
+        let Some(pg) = self.members[m].pg.as_ref().filter(|p| p.primary) else {
+            return false;
+        };
+        let others = || (0..self.members.len()).filter(|o| *o != m);
+        let streams = others().all(|o| {
+            let member = &self.members[o];
+            let standby = member.pg.as_ref().is_some_and(|p| !p.primary && p.ready);
+            let counted = !self.quorum()
+                || member.incarnation.is_some_and(|i| l.sync.holds(&member.id, i));
+            member.up && !member.frozen && standby && counted && pg.senders.iter().any(|s| s.member == o)
+        });
+        let k = u64::from(self.settings.sync_standbys).min(others().count() as u64);
+        let full = !self.quorum() || u64::from(l.sync.k) == k;
+        l.open && held && streams && full && view.request.is_none()
+    }
+
+    /// Has the cluster come back, and does it hold everything?
+    pub fn settled(&mut self) {
+        if self.is_whole() && self.acknowledged_calm > 0 {
+            self.settled_after = Some(self.now - self.faults.calm_since);
+            if self.quorum() {
+                let view = self.store.view();
+                let leader = view.leader().and_then(|l| self.number(&l.member));
+                let db = leader.and_then(|m| self.members[m].data.database()).cloned();
+                if let Some(db) = db {
+                    self.check.holds_everything("the last leader", &db.wal);
+                }
+            }
+            self.over = true;
+            return;
+        }
+        if self.now > self.faults.calm_since + SETTLED_MAX {
+            let text = self.describe();
+            self.check.broken(format!("no progress: {text}"));
+            return;
+        }
+        self.after(SETTLED_LOOK, Event::Settled);
+    }
+
+    /// The state of the cluster, for a failed run.
+    fn describe(&self) -> String {
+        use std::fmt::Write as _;
+        let view = self.store.view();
+        let mut text = format!("{:?}", view.leadership.as_ref().map(|l| &l.value));
+        for (i, m) in self.members.iter().enumerate() {
+            let reasons = m.agent.as_ref().map(|a| {
+                let d = craton_core::decide::decide(&a.obs, &a.memory);
+                d.reasons.iter().map(|r| r.text.clone()).collect::<Vec<_>>()
+            });
+            let _ = write!(
+                text,
+                "\n  {} up={} incarnation={:?} floor={} lease={:?} now={:?} server={} reasons={reasons:?}",
+                m.id,
+                m.up,
+                m.incarnation,
+                m.floor,
+                m.agent.as_ref().and_then(|a| a.obs.lease),
+                self.clock(i),
+                m.pg.as_ref().map_or("down".into(), |p| format!("ready={} primary={}", p.ready, p.primary)),
+            );
+        }
+        text
+    }
+}

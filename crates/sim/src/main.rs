@@ -1,0 +1,129 @@
+//! `craton-sim`: runs seeds, and replays one with its trace.
+
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+
+use craton_core::settings::Durability;
+use craton_sim::{Flaw, Options, Outcome, run};
+
+/// How it is called.
+const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--fault-seconds S] [--flaw NAME] [--keep-going]
+  --seed N         run one seed and print what broke; with --trace also everything that happened
+  --seeds A..B     run the seeds from A to B - 1 (default 0..1000)
+  --members N      2 to 26 members (default 3)
+  --sync K         k, the number of synchronous standbys (default 1)
+  --async          durability async (default quorum)
+  --flaw NAME      break a rule on purpose: one-seal-too-few, no-wait, old-leader-left-out, incarnation-forgotten, seal-keeps-streaming, no-fence, promises-forgotten
+  --keep-going     do not stop at the first seed that fails
+";
+
+struct Args {
+    options: Options,
+    first: u64,
+    last: u64,
+    keep_going: bool,
+}
+
+fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
+    let mut parsed = Args {
+        options: Options::default(),
+        first: 0,
+        last: 1000,
+        keep_going: false,
+    };
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
+        let number = |text: String| text.parse::<u64>().map_err(|_| format!("\"{text}\" is not a number"));
+        match arg.as_str() {
+            "--seed" => {
+                parsed.first = number(value()?)?;
+                parsed.last = parsed.first.saturating_add(1);
+            }
+            "--seeds" => {
+                let text = value()?;
+                let (a, b) = text.split_once("..").ok_or_else(|| format!("\"{text}\" is not a range like 0..1000"))?;
+                (parsed.first, parsed.last) = (number(a.into())?, number(b.into())?);
+            }
+            "--members" => {
+                parsed.options.members = usize::try_from(number(value()?)?).unwrap_or(0);
+                if !(2..=26).contains(&parsed.options.members) {
+                    return Err("--members: 2 to 26".into());
+                }
+            }
+            "--sync" => parsed.options.sync_standbys = u32::try_from(number(value()?)?.max(1)).unwrap_or(1),
+            "--fault-seconds" => parsed.options.fault_seconds = number(value()?)?,
+            "--async" => parsed.options.durability = Durability::Async,
+            "--trace" => parsed.options.trace = true,
+            "--keep-going" => parsed.keep_going = true,
+            "--flaw" => {
+                let name = value()?;
+                let flaw = Flaw::ALL.into_iter().find(|f| f.name() == name);
+                parsed.options.flaw = Some(flaw.ok_or_else(|| format!("there is no flaw \"{name}\""))?);
+            }
+            _ => return Err(format!("unknown argument \"{arg}\"")),
+        }
+    }
+    Ok(parsed)
+}
+
+fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> {
+    out.write_all(o.trace.as_bytes())?;
+    if o.violations.is_empty() {
+        return Ok(());
+    }
+    writeln!(out, "seed {} FAILED:", o.seed)?;
+    for violation in &o.violations {
+        writeln!(out, "  {violation}")?;
+    }
+    let options = &args.options;
+    let mut more = format!("--members {} --sync {}", options.members, options.sync_standbys);
+    if options.durability == Durability::Async {
+        more.push_str(" --async");
+    }
+    if let Some(flaw) = options.flaw {
+        more.push_str(" --flaw ");
+        more.push_str(flaw.name());
+    }
+    writeln!(out, "replay: make sim SEED={} ARGS=\"{more} --trace\"", o.seed)
+}
+
+fn simulate(out: &mut impl io::Write, args: &Args) -> io::Result<bool> {
+    let (mut failed, mut runs, mut acknowledged, mut decisions, mut terms) = (0u64, 0u64, 0u64, 0u64, 0u64);
+    let mut slowest = 0;
+    for seed in args.first..args.last {
+        let outcome = run(seed, &args.options);
+        report(out, args, &outcome)?;
+        runs += 1;
+        acknowledged += outcome.acknowledged;
+        decisions += outcome.decisions;
+        terms += outcome.terms;
+        slowest = slowest.max(outcome.settled_after_ms.unwrap_or(0));
+        if !outcome.violations.is_empty() {
+            failed += 1;
+            if !args.keep_going {
+                break;
+            }
+        }
+    }
+    writeln!(
+        out,
+        "{runs} seeds, {failed} failed: {acknowledged} acknowledged writes, {terms} terms, {decisions} decisions; whole again at most {slowest} ms after the last fault"
+    )?;
+    Ok(failed == 0)
+}
+
+fn main() -> ExitCode {
+    let args = match parse(std::env::args().skip(1)) {
+        Ok(args) => args,
+        Err(error) => {
+            let _ = write!(io::stderr(), "{error}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match simulate(&mut io::stdout().lock(), &args) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        // The reader went away.
+        Err(_) => ExitCode::from(2),
+    }
+}

@@ -1,0 +1,293 @@
+//! The whole simulated world: time, hosts, network, store; and the loop that drives it.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use craton_core::settings::{Durability, Settings};
+use craton_core::{BootTime, MemberId};
+
+use crate::Options;
+use crate::check::Checker;
+use crate::event::{Event, Msg};
+use crate::faults::Faults;
+use crate::member::{Clock, Member};
+use crate::postgres::Conn;
+use crate::rng::Rng;
+use crate::store::Store;
+use crate::voter::Voter;
+use crate::wal::Data;
+
+/// A microsecond in nanoseconds, the unit of simulated time.
+pub const US: u64 = 1_000;
+/// A millisecond.
+pub const MS: u64 = 1_000_000;
+/// A second.
+pub const SECOND: u64 = 1_000_000_000;
+/// How much too fast or slow a clock may run, millionths: two of them differ by less than the margin, a tenth.
+const DRIFT_MAX_PPM: u64 = 45_000;
+
+/// The network between the hosts.
+#[derive(Debug)]
+pub struct Net {
+    /// `cut[from][to]`: nothing passes.
+    pub cut: Vec<Vec<bool>>,
+    /// Messages lost, of a hundred.
+    pub loss: u64,
+    /// Delays are this many times longer than usual.
+    pub delay_factor: u64,
+}
+
+/// Everything there is.
+pub struct World {
+    /// What was asked for.
+    pub options: Options,
+    /// Cluster settings.
+    pub settings: Settings,
+    /// True time, nanoseconds.
+    pub now: u64,
+    /// Numbers for lives, runs, records, connections, questions: never the same twice.
+    next_id: u64,
+    queue: BTreeMap<(u64, u64), Event>,
+    /// Chance.
+    pub rng: Rng,
+    /// The hosts.
+    pub members: Vec<Member>,
+    /// The coordinator's store.
+    pub store: Store,
+    /// The network.
+    pub net: Net,
+    /// Replication connections.
+    pub conns: BTreeMap<u64, Conn>,
+    /// The invariants.
+    pub check: Checker,
+    /// Faults that run.
+    pub faults: Faults,
+    /// Client writes acknowledged since the faults ended.
+    pub acknowledged_calm: u64,
+    /// What happened, in words.
+    pub trace: String,
+    /// The run is over.
+    pub over: bool,
+    /// How long the cluster took to come back after the last fault, nanoseconds.
+    pub settled_after: Option<u64>,
+    /// Events handled.
+    pub steps: u64,
+    /// Decisions made.
+    pub decisions: u64,
+}
+
+impl World {
+    /// A world at rest: hosts without data, agents about to start.
+    pub fn new(seed: u64, options: &Options) -> Self {
+        let mut rng = Rng::new(seed);
+        let settings = Settings {
+            durability: options.durability,
+            sync_standbys: options.sync_standbys,
+            ..Settings::default()
+        };
+        let members = (0..options.members)
+            .map(|i| Member::new(i, &mut rng))
+            .collect();
+        let check = Checker::new(options.durability);
+        let n = options.members;
+        let mut world = Self {
+            options: options.clone(),
+            settings,
+            now: 0,
+            next_id: 0,
+            queue: BTreeMap::new(),
+            rng,
+            members,
+            store: Store::default(),
+            net: Net {
+                cut: vec![vec![false; n]; n],
+                loss: 0,
+                delay_factor: 1,
+            },
+            conns: BTreeMap::new(),
+            check,
+            faults: Faults::default(),
+            acknowledged_calm: 0,
+            trace: String::new(),
+            over: false,
+            settled_after: None,
+            steps: 0,
+            decisions: 0,
+        };
+        for m in 0..n {
+            let at = world.rng.between(0, 500 * MS);
+            world.at(at, Event::Repair(crate::faults::Repair::StartAgent(m)));
+        }
+        world.at(100 * MS, Event::Client);
+        world.start_faults();
+        world
+    }
+
+    /// A number that was not used before.
+    pub fn id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    /// Schedules an event at a true time.
+    pub fn at(&mut self, time: u64, event: Event) {
+        let id = self.id();
+        self.queue.insert((time.max(self.now), id), event);
+    }
+
+    /// Schedules an event after a delay.
+    pub fn after(&mut self, delay: u64, event: Event) {
+        self.at(self.now.saturating_add(delay), event);
+    }
+
+    /// Writes a line of the trace, if one is wanted.
+    pub fn log(&mut self, line: impl FnOnce(&Self) -> String) {
+        if self.options.trace {
+            let text = line(self);
+            let (s, us) = (self.now / SECOND, self.now % SECOND / US);
+            let _ = writeln!(self.trace, "{s:3}.{us:06} {text}");
+        }
+    }
+
+    /// The name of a member.
+    pub fn name(&self, m: usize) -> MemberId {
+        self.members[m].id.clone()
+    }
+
+    /// The number of a member.
+    pub fn number(&self, id: &MemberId) -> Option<usize> {
+        self.members.iter().position(|m| m.id == *id)
+    }
+
+    /// What a member's clock shows.
+    pub fn clock(&self, m: usize) -> BootTime {
+        self.members[m].clock.at(self.now)
+    }
+
+    /// Runs to the end.
+    pub fn run(&mut self) {
+        while !self.over && self.check.violations.is_empty() {
+            let Some(((time, _), event)) = self.queue.pop_first() else {
+                break;
+            };
+            self.now = time;
+            self.steps += 1;
+            if let Some(m) = event.host() {
+                let member = &mut self.members[m];
+                let waits = member.frozen || (member.agent_frozen && event.is_agents());
+                if waits {
+                    if member.held.len() < HELD_MAX {
+                        member.held.push(event);
+                    }
+                    continue;
+                }
+                if !member.up {
+                    continue;
+                }
+            }
+            self.handle(event);
+        }
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Decide { m, life } => self.decide(m, life),
+            Event::Tick { m, life } => self.tick(m, life),
+            Event::Keep { m, life } => self.keep(m, life),
+            Event::Step { m, life, task } => self.step_task(m, life, task),
+            Event::Deliver { from, to, msg } => {
+                if !self.net.cut[from][to] {
+                    self.receive(from, to, msg);
+                }
+            }
+            Event::Submit { m, life, id, change } => self.submit_arrives(m, life, id, &change),
+            Event::Answered { m, life, id, ok } => self.submit_answered(m, life, id, ok),
+            Event::View { m, life, view } => self.learn(m, life, &view),
+            Event::Ready { m, run } => self.pg_ready(m, run),
+            Event::Exact { m, run } => self.pg_exact(m, run),
+            Event::PgTick { m, run } => self.pg_tick(m, run),
+            Event::Flushed { m, run, upto } => self.pg_flushed(m, run, upto),
+            Event::Reread { m, run, conn } => self.pg_reread(m, run, conn),
+            Event::Pump { m, conn, up } => self.pump(m, conn, up),
+            Event::Fence { m } => self.fence(m),
+            Event::Client => self.client(),
+            Event::NextFault => self.next_fault(),
+            Event::Repair(repair) => self.repair(repair),
+            Event::Calm => self.calm(),
+            Event::Settled => self.settled(),
+        }
+    }
+
+    /// A network delay.
+    pub fn latency(&mut self) -> u64 {
+        let usual = self.rng.between(100 * US, 2 * MS);
+        let odd = if self.rng.chance(1) { self.rng.between(1, 20) } else { 1 };
+        usual * self.net.delay_factor * odd
+    }
+
+    /// A disk delay on a host.
+    pub fn disk(&mut self, m: usize) -> u64 {
+        self.rng.between(100 * US, 3 * MS) * self.members[m].disk_factor
+    }
+
+    /// Sends a message between agents; it may be lost.
+    pub fn send(&mut self, from: usize, to: usize, msg: Msg) {
+        let delay = if from == to { 20 * US } else { self.latency() };
+        let lost = from != to && self.rng.chance(self.net.loss);
+        if !lost && !self.net.cut[from][to] {
+            self.after(delay, Event::Deliver { from, to, msg });
+        }
+    }
+
+    /// True if the member's agent and a majority of voters hear each other.
+    pub fn has_majority(&self, m: usize) -> bool {
+        let lives = |v: usize| {
+            let member = &self.members[v];
+            member.up && !member.frozen && !member.agent_frozen && member.agent.is_some()
+        };
+        let heard = (0..self.members.len())
+            .filter(|v| lives(*v) && !self.net.cut[m][*v] && !self.net.cut[*v][m])
+            .count();
+        lives(m) && heard > self.members.len() / 2
+    }
+
+    /// Nothing is lost if a standby's agent reads this state of the world later.
+    pub fn quorum(&self) -> bool {
+        self.options.durability == Durability::Quorum
+    }
+}
+
+/// A paused host's events beyond this are lost, as a socket's would be.
+const HELD_MAX: usize = 5_000;
+
+impl Member {
+    fn new(i: usize, rng: &mut Rng) -> Self {
+        let letter = char::from(b'a' + u8::try_from(i % 26).unwrap_or(0));
+        let ppm = i64::try_from(rng.between(0, 2 * DRIFT_MAX_PPM)).unwrap_or(0)
+            - i64::try_from(DRIFT_MAX_PPM).unwrap_or(0);
+        let clock = Clock {
+            base: rng.between(10 * SECOND, 1_000_000 * SECOND),
+            ppm,
+        };
+        #[allow(clippy::expect_used, reason = "a letter is a member name")]
+        let id = MemberId::new(letter).expect("a letter is a member name");
+        Self {
+            id,
+            clock,
+            up: true,
+            frozen: false,
+            agent_frozen: false,
+            thawed_at: 0,
+            held: Vec::new(),
+            disk_factor: 1,
+            data: Data::Empty,
+            incarnation: None,
+            floor: craton_core::Term(0),
+            voter: Voter::default(),
+            lease_file: None,
+            fence: None,
+            agent: None,
+            pg: None,
+        }
+    }
+}
