@@ -215,15 +215,15 @@ impl Instance {
                 data.display()
             )));
         }
+        if self.rewind_marker().exists() {
+            return Ok(DataDir::HalfRewind);
+        }
         let Some(version) = files::read_text(&data.join("PG_VERSION"))? else {
             return Ok(DataDir::Foreign(format!(
                 "{} is not empty, but holds no PG_VERSION; move its files away",
                 data.display()
             )));
         };
-        if self.rewind_marker().exists() {
-            return Ok(DataDir::HalfRewind);
-        }
         let installed = self.config().binaries.version().major;
         let Some(version) = version
             .trim()
@@ -376,11 +376,13 @@ impl Instance {
             superuser: &self.config().superuser,
             os_user: &self.inner.os_user,
         };
+        self.note_names_written(&managed.sync);
         config::write(&place, &managed)
     }
 
     /// Starts the server and returns at once; see [`Instance::wait_ready`]. Whatever a dead postmaster left
-    /// is killed first. The server outlives the calling process.
+    /// is killed first. The server outlives the calling process. As `Primary`, releases before 13.21, 14.18,
+    /// 15.13, 16.9 and 17.5 may let a commit of the very first moment pass unreplicated; see [`crate::sync`].
     pub async fn start(&self, mode: StartMode) -> Result<Postmaster> {
         self.refuse_while_running().await?;
         self.kill_leftovers(LEFTOVERS_LIMIT).await?;
@@ -411,6 +413,19 @@ impl Instance {
             .take()?;
         let same = proven.pid == postmaster.pid() && proven.start_ticks == postmaster.start_ticks();
         same.then_some(proven.names)
+    }
+
+    /// The names are about to be written, perhaps without a proof.
+    fn note_names_written(&self, names: &SyncNames) {
+        let mut proven = self
+            .inner
+            .sync_proven
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *proven = proven.take().and_then(|p| {
+            let names = p.names.known_after_writing(names)?;
+            Some(Proven { names, ..p })
+        });
     }
 
     /// Remembers what is proven to be in force in this postmaster.

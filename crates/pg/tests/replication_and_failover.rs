@@ -149,7 +149,8 @@ async fn seal_promote_rewind() {
         slots.iter().any(|s| s.name == "craton_b" && s.active)
     })
     .await;
-    a.run("INSERT INTO public.t SELECT generate_series(1, 1000)").await;
+    a.run("INSERT INTO public.t SELECT generate_series(1, 1000)")
+        .await;
     let flushed = a.control.current_flush_lsn(LIMIT).await.unwrap();
     until("b has it all", || async {
         b.control.sample(LIMIT).await.unwrap().end_of_wal() >= flushed
@@ -174,7 +175,8 @@ async fn seal(a: &Member, b: &Member) {
     let sealed = b.control.sample(LIMIT).await.unwrap();
     assert!(sealed.receiver.is_none());
     assert_eq!(sealed.timeline, TimelineId(1), "known without a receiver");
-    a.run("INSERT INTO public.t SELECT generate_series(1, 1000)").await;
+    a.run("INSERT INTO public.t SELECT generate_series(1, 1000)")
+        .await;
     a.control.checkpoint(LIMIT).await.unwrap();
     let later = b.control.sample(LIMIT).await.unwrap();
     assert_eq!(later.end_of_wal(), sealed.end_of_wal());
