@@ -1,0 +1,251 @@
+//! Backup and restore on a real PostgreSQL: the whole way round.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test that cannot go on must say where"
+)]
+
+mod common;
+
+use std::fs;
+use std::time::Duration;
+
+use common::{Daemon, Server, client, config, options, ran_as_postgres, restore_to, topology};
+use craton_backup::catalog;
+use craton_backup::restore::{self, Target};
+use craton_backup::views::{BackupDetailView, BackupListView, RunAcceptedView};
+use craton_core::topology::MemberRole;
+use jiff::Timestamp;
+
+#[test]
+fn wal_fetch_process() {
+    common::fetch_if_asked();
+}
+
+/// The server's clock, after a moment in which nothing was committed.
+fn moment(server: &Server) -> Timestamp {
+    server.sql("select pg_sleep(0.05)");
+    let now = server.sql(
+        "select to_char(clock_timestamp() at time zone 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')",
+    );
+    server.sql("select pg_sleep(0.05)");
+    now.parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn full_cycle_with_point_in_time() {
+    if ran_as_postgres("full_cycle_with_point_in_time") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let server = Server::new(root, "m1");
+    let tablespace = root.join("a tablespace");
+    fs::create_dir(&tablespace).unwrap();
+    server.sql(&format!(
+        "create tablespace aside location '{}'",
+        tablespace.display()
+    ));
+    server.sql("create table t (n int); insert into t select generate_series(1, 20000)");
+    server.sql("create table aside (n int) tablespace aside");
+    server.sql("insert into aside select generate_series(1, 500)");
+
+    let daemon = Daemon::start(config(root), topology(1, &[&server]));
+    let status = daemon.until("first backup", |s| s.backups == 1).await;
+    assert_eq!(status.missing_wal, []);
+    let api = daemon.config.listen.to_string();
+
+    server.sql("insert into t values (-1)");
+    let before = moment(&server);
+    server.sql("delete from t where n > 0");
+    server.sql("select pg_switch_wal()");
+    server.sql("insert into t values (-2)");
+    // A second one, asked for: what did not change is not stored again.
+    let accepted: RunAcceptedView = client()
+        .post_json(&api, "/v1/backup/run", &())
+        .await
+        .unwrap();
+    let status = daemon
+        .until("second backup", |s| {
+            s.runs.last.as_ref().is_some_and(|l| l.run == accepted.run)
+        })
+        .await;
+    let second = status.runs.last.unwrap();
+    assert_eq!(second.error, None);
+    let second = second.backup.unwrap();
+    assert!(second.stored_bytes * 4 < second.data_bytes, "{second:?}");
+    let list: BackupListView = client().get_json(&api, "/v1/backup/list").await.unwrap();
+    assert_eq!(list.backups.len(), 2);
+    server.sql("insert into t values (-3)");
+    daemon.caught_up(&server).await;
+    let detail: BackupDetailView = client()
+        .get_json(&api, &format!("/v1/backup/show/{}", second.id))
+        .await
+        .unwrap();
+    assert!(
+        detail.restorable_to >= second.stop_lsn && detail.missing_wal.is_empty(),
+        "{detail:?}"
+    );
+    let metrics = client().get_text(&api, "/metrics").await.unwrap();
+    assert!(metrics.contains("craton_backup_streaming 1"), "{metrics}");
+
+    let repository = daemon.repository();
+    let location = tablespace.to_str().unwrap().to_owned();
+    let mut options = options(root);
+    let taken = restore::restore(
+        &repository,
+        &root.join("r0"),
+        Target::Latest,
+        &options,
+        &mut |_| {},
+    );
+    assert!(
+        taken.unwrap_err().to_string().contains("--tablespace"),
+        "the running server's tablespace was taken"
+    );
+    assert!(!root.join("r0").exists());
+
+    let mut check = |name: &str, target: Target, expected: &str| {
+        options
+            .tablespaces
+            .insert(location.clone(), root.join(format!("{name} tablespace")));
+        let view = restore_to(&repository, &root.join(name), target, &options);
+        assert!(view.bytes > 1_000_000);
+        if name == "latest" {
+            common::verify_backup(&root.join(name));
+        }
+        let restored = Server::restored(root, name);
+        restored.until("select pg_is_in_recovery()", "f");
+        assert_eq!(
+            restored.sql("select count(*) || ' ' || min(n) from t"),
+            expected,
+            "{name}"
+        );
+        assert_eq!(restored.sql("select count(*) from aside"), "500");
+        restored.sql("insert into t values (0)");
+        view
+    };
+    check("latest", Target::Latest, "3 -3");
+    let at = check("at-time", Target::Time(before), "20001 -1");
+    assert_ne!(at.backup, second.id);
+    check("immediate", Target::Immediate, "2 -2");
+
+    let refused = |target| {
+        restore::plan(&repository, target, None)
+            .unwrap_err()
+            .to_string()
+    };
+    let first = &list.backups[0];
+    assert!(
+        refused(Target::Time("2000-01-01T00:00:00Z".parse().unwrap()))
+            .contains("before the end of the first backup")
+    );
+    assert!(
+        refused(Target::Time(Timestamp::now() + Duration::from_secs(3600)))
+            .contains("in the future")
+    );
+    assert!(
+        restore::plan(
+            &repository,
+            Target::Time(first.started_at),
+            Some(&second.id)
+        )
+        .is_err()
+    );
+    let again = restore::restore(
+        &repository,
+        &root.join("latest"),
+        Target::Latest,
+        &options,
+        &mut |_| {},
+    );
+    assert!(again.unwrap_err().to_string().contains("not empty"));
+    let verified = catalog::verify(&repository).unwrap();
+    assert_eq!((verified.problems, verified.backups_good), (vec![], 2));
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_is_found_and_nothing_half_restored_stays() {
+    if ran_as_postgres("damage_is_found_and_nothing_half_restored_stays") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let server = Server::new(root, "m1");
+    let daemon = Daemon::start(config(root), topology(1, &[&server]));
+    daemon.until("first backup", |s| s.backups == 1).await;
+    let repository = daemon.repository();
+    let pack = repository.packs().unwrap()[0];
+    let path = repository.root().join(craton_repo::layout::pack(pack));
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 64]
+        .iter_mut()
+        .for_each(|b| *b ^= 0x5a);
+    fs::write(&path, &bytes).unwrap();
+
+    let verified = catalog::verify(&repository).unwrap();
+    assert_eq!(verified.backups_good, 0);
+    assert!(
+        verified
+            .problems
+            .iter()
+            .any(|p| p.contains(&pack.to_string())),
+        "{:?}",
+        verified.problems
+    );
+    let kept = root.join("was empty");
+    fs::create_dir(&kept).unwrap();
+    for target in [root.join("new/deep"), kept.clone()] {
+        let outcome = restore::restore(
+            &repository,
+            &target,
+            Target::Latest,
+            &options(root),
+            &mut |_| {},
+        );
+        assert!(outcome.is_err());
+    }
+    assert!(
+        !root.join("new").exists(),
+        "a half-restored directory was left"
+    );
+    assert!(kept.is_dir() && fs::read_dir(&kept).unwrap().next().is_none());
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_standby_can_be_the_source() {
+    if ran_as_postgres("a_standby_can_be_the_source") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let leader = Server::new(root, "m1");
+    leader.sql("create table t as select generate_series(1, 1000) n");
+    let standby = Server::standby(root, "m2", &leader);
+    assert_eq!(
+        standby.member(MemberRole::Standby).role,
+        MemberRole::Standby
+    );
+    let mut config = config(root);
+    config.prefer_standby = true;
+    let daemon = Daemon::start(config, topology(1, &[&leader, &standby]));
+    // A backup of a standby ends where the standby's replay was; the leader's WAL must go on for that.
+    leader.sql("insert into t values (0)");
+    daemon.until("first backup", |s| s.backups == 1).await;
+    daemon.caught_up(&leader).await;
+    let repository = daemon.repository();
+    assert_eq!(catalog::list(&repository).unwrap().backups[0].source, "m2");
+    restore_to(
+        &repository,
+        &root.join("restored"),
+        Target::Latest,
+        &options(root),
+    );
+    let restored = Server::restored(root, "restored");
+    restored.until("select pg_is_in_recovery()", "f");
+    assert_eq!(restored.sql("select count(*) from t"), "1001");
+    daemon.stop().await;
+}
