@@ -150,7 +150,11 @@ impl World {
         let Some(agent) = self.agent(m, life) else {
             return;
         };
-        let newer = agent.obs.view.as_ref().is_none_or(|v| v.revision < view.revision);
+        let newer = agent
+            .obs
+            .view
+            .as_ref()
+            .is_none_or(|v| v.revision < view.revision);
         if newer {
             agent.obs.view = Some((**view).clone());
             self.wake(m);
@@ -163,10 +167,13 @@ impl World {
         let ttl = self.settings.ttl();
         let member = &mut self.members[m];
         let hint = member.voter.hint(ttl, now);
-        let data = member.data.database().map_or(DataView::Empty, |d| DataView::Present {
-            system_id: d.system_id.to_string(),
-            timeline: d.checkpoint,
-        });
+        let data = member
+            .data
+            .database()
+            .map_or(DataView::Empty, |d| DataView::Present {
+                system_id: d.system_id.to_string(),
+                timeline: d.checkpoint,
+            });
         let clock = member.clock;
         let Some(agent) = &mut member.agent else {
             return;
@@ -204,7 +211,11 @@ impl World {
                 member: self.name(s.member),
                 incarnation: s.incarnation,
                 streaming: true,
-                flush_lsn: if s.flush == 0 { Lsn::ZERO } else { lsn(s.flush) },
+                flush_lsn: if s.flush == 0 {
+                    Lsn::ZERO
+                } else {
+                    lsn(s.flush)
+                },
             })
             .collect();
         ServerView::Running(Server {
@@ -327,7 +338,11 @@ impl World {
             return;
         };
         agent.renewals.retain(|_, p| p.expires > now);
-        if agent.free.as_ref().is_some_and(|(_, p, _)| p.expires <= now) {
+        if agent
+            .free
+            .as_ref()
+            .is_some_and(|(_, p, _)| p.expires <= now)
+        {
             agent.free = None;
         }
         self.renew(m, life);
@@ -451,7 +466,11 @@ impl World {
 
     fn ask_free(&mut self, m: usize, life: u64, open: craton_core::decide::OpenElection) {
         let id = self.id();
-        let (sent_at, expires, ttl) = (self.clock(m), self.now + ANSWER_MAX / 4, self.settings.ttl());
+        let (sent_at, expires, ttl) = (
+            self.clock(m),
+            self.now + ANSWER_MAX / 4,
+            self.settings.ttl(),
+        );
         let term = open.after;
         let Some(agent) = self.agent(m, life) else {
             return;
@@ -497,11 +516,31 @@ impl World {
             return;
         };
         agent.submission = Some((id, changes));
-        let odd = if self.rng.chance(2) { self.rng.between(0, SECOND) } else { 0 };
+        let odd = if self.rng.chance(2) {
+            self.rng.between(0, SECOND)
+        } else {
+            0
+        };
         let delay = self.latency() + odd;
         let change = Box::new(change);
-        self.after(delay, Event::Submit { m, life, id, change });
-        self.after(ANSWER_MAX, Event::Answered { m, life, id, ok: false });
+        self.after(
+            delay,
+            Event::Submit {
+                m,
+                life,
+                id,
+                change,
+            },
+        );
+        self.after(
+            ANSWER_MAX,
+            Event::Answered {
+                m,
+                life,
+                id,
+                ok: false,
+            },
+        );
     }
 
     /// A transaction arrives at the store, if a majority can be reached.
@@ -535,7 +574,15 @@ impl World {
         // An answer may get lost on its way: the outcome is unknown then.
         if !self.rng.chance(self.net.loss / 4) {
             let delay = self.latency();
-            self.after(delay, Event::Answered { m, life, id, ok: done });
+            self.after(
+                delay,
+                Event::Answered {
+                    m,
+                    life,
+                    id,
+                    ok: done,
+                },
+            );
         }
     }
 

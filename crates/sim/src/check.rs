@@ -73,7 +73,10 @@ impl Checker {
                 self.broken(format!("the term went back to {}", l.term));
             }
         }
-        let id = view.cluster.as_ref().and_then(|c| c.value.system_id.clone());
+        let id = view
+            .cluster
+            .as_ref()
+            .and_then(|c| c.value.system_id.clone());
         if let Some(known) = &self.system_id
             && id.as_ref() != Some(known)
         {
@@ -87,7 +90,9 @@ impl Checker {
         if let Some(other) = self.promoted.insert(term, member)
             && other != member
         {
-            self.broken(format!("members {other} and {member} both promoted in term {term}"));
+            self.broken(format!(
+                "members {other} and {member} both promoted in term {term}"
+            ));
         }
         if self.line_of.is_some_and(|(t, _)| t > term) {
             // Late: it can acknowledge nothing, which is checked where it would.
@@ -116,7 +121,9 @@ impl Checker {
     fn missing(&self, wal: &[Rec]) -> Vec<usize> {
         self.acknowledged
             .iter()
-            .filter(|(at, id)| at.checked_sub(1).and_then(|i| wal.get(i)).map(|r| r.id) != Some(**id))
+            .filter(|(at, id)| {
+                at.checked_sub(1).and_then(|i| wal.get(i)).map(|r| r.id) != Some(**id)
+            })
             .map(|(at, _)| *at)
             .collect()
     }
@@ -176,7 +183,11 @@ impl Checker {
                 rec.timeline
             ));
         }
-        if self.acknowledged.insert(at, rec.id).is_some_and(|id| id != rec.id) {
+        if self
+            .acknowledged
+            .insert(at, rec.id)
+            .is_some_and(|id| id != rec.id)
+        {
             self.broken(format!("record {at} was acknowledged with two contents"));
         }
     }

@@ -51,7 +51,10 @@ pub enum Msg {
 
 /// An event. `life` and `run` name the process it is meant for: one that has ended gets nothing.
 #[derive(Clone, Debug)]
-#[allow(missing_docs, reason = "the fields are what every variant's comment says")]
+#[allow(
+    missing_docs,
+    reason = "the fields are what every variant's comment says"
+)]
 pub enum Event {
     /// The agent decides.
     Decide { m: usize, life: u64 },
@@ -64,11 +67,25 @@ pub enum Event {
     /// A message arrives.
     Deliver { from: usize, to: usize, msg: Msg },
     /// A transaction arrives at the store.
-    Submit { m: usize, life: u64, id: u64, change: Box<Change> },
+    Submit {
+        m: usize,
+        life: u64,
+        id: u64,
+        change: Box<Change>,
+    },
     /// Its answer arrives, or the time for it is over.
-    Answered { m: usize, life: u64, id: u64, ok: bool },
+    Answered {
+        m: usize,
+        life: u64,
+        id: u64,
+        ok: bool,
+    },
     /// A state of the store arrives at a member.
-    View { m: usize, life: u64, view: Rc<ClusterView> },
+    View {
+        m: usize,
+        life: u64,
+        view: Rc<ClusterView>,
+    },
     /// PostgreSQL answers from now on.
     Ready { m: usize, run: u64 },
     /// PostgreSQL has read all local WAL.
@@ -78,7 +95,11 @@ pub enum Event {
     /// The disk has flushed up to here.
     Flushed { m: usize, run: u64, upto: usize },
     /// A process of PostgreSQL reads the configuration again: a WAL sender, or the checkpointer.
-    Reread { m: usize, run: u64, conn: Option<u64> },
+    Reread {
+        m: usize,
+        run: u64,
+        conn: Option<u64>,
+    },
     /// The head of a replication connection's queue may have arrived.
     Pump { m: usize, conn: u64, up: bool },
     /// The fence looks at the deadline.

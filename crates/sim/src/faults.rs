@@ -143,7 +143,11 @@ impl World {
     /// A fault begins; its end is scheduled with it.
     pub fn fault(&mut self, fault: Fault) {
         self.log(|_| format!("FAULT {fault:?}"));
-        let long = if self.rng.chance(25) { 8 * SECOND } else { 2 * SECOND };
+        let long = if self.rng.chance(25) {
+            8 * SECOND
+        } else {
+            2 * SECOND
+        };
         let lasts = self.rng.between(20 * MS, long);
         let repair = match fault {
             Fault::CrashHost(m) => {
@@ -320,9 +324,10 @@ impl World {
         let Some(m) = l.leader.as_ref().and_then(|r| self.number(&r.member)) else {
             return false;
         };
-        let held = self.members[m].agent.as_ref().is_some_and(|a| {
-            a.wish == LeaseWish::Hold(l.term) && a.running.is_none()
-        });
+        let held = self.members[m]
+            .agent
+            .as_ref()
+            .is_some_and(|a| a.wish == LeaseWish::Hold(l.term) && a.running.is_none());
         let Some(pg) = self.members[m].pg.as_ref().filter(|p| p.primary) else {
             return false;
         };
@@ -331,8 +336,14 @@ impl World {
             let member = &self.members[o];
             let standby = member.pg.as_ref().is_some_and(|p| !p.primary && p.ready);
             let counted = !self.quorum()
-                || member.incarnation.is_some_and(|i| l.sync.holds(&member.id, i));
-            member.up && !member.frozen && standby && counted && pg.senders.iter().any(|s| s.member == o)
+                || member
+                    .incarnation
+                    .is_some_and(|i| l.sync.holds(&member.id, i));
+            member.up
+                && !member.frozen
+                && standby
+                && counted
+                && pg.senders.iter().any(|s| s.member == o)
         });
         let k = u64::from(self.settings.sync_standbys).min(others().count() as u64);
         let full = !self.quorum() || u64::from(l.sync.k) == k;
@@ -346,7 +357,9 @@ impl World {
             if self.quorum() {
                 let view = self.store.view();
                 let leader = view.leader().and_then(|l| self.number(&l.member));
-                let db = leader.and_then(|m| self.members[m].data.database()).cloned();
+                let db = leader
+                    .and_then(|m| self.members[m].data.database())
+                    .cloned();
                 if let Some(db) = db {
                     self.check.holds_everything("the last leader", &db.wal);
                 }
@@ -381,7 +394,10 @@ impl World {
                 m.floor,
                 m.agent.as_ref().and_then(|a| a.obs.lease),
                 self.clock(i),
-                m.pg.as_ref().map_or("down".into(), |p| format!("ready={} primary={}", p.ready, p.primary)),
+                m.pg.as_ref().map_or("down".into(), |p| format!(
+                    "ready={} primary={}",
+                    p.ready, p.primary
+                )),
             );
         }
         text

@@ -55,7 +55,8 @@ impl Flaw {
         match self {
             Self::OneSealTooFew => {
                 let election = o.view.as_mut().and_then(|v| v.leadership.as_mut());
-                if let Some(l) = election.filter(|l| l.value.leader.is_none() && l.value.sync.k > 0) {
+                if let Some(l) = election.filter(|l| l.value.leader.is_none() && l.value.sync.k > 0)
+                {
                     l.value.sync.k += 1;
                 }
             }
@@ -72,7 +73,11 @@ impl Flaw {
 
     /// What was decided, bent.
     pub fn spoil(self, o: &Observation, d: &mut Decision) {
-        let before = o.view.as_ref().and_then(|v| v.leadership.as_ref()).map(|l| &l.value);
+        let before = o
+            .view
+            .as_ref()
+            .and_then(|v| v.leadership.as_ref())
+            .map(|l| &l.value);
         let Some(before) = before.filter(|l| l.leader.is_none()) else {
             return;
         };
@@ -85,7 +90,9 @@ impl Flaw {
             }
         };
         match self {
-            Self::OneSealTooFew => each(d, &|set| set.k = set.k.min(before.sync.k.saturating_sub(1))),
+            Self::OneSealTooFew => {
+                each(d, &|set| set.k = set.k.min(before.sync.k.saturating_sub(1)))
+            }
             Self::OldLeaderLeftOut => each(d, &|set| {
                 if let Some(old) = &before.previous {
                     set.members.remove(&old.member);
@@ -99,6 +106,10 @@ impl Flaw {
 
     /// The incarnation of a new life of a data directory.
     pub fn incarnation(flaw: Option<Self>, fresh: u64) -> Incarnation {
-        Incarnation(if flaw == Some(Self::IncarnationForgotten) { 1 } else { fresh })
+        Incarnation(if flaw == Some(Self::IncarnationForgotten) {
+            1
+        } else {
+            fresh
+        })
     }
 }

@@ -33,7 +33,10 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
-        let number = |text: String| text.parse::<u64>().map_err(|_| format!("\"{text}\" is not a number"));
+        let number = |text: String| {
+            text.parse::<u64>()
+                .map_err(|_| format!("\"{text}\" is not a number"))
+        };
         match arg.as_str() {
             "--seed" => {
                 parsed.first = number(value()?)?;
@@ -41,7 +44,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             }
             "--seeds" => {
                 let text = value()?;
-                let (a, b) = text.split_once("..").ok_or_else(|| format!("\"{text}\" is not a range like 0..1000"))?;
+                let (a, b) = text
+                    .split_once("..")
+                    .ok_or_else(|| format!("\"{text}\" is not a range like 0..1000"))?;
                 (parsed.first, parsed.last) = (number(a.into())?, number(b.into())?);
             }
             "--members" => {
@@ -50,7 +55,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
                     return Err("--members: 2 to 26".into());
                 }
             }
-            "--sync" => parsed.options.sync_standbys = u32::try_from(number(value()?)?.max(1)).unwrap_or(1),
+            "--sync" => {
+                parsed.options.sync_standbys = u32::try_from(number(value()?)?.max(1)).unwrap_or(1)
+            }
             "--fault-seconds" => parsed.options.fault_seconds = number(value()?)?,
             "--async" => parsed.options.durability = Durability::Async,
             "--trace" => parsed.options.trace = true,
@@ -58,7 +65,8 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             "--flaw" => {
                 let name = value()?;
                 let flaw = Flaw::ALL.into_iter().find(|f| f.name() == name);
-                parsed.options.flaw = Some(flaw.ok_or_else(|| format!("there is no flaw \"{name}\""))?);
+                parsed.options.flaw =
+                    Some(flaw.ok_or_else(|| format!("there is no flaw \"{name}\""))?);
             }
             _ => return Err(format!("unknown argument \"{arg}\"")),
         }
@@ -76,7 +84,10 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
         writeln!(out, "  {violation}")?;
     }
     let options = &args.options;
-    let mut more = format!("--members {} --sync {}", options.members, options.sync_standbys);
+    let mut more = format!(
+        "--members {} --sync {}",
+        options.members, options.sync_standbys
+    );
     if options.durability == Durability::Async {
         more.push_str(" --async");
     }
@@ -84,11 +95,16 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
         more.push_str(" --flaw ");
         more.push_str(flaw.name());
     }
-    writeln!(out, "replay: make sim SEED={} ARGS=\"{more} --trace\"", o.seed)
+    writeln!(
+        out,
+        "replay: make sim SEED={} ARGS=\"{more} --trace\"",
+        o.seed
+    )
 }
 
 fn simulate(out: &mut impl io::Write, args: &Args) -> io::Result<bool> {
-    let (mut failed, mut runs, mut acknowledged, mut decisions, mut terms) = (0u64, 0u64, 0u64, 0u64, 0u64);
+    let (mut failed, mut runs, mut acknowledged, mut decisions, mut terms) =
+        (0u64, 0u64, 0u64, 0u64, 0u64);
     let mut slowest = 0;
     for seed in args.first..args.last {
         let outcome = run(seed, &args.options);

@@ -89,7 +89,11 @@ impl Postgres {
 
     /// Up to where this WAL sender may release waiting commits: the position that k of the members in the
     /// sync set it has read have flushed (`SyncRepGetNthLatestSyncRecPtr`).
-    pub fn released_by(&self, conn: u64, name: impl Fn(usize) -> craton_core::MemberId) -> Option<usize> {
+    pub fn released_by(
+        &self,
+        conn: u64,
+        name: impl Fn(usize) -> craton_core::MemberId,
+    ) -> Option<usize> {
         let sender = self.senders.iter().find(|s| s.conn == conn)?;
         let set = &sender.config;
         if !set.holds(&name(sender.member), sender.incarnation) {

@@ -30,7 +30,13 @@ impl World {
         let Some(db) = self.members[m].data.database_mut() else {
             return;
         };
+        let recovered: Vec<(usize, Rec)> = (db.flushed..db.wal.len())
+            .map(|i| (i + 1, db.wal[i]))
+            .collect();
         db.flushed = db.wal.len();
+        for (at, rec) in recovered {
+            self.check.flushed(m, at, rec);
+        }
         let configured = primary.clone().unwrap_or_else(nobody);
         self.members[m].pg = Some(Postgres {
             run,
@@ -53,7 +59,13 @@ impl World {
         self.after(start, Event::Ready { m, run });
         self.after(start + PG_TICK, Event::PgTick { m, run });
         self.after(MS, Event::Fence { m });
-        self.log(|w| format!("{} postgres starts, primary={}", w.name(m), primary.is_some()));
+        self.log(|w| {
+            format!(
+                "{} postgres starts, primary={}",
+                w.name(m),
+                primary.is_some()
+            )
+        });
     }
 
     /// It answers.
@@ -83,9 +95,11 @@ impl World {
         let timeline = db.timeline();
         let name = self.name(m);
         if term <= 1 && timeline.0 == 1 {
-            self.check.promotion(craton_core::Term(1), m, timeline, &wal);
+            self.check
+                .promotion(craton_core::Term(1), m, timeline, &wal);
         } else if self.quorum() && view.leader().is_some_and(|l| l.member == name) {
-            self.check.holds_everything(&format!("{name}, restarted in place,"), &wal);
+            self.check
+                .holds_everything(&format!("{name}, restarted in place,"), &wal);
         }
         self.check_alone(m);
     }
@@ -101,7 +115,8 @@ impl World {
         let late = self.now.saturating_sub(own.thawed_at) < 50 * MS;
         if let Some(other) = other.filter(|_| !late) {
             let (a, b) = (self.name(m), self.name(other));
-            self.check.broken(format!("two primaries at once: {a} and {b}"));
+            self.check
+                .broken(format!("two primaries at once: {a} and {b}"));
         }
     }
 
@@ -122,7 +137,11 @@ impl World {
         let spare = self.rng.next();
         if let Some(db) = self.members[m].data.database_mut() {
             let unflushed = db.wal.len() - db.flushed;
-            let keep = if host_lost { 0 } else { spare as usize % (unflushed + 1) };
+            let keep = if host_lost {
+                0
+            } else {
+                spare as usize % (unflushed + 1)
+            };
             db.wal.truncate(db.flushed + keep);
         }
         // What is under way still arrives.
@@ -134,7 +153,8 @@ impl World {
                 c.down.1 = CLOSED;
             }
         }
-        self.conns.retain(|_, c| c.up.1 != CLOSED || c.down.1 != CLOSED);
+        self.conns
+            .retain(|_, c| c.up.1 != CLOSED || c.down.1 != CLOSED);
         if let Some(agent) = &mut self.members[m].agent {
             agent.upstream = None;
             agent.sealed = None;
@@ -202,7 +222,10 @@ impl World {
         let done = std::mem::replace(&mut pg.waiting, later);
         let name = self.name(m);
         for at in done {
-            let rec = self.members[m].data.database().and_then(|d| d.wal.get(at - 1).copied());
+            let rec = self.members[m]
+                .data
+                .database()
+                .and_then(|d| d.wal.get(at - 1).copied());
             if let Some(rec) = rec {
                 self.check.acknowledged(name.as_str(), at, rec);
                 if self.faults.calm {
@@ -252,7 +275,11 @@ impl World {
         let Some(c) = self.conns.get_mut(&conn) else {
             return;
         };
-        let (from, to) = if up { (c.down.0, c.up.0) } else { (c.up.0, c.down.0) };
+        let (from, to) = if up {
+            (c.down.0, c.up.0)
+        } else {
+            (c.up.0, c.down.0)
+        };
         let queue = if up { &mut c.to_up } else { &mut c.to_down };
         let Some((ready, _)) = queue.front() else {
             return;
@@ -272,7 +299,9 @@ impl World {
     }
 
     fn at_upstream(&mut self, conn: u64, msg: WalMsg) {
-        let Some(c) = self.conns.get(&conn) else { return };
+        let Some(c) = self.conns.get(&conn) else {
+            return;
+        };
         let ((m, run), (standby, _)) = (c.up, c.down);
         let now = self.now;
         if self.pg(m, run).is_none() {
@@ -286,7 +315,9 @@ impl World {
             } => self.accept(conn, from, timeline, incarnation),
             WalMsg::Ack(flush) => {
                 let name = |i: usize| self.members[i].id.clone();
-                let Some(pg) = &self.members[m].pg else { return };
+                let Some(pg) = &self.members[m].pg else {
+                    return;
+                };
                 let mut pg = pg.clone();
                 for s in pg.senders.iter_mut().filter(|s| s.conn == conn) {
                     s.flush = s.flush.max(flush);
@@ -311,7 +342,9 @@ impl World {
         timeline: craton_core::TimelineId,
         incarnation: craton_core::Incarnation,
     ) {
-        let Some(c) = self.conns.get(&conn) else { return };
+        let Some(c) = self.conns.get(&conn) else {
+            return;
+        };
         let ((m, run), (standby, _)) = (c.up, c.down);
         let now = self.now;
         let serves = self.members[m]
@@ -351,7 +384,9 @@ impl World {
     }
 
     fn at_standby(&mut self, conn: u64, msg: WalMsg) {
-        let Some(c) = self.conns.get(&conn) else { return };
+        let Some(c) = self.conns.get(&conn) else {
+            return;
+        };
         let (m, run) = c.down;
         let now = self.now;
         let Some(pg) = self.pg(m, run) else { return };
@@ -414,8 +449,16 @@ impl World {
             self.conns = conns;
             return;
         };
-        let sends = |conn: u64| conns.get(&conn).is_some_and(|c| c.down.1 != CLOSED || !c.to_up.is_empty());
-        let hears = |conn: u64| conns.get(&conn).is_some_and(|c| c.up.1 != CLOSED || !c.to_down.is_empty());
+        let sends = |conn: u64| {
+            conns
+                .get(&conn)
+                .is_some_and(|c| c.down.1 != CLOSED || !c.to_up.is_empty())
+        };
+        let hears = |conn: u64| {
+            conns
+                .get(&conn)
+                .is_some_and(|c| c.up.1 != CLOSED || !c.to_down.is_empty())
+        };
         pg.senders
             .retain(|s| sends(s.conn) && now.saturating_sub(s.heard) < SILENCE_MAX);
         let senders: Vec<u64> = pg.senders.iter().map(|s| s.conn).collect();
@@ -446,7 +489,9 @@ impl World {
 
     fn start_receiver(&mut self, m: usize) {
         let now = self.now;
-        let Some(pg) = &self.members[m].pg else { return };
+        let Some(pg) = &self.members[m].pg else {
+            return;
+        };
         let due = pg.receiver.is_none() && pg.exact && now >= pg.receiver_retry_at && !pg.stopping;
         let Some(up) = pg.upstream.filter(|u| due && *u != m) else {
             return;
@@ -465,7 +510,10 @@ impl World {
             return;
         };
         // Streaming restarts where the WAL here ends; the timeline is that of its last record.
-        let (from, timeline) = (db.wal.len(), db.wal.last().map_or(db.checkpoint, |r| r.timeline));
+        let (from, timeline) = (
+            db.wal.len(),
+            db.wal.last().map_or(db.checkpoint, |r| r.timeline),
+        );
         let conn = self.id();
         self.conns.insert(
             conn,
@@ -505,7 +553,9 @@ impl World {
         who.push(None);
         for conn in who {
             let slow = self.rng.chance(10);
-            let delay = self.rng.between(100 * US, if slow { 1500 * MS } else { 20 * MS });
+            let delay = self
+                .rng
+                .between(100 * US, if slow { 1500 * MS } else { 20 * MS });
             self.after(delay, Event::Reread { m, run, conn });
         }
     }
@@ -519,7 +569,9 @@ impl World {
                 s.config = set.clone();
             }
             let name = |i: usize| self.members[i].id.clone();
-            let Some(pg) = &self.members[m].pg else { return };
+            let Some(pg) = &self.members[m].pg else {
+                return;
+            };
             let released = pg.released_by(conn, name).filter(|_| pg.primary);
             if let Some(upto) = released {
                 self.release(m, upto);
@@ -557,9 +609,10 @@ impl World {
             let leader = self.members[asked].agent.as_ref().and_then(|a| {
                 let view = a.obs.view.as_ref()?;
                 let l = &view.leadership.as_ref()?.value;
-                let held = view.request.as_ref().is_some_and(|r| {
-                    r.value.phase == craton_core::records::RequestPhase::Hold
-                });
+                let held = view
+                    .request
+                    .as_ref()
+                    .is_some_and(|r| r.value.phase == craton_core::records::RequestPhase::Hold);
                 let leader = l.leader.as_ref().filter(|_| l.open && !held)?;
                 self.number(&leader.member)
             });

@@ -125,11 +125,20 @@ impl World {
                 sync,
                 known,
             } => {
-                let taken = known.0.iter().map(|t| t.timeline).filter(|t| t < timeline).max();
+                let taken = known
+                    .0
+                    .iter()
+                    .map(|t| t.timeline)
+                    .filter(|t| t < timeline)
+                    .max();
                 self.promote(m, r, *term, sync, taken)
             }
             Task::Bootstrap => {
-                if !self.members[m].pg.as_ref().is_some_and(|p| p.ready && p.primary) {
+                if !self.members[m]
+                    .pg
+                    .as_ref()
+                    .is_some_and(|p| p.ready && p.primary)
+                {
                     return Step::Failed("not a primary");
                 }
                 self.append(m, Kind::Other);
@@ -172,7 +181,8 @@ impl World {
             return Step::Again(1, 400 * MS);
         }
         if self.members[m].data != Data::Empty {
-            self.check.broken("initdb over a data directory that is not empty");
+            self.check
+                .broken("initdb over a data directory that is not empty");
         }
         let (system_id, id) = (self.id(), self.id());
         let timeline = TimelineId(1);
@@ -356,7 +366,12 @@ impl World {
             timeline,
             kind: Kind::Other,
         });
-        self.log(|w| format!("{} promotes in term {term} onto timeline {timeline}", w.name(m)));
+        self.log(|w| {
+            format!(
+                "{} promotes in term {term} onto timeline {timeline}",
+                w.name(m)
+            )
+        });
         self.check.promotion(term, m, timeline, &wal);
         self.check_alone(m);
         if let Some(db) = self.members[m].data.database_mut() {
@@ -388,7 +403,8 @@ impl World {
         match r.stage {
             0 => {
                 if self.members[m].data != Data::Empty {
-                    self.check.broken("a clone into a data directory that is not empty");
+                    self.check
+                        .broken("a clone into a data directory that is not empty");
                 }
                 self.reborn(m, term);
                 let delay = self.rng.between(300 * MS, 2 * SECOND);
@@ -446,7 +462,10 @@ impl World {
             self.configure_sync(m, set.clone());
             return Step::Again(1, LOOK);
         }
-        let proven = self.members[m].pg.as_ref().is_some_and(|p| p.in_force() && p.configured == *set);
+        let proven = self.members[m]
+            .pg
+            .as_ref()
+            .is_some_and(|p| p.in_force() && p.configured == *set);
         if proven {
             if let Some(a) = &mut self.members[m].agent {
                 a.in_force = true;

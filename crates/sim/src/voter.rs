@@ -30,7 +30,9 @@ impl Voter {
 
     /// A renewal: true if promised.
     pub fn renew(&mut self, term: Term, ttl: Duration, now: BootTime) -> bool {
-        let newer = self.promise.is_some_and(|(t, until)| t > term && until > now);
+        let newer = self
+            .promise
+            .is_some_and(|(t, until)| t > term && until > now);
         if term <= self.free_through || term <= self.released || newer {
             return false;
         }
@@ -51,7 +53,9 @@ impl Voter {
         if self.free_through >= term {
             return true;
         }
-        let promised = self.promise.is_some_and(|(t, until)| t <= term && until > now);
+        let promised = self
+            .promise
+            .is_some_and(|(t, until)| t <= term && until > now);
         let forgotten = now.since(self.started_at) < ttl && !amnesia;
         if self.released < term && (promised || forgotten) {
             return false;

@@ -200,7 +200,12 @@ impl World {
                     self.receive(from, to, msg);
                 }
             }
-            Event::Submit { m, life, id, change } => self.submit_arrives(m, life, id, &change),
+            Event::Submit {
+                m,
+                life,
+                id,
+                change,
+            } => self.submit_arrives(m, life, id, &change),
             Event::Answered { m, life, id, ok } => self.submit_answered(m, life, id, ok),
             Event::View { m, life, view } => self.learn(m, life, &view),
             Event::Ready { m, run } => self.pg_ready(m, run),
@@ -221,7 +226,11 @@ impl World {
     /// A network delay.
     pub fn latency(&mut self) -> u64 {
         let usual = self.rng.between(100 * US, 2 * MS);
-        let odd = if self.rng.chance(1) { self.rng.between(1, 20) } else { 1 };
+        let odd = if self.rng.chance(1) {
+            self.rng.between(1, 20)
+        } else {
+            1
+        };
         usual * self.net.delay_factor * odd
     }
 

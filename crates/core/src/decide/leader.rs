@@ -332,10 +332,20 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
         wanted
     };
     if !s.sync_in_force {
-        return mind.because(
+        mind.because(
             "sync_pending",
             "waiting for every WAL sender to follow the new sync set",
         );
+        // The proof failed, or was lost with the agent that made it: it is made again, for what is configured
+        // where that is known to keep the invariant.
+        let known = s.sync_configured.k
+            <= u32::try_from(s.sync_configured.members.len()).unwrap_or(u32::MAX);
+        let set = if known && s.sync_configured.covers(&l.sync) {
+            &s.sync_configured
+        } else {
+            &l.sync
+        };
+        return mind.start(Task::SetSync(set.clone()));
     }
     let barrier = mind
         .out
