@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::sleep;
+use crate::{boottime_ns, sleep};
 
+/// The kernel shows start times in ticks of 1/100 s on every architecture (`USER_HZ`).
+const NS_PER_TICK: u64 = 10_000_000;
 const POLL: Duration = Duration::from_millis(1);
 /// How many polls a SIGSTOP may take to show; one that sleeps in the kernel cannot fork either.
 const STOP_POLLS: usize = 20;
@@ -36,21 +38,19 @@ fn stat(pid: i32) -> Option<Stat> {
     let state = fields.next()?.chars().next()?;
     let ppid = fields.next()?.parse().ok()?;
     let start_ticks = fields.nth(17)?.parse().ok()?;
-    Some(Stat {
+    let stat = Stat {
         state,
         ppid,
         start_ticks,
-    })
-    .filter(|s| !matches!(s.state, 'Z' | 'X'))
+    };
+    (!matches!(state, 'Z' | 'X')).then_some(stat)
 }
 
 impl Target {
     /// The process that has this pid now.
     pub fn of(pid: i32) -> Option<Self> {
-        stat(pid).map(|s| Self {
-            pid,
-            start_ticks: s.start_ticks,
-        })
+        let start_ticks = stat(pid)?.start_ticks;
+        Some(Self { pid, start_ticks })
     }
 
     /// True while this very process lives; a zombie does not.
@@ -59,13 +59,9 @@ impl Target {
     }
 
     fn signal(&self, signal: Signal) {
-        let Some(fd) =
-            Pid::from_raw(self.pid).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok())
-        else {
-            return;
-        };
+        let fd = Pid::from_raw(self.pid).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
         // Looked at after the pidfd was opened, so both mean the same process.
-        if self.is_alive() {
+        if let Some(fd) = fd.filter(|_| self.is_alive()) {
             let _ = pidfd_send_signal(&fd, signal);
         }
     }
@@ -94,15 +90,19 @@ pub(crate) fn kill(postmaster: Target) {
         }
         sleep(POLL);
     }
-    for child in all().filter(|pid| stat(*pid).is_some_and(|s| s.ppid == postmaster.pid)) {
-        if let Some(child) = Target::of(child) {
-            child.signal(Signal::KILL);
-        }
+    let fired_ticks = boottime_ns() / NS_PER_TICK;
+    let is_child = |pid: &i32| stat(*pid).is_some_and(|s| s.ppid == postmaster.pid);
+    for child in all().filter(is_child).filter_map(Target::of) {
+        child.signal(Signal::KILL);
     }
     postmaster.signal(Signal::KILL);
     loop {
         let mut left = postmaster.is_alive();
-        for process in all().filter_map(Target::of) {
+        // A server that the agent has started meanwhile is none of ours.
+        for process in all()
+            .filter_map(Target::of)
+            .filter(|p| p.start_ticks <= fired_ticks)
+        {
             if home.is_some() && process.home() == home {
                 process.signal(Signal::KILL);
                 left = true;

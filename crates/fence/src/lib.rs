@@ -114,10 +114,7 @@ impl Board {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = open(path, flags, Mode::RUSR | Mode::WUSR)?;
         if fstat(&file)?.st_uid != rustix::process::geteuid().as_raw() {
-            return Err(io::Error::new(
-                io::ErrorKind::PermissionDenied,
-                "the fence's board is another user's",
-            ));
+            return Err(io::Error::other("the fence's board is another user's"));
         }
         ftruncate(&file, 2 * RECORD_BYTES as u64)?;
         Ok(Self { file })
@@ -140,43 +137,43 @@ impl Board {
     /// Gives an order. Only one process may do so at a time.
     pub fn give(&self, order: &Order) -> io::Result<()> {
         let flags = u64::from(order.armed) | u64::from(order.quit) << 1;
-        let (pid, ticks) = order.target.map_or((0, 0), |t| {
-            (u64::try_from(t.pid).unwrap_or(0), t.start_ticks)
-        });
-        self.write(
-            ORDER_AT,
-            [MAGIC, flags, order.deadline_ns, pid, ticks, 0, 0, 0],
-        )
+        let pid = order
+            .target
+            .and_then(|t| u64::try_from(t.pid).ok())
+            .unwrap_or(0);
+        let ticks = order.target.map_or(0, |t| t.start_ticks);
+        let words = [MAGIC, flags, order.deadline_ns, pid, ticks, 0, 0, 0];
+        self.write(ORDER_AT, words)
     }
 
     /// What the fence says; none before it first ran.
     pub fn report(&self) -> io::Result<Option<Report>> {
-        Ok(self
-            .read(REPORT_AT)?
-            .map(
-                |[_, pid, alive_ns, fired_ns, fired_count, locked, ..]| Report {
-                    pid,
-                    alive_ns,
-                    fired_ns,
-                    fired_count,
-                    locked: locked != 0,
-                },
-            ))
+        Ok(self.read(REPORT_AT)?.map(|words| {
+            let [_, pid, alive_ns, fired_ns, fired_count, locked, ..] = words;
+            let locked = locked != 0;
+            Report {
+                pid,
+                alive_ns,
+                fired_ns,
+                fired_count,
+                locked,
+            }
+        }))
     }
 
-    fn say(&self, report: &Report) -> io::Result<()> {
-        let locked = u64::from(report.locked);
-        let Report {
-            pid,
-            alive_ns,
-            fired_ns,
-            fired_count,
-            ..
-        } = *report;
-        self.write(
-            REPORT_AT,
-            [MAGIC, pid, alive_ns, fired_ns, fired_count, locked, 0, 0],
-        )
+    fn say(&self, r: &Report) -> io::Result<()> {
+        let locked = u64::from(r.locked);
+        let words = [
+            MAGIC,
+            r.pid,
+            r.alive_ns,
+            r.fired_ns,
+            r.fired_count,
+            locked,
+            0,
+            0,
+        ];
+        self.write(REPORT_AT, words)
     }
 
     /// A record whose check sum fits; a half-written one is read again.
@@ -188,20 +185,14 @@ impl Board {
             }
             let mut words = [0; WORDS];
             for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
-                *word = chunk
-                    .iter()
-                    .rev()
-                    .fold(0, |word, byte| word << 8 | u64::from(*byte));
+                *word = chunk.try_into().map_or(0, u64::from_le_bytes);
             }
             if words.first() == Some(&MAGIC) && words.last() == Some(&check_sum(&words)) {
                 return Ok(Some(words));
             }
             rustix::thread::sched_yield();
         }
-        Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            "a record on the fence's board is damaged",
-        ))
+        Err(io::Error::other("a record on the fence's board is damaged"))
     }
 
     fn write(&self, at: u64, mut words: Words) -> io::Result<()> {
@@ -269,9 +260,9 @@ pub fn run(path: &Path) -> io::Result<Ended> {
         report.alive_ns = boottime_ns();
         // A full tmpfs must not stop the guard; the agent sees the missing sign of life.
         let _ = board.say(&report);
-        let left = Duration::from_nanos(order.deadline_ns.saturating_sub(now));
+        let left = Duration::from_nanos(order.deadline_ns.saturating_sub(now)).min(PERIOD);
         sleep(if order.armed && !left.is_zero() {
-            left.min(PERIOD)
+            left
         } else {
             PERIOD
         });
@@ -287,10 +278,9 @@ fn stay_awake() -> bool {
 }
 
 pub(crate) fn sleep(time: Duration) {
-    let time = Timespec::try_from(time).unwrap_or(Timespec {
-        tv_sec: 0,
-        tv_nsec: 1_000_000,
-    });
+    let Ok(time) = Timespec::try_from(time) else {
+        return;
+    };
     // A signal may cut it short, which only means that the order is read earlier.
     let _ = poll(&mut [], Some(&time));
 }
