@@ -2,6 +2,18 @@
 //!
 //! Each test has a cluster of its own under a temporary directory, with ports of its own. Run as root the
 //! binary drops to `postgres` by itself, as it does for users.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::manual_assert,
+    clippy::indexing_slicing,
+    clippy::format_push_string,
+    clippy::disallowed_types,
+    clippy::cast_possible_truncation,
+    clippy::case_sensitive_file_extension_comparisons,
+    reason = "a test may fail at any line, and waits on the clock of the outside world"
+)]
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -21,7 +33,10 @@ struct Cluster {
 impl Cluster {
     /// Starts one. `extra` goes to `craton up`.
     fn up(name: &str, extra: &[&str]) -> Self {
-        let cluster = Self { dir: directory(name), base_port: free_base_port() };
+        let cluster = Self {
+            dir: directory(name),
+            base_port: free_base_port(),
+        };
         let base = cluster.base_port.to_string();
         let out = cluster.craton(&[&["up", "--base-port", &base], extra].concat());
         cluster.expect_ok(&out, "craton up");
@@ -41,7 +56,8 @@ impl Cluster {
     fn json(&self, args: &[&str]) -> Value {
         let out = self.craton(&[&["--json"], args].concat());
         self.expect_ok(&out, &args.join(" "));
-        serde_json::from_slice(&out.stdout).unwrap_or_else(|e| panic!("{args:?}: {e}: {}", text(&out)))
+        serde_json::from_slice(&out.stdout)
+            .unwrap_or_else(|e| panic!("{args:?}: {e}: {}", text(&out)))
     }
 
     fn sql(&self, args: &[&str]) -> String {
@@ -65,8 +81,14 @@ impl Cluster {
             places.extend(members.flatten().map(|m| m.path()));
         }
         for place in places {
-            let Ok(files) = std::fs::read_dir(&place) else { continue };
-            for path in files.flatten().map(|f| f.path()).filter(|p| p.extension().is_some_and(|e| e == "log")) {
+            let Ok(files) = std::fs::read_dir(&place) else {
+                continue;
+            };
+            for path in files
+                .flatten()
+                .map(|f| f.path())
+                .filter(|p| p.extension().is_some_and(|e| e == "log"))
+            {
                 let log = std::fs::read_to_string(&path).unwrap_or_default();
                 let tail: Vec<&str> = log.lines().rev().take(60).collect();
                 all.push_str(&format!("== {}\n", path.display()));
@@ -89,7 +111,12 @@ impl Cluster {
             {
                 return status;
             }
-            assert!(Instant::now() < deadline, "{what} not within {limit:?}: {}\n{}", text(&out), self.logs());
+            assert!(
+                Instant::now() < deadline,
+                "{what} not within {limit:?}: {}\n{}",
+                text(&out),
+                self.logs()
+            );
         }
     }
 }
@@ -104,7 +131,11 @@ impl Drop for Cluster {
 }
 
 fn text(out: &Output) -> String {
-    format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr))
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    )
 }
 
 /// A path that does not exist yet, in a place that another user can reach, short enough for a socket.
@@ -114,7 +145,10 @@ fn directory(name: &str) -> PathBuf {
 
 /// Finds a base port whose whole range is free at this moment.
 fn free_base_port() -> u16 {
-    for base in (20_000..60_000_u16).step_by(100).skip(usize::from(std::process::id() as u16 % 200)) {
+    for base in (20_000..60_000_u16)
+        .step_by(100)
+        .skip(usize::from(std::process::id() as u16 % 200))
+    {
         let free = (0..60).all(|offset| TcpListener::bind(("127.0.0.1", base + offset)).is_ok());
         if free {
             return base;
@@ -127,8 +161,12 @@ fn whole(status: &Value) -> bool {
     let members = status["members"].as_array().map_or(&[][..], Vec::as_slice);
     status["writable"] == true
         && members.len() == 3
-        && members.iter().all(|m| m["role"] == "leader" || m["streaming"] == true)
-        && status["sync"]["members"].as_array().is_some_and(|v| v.len() == 2)
+        && members
+            .iter()
+            .all(|m| m["role"] == "leader" || m["streaming"] == true)
+        && status["sync"]["members"]
+            .as_array()
+            .is_some_and(|v| v.len() == 2)
 }
 
 fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
@@ -149,15 +187,25 @@ fn a_first_try() {
 
     // Started twice, it says so.
     let again = c.craton(&["up"]);
-    assert!(again.status.success() && text(&again).contains("up"), "{}", text(&again));
+    assert!(
+        again.status.success() && text(&again).contains("up"),
+        "{}",
+        text(&again)
+    );
 
     // The map, through the endpoint for writes and the one for reads.
     let question = "SELECT count(*) FROM cities c JOIN countries k ON ST_Contains(k.geom, c.geom) WHERE k.name = 'France'";
     let answer = c.sql(&["-d", "map", "-Atc", question]);
     assert!(answer.parse::<u32>().is_ok_and(|n| n >= 1), "{answer}");
     assert_eq!(c.sql(&["--read", "-d", "map", "-Atc", question]), answer);
-    assert_eq!(c.sql(&["--read", "-d", "map", "-Atc", "SELECT pg_is_in_recovery()"]), "t");
-    assert_eq!(c.sql(&["-d", "map", "-Atc", "SELECT pg_is_in_recovery()"]), "f");
+    assert_eq!(
+        c.sql(&["--read", "-d", "map", "-Atc", "SELECT pg_is_in_recovery()"]),
+        "t"
+    );
+    assert_eq!(
+        c.sql(&["-d", "map", "-Atc", "SELECT pg_is_in_recovery()"]),
+        "f"
+    );
 
     secrets_stay_secret(&c);
     strangers_are_refused(&c);
@@ -169,7 +217,11 @@ fn a_first_try() {
     // It comes back with its data.
     let up = c.craton(&["up"]);
     c.expect_ok(&up, "craton up after down");
-    c.wait_status("a whole cluster after down and up", Duration::from_secs(60), whole);
+    c.wait_status(
+        "a whole cluster after down and up",
+        Duration::from_secs(60),
+        whole,
+    );
     assert_eq!(c.sql(&["-d", "map", "-Atc", question]), answer);
 }
 
@@ -193,12 +245,18 @@ fn secrets_stay_secret(c: &Cluster) {
     for member in ["a", "b", "c"] {
         logs.push(c.dir.join("members").join(member).join("pg.log"));
     }
-    let mut seen: Vec<String> = logs.iter().filter_map(|l| std::fs::read_to_string(l).ok()).collect();
+    let mut seen: Vec<String> = logs
+        .iter()
+        .filter_map(|l| std::fs::read_to_string(l).ok())
+        .collect();
     for process in std::fs::read_dir("/proc").unwrap().flatten() {
         seen.extend(std::fs::read_to_string(process.path().join("cmdline")).ok());
     }
     for secret in secrets {
-        assert!(seen.iter().all(|s| !s.contains(&secret)), "a secret stands in a log or a process title");
+        assert!(
+            seen.iter().all(|s| !s.contains(&secret)),
+            "a secret stands in a log or a process title"
+        );
     }
 }
 
@@ -207,25 +265,44 @@ fn strangers_are_refused(c: &Cluster) {
     let before = c.json(&["status"]);
     let api = before["members"][0]["api"].as_str().unwrap().to_owned();
     let mut web = TcpStream::connect(&api).unwrap();
-    web.write_all(b"GET /v1/status HTTP/1.0\r\nAuthorization: Bearer guess\r\n\r\n").unwrap();
+    web.write_all(b"GET /v1/status HTTP/1.0\r\nAuthorization: Bearer guess\r\n\r\n")
+        .unwrap();
     let mut answer = String::new();
     web.read_to_string(&mut answer).unwrap();
-    assert!(answer.starts_with("HTTP/1.0 401") || answer.starts_with("HTTP/1.1 401"), "{answer}");
+    assert!(
+        answer.starts_with("HTTP/1.0 401") || answer.starts_with("HTTP/1.1 401"),
+        "{answer}"
+    );
     for offset in [2, 3, 41, 51, 61, 71, 72] {
-        let Ok(mut s) = TcpStream::connect(("127.0.0.1", c.base_port + offset)) else { continue };
-        let noise: Vec<u8> = (0..4096_u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let Ok(mut s) = TcpStream::connect(("127.0.0.1", c.base_port + offset)) else {
+            continue;
+        };
+        let noise: Vec<u8> = (0..4096_u32)
+            .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect();
         let _ = s.write_all(&noise);
-        s.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        s.set_read_timeout(Some(Duration::from_millis(200)))
+            .unwrap();
         let _ = s.read(&mut [0; 64]);
     }
     let after = c.json(&["status"]);
-    assert_eq!(after["term"], before["term"], "noise changed the leadership");
+    assert_eq!(
+        after["term"], before["term"],
+        "noise changed the leadership"
+    );
     assert_eq!(c.sql(&["-Atc", "SELECT 1"]), "1");
 }
 
 /// A backup is listed, and a restored copy of it starts and has the rows.
 fn backup_and_restore(c: &Cluster) {
-    c.sql(&["-d", "map", "-c", "CREATE TABLE marks (n int)", "-c", "INSERT INTO marks VALUES (1)"]);
+    c.sql(&[
+        "-d",
+        "map",
+        "-c",
+        "CREATE TABLE marks (n int)",
+        "-c",
+        "INSERT INTO marks VALUES (1)",
+    ]);
     let out = c.craton(&["backup", "run"]);
     c.expect_ok(&out, "craton backup run");
     let list = text(&c.craton(&["backup", "list"]));
@@ -236,7 +313,11 @@ fn backup_and_restore(c: &Cluster) {
     let target = c.dir.with_extension("restored");
     let out = c.craton(&["restore", "--to", &before, target.to_str().unwrap()]);
     c.expect_ok(&out, "craton restore");
-    assert!(target.join("PG_VERSION").exists() || target.join("data/PG_VERSION").exists(), "{}", text(&out));
+    assert!(
+        target.join("PG_VERSION").exists() || target.join("data/PG_VERSION").exists(),
+        "{}",
+        text(&out)
+    );
     let _ = std::fs::remove_dir_all(&target);
 }
 
@@ -244,21 +325,45 @@ fn backup_and_restore(c: &Cluster) {
 fn old_busy_port(c: &Cluster) {
     let dir = directory("busy");
     let out = Command::new(env!("CARGO_BIN_EXE_craton"))
-        .args(["--dir", dir.to_str().unwrap(), "up", "--base-port", &c.base_port.to_string()])
+        .args([
+            "--dir",
+            dir.to_str().unwrap(),
+            "up",
+            "--base-port",
+            &c.base_port.to_string(),
+        ])
         .output()
         .unwrap();
     assert!(!out.status.success());
     assert!(text(&out).contains("port"), "{}", text(&out));
-    assert!(!dir.join("members").exists(), "a half-started cluster was left in {}", dir.display());
+    assert!(
+        !dir.join("members").exists(),
+        "a half-started cluster was left in {}",
+        dir.display()
+    );
 }
 
 #[test]
 fn drills_lose_nothing() {
     let c = Cluster::up("drills", &["--no-sample"]);
     c.wait_status("a whole cluster", Duration::from_secs(60), whole);
-    for drill in ["switchover", "kill-primary", "kill-agent", "kill-fence", "freeze-primary", "kill-host", "freeze-agent", "kill-proxy"] {
+    for drill in [
+        "switchover",
+        "kill-primary",
+        "kill-agent",
+        "kill-fence",
+        "freeze-primary",
+        "kill-host",
+        "freeze-agent",
+        "kill-proxy",
+    ] {
         let out = c.craton(&["--json", "drill", drill, "--down-for", "4"]);
-        assert!(out.status.success(), "drill {drill}: {}\n{}", text(&out), c.logs());
+        assert!(
+            out.status.success(),
+            "drill {drill}: {}\n{}",
+            text(&out),
+            c.logs()
+        );
         let report: Value = serde_json::from_slice(&out.stdout).unwrap();
         let result = &report["drills"][0];
         println!("{drill}: {result}");
@@ -266,11 +371,20 @@ fn drills_lose_nothing() {
         assert_eq!(result["ghosts"], 0, "{drill}: {report}");
         assert!(result["redundancy_ms"].is_u64(), "{drill}: {report}");
         if drill == "switchover" {
-            assert_eq!(result["errors"], 0, "a planned switchover shows clients no error: {report}");
-            assert_eq!(result["unknown"], 0, "a planned switchover leaves no outcome unknown: {report}");
+            assert_eq!(
+                result["errors"], 0,
+                "a planned switchover shows clients no error: {report}"
+            );
+            assert_eq!(
+                result["unknown"], 0,
+                "a planned switchover leaves no outcome unknown: {report}"
+            );
         }
         if drill != "kill-proxy" {
-            assert_eq!(result["sessions_lost"], 0, "{drill}: clients stay connected: {report}");
+            assert_eq!(
+                result["sessions_lost"], 0,
+                "{drill}: clients stay connected: {report}"
+            );
         }
         c.wait_status("a whole cluster", Duration::from_secs(60), whole);
     }

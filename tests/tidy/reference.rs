@@ -10,7 +10,11 @@ use craton_console::metrics::render_reference;
 
 /// Every generated page: file name and text.
 pub fn pages(root: &Path) -> Vec<(&'static str, String)> {
-    vec![("commands.md", commands()), ("metrics.md", metrics()), ("settings.md", settings(root))]
+    vec![
+        ("commands.md", commands()),
+        ("metrics.md", metrics()),
+        ("settings.md", settings(root)),
+    ]
 }
 
 fn commands() -> String {
@@ -30,9 +34,15 @@ fn commands() -> String {
 fn describe(page: &mut String, command: &clap::Command, path: &[&str]) {
     let mut name = path.to_vec();
     name.push(command.get_name());
-    let about = command.get_about().map(ToString::to_string).unwrap_or_default();
+    let about = command
+        .get_about()
+        .map(ToString::to_string)
+        .unwrap_or_default();
     writeln!(page, "\n## `{}`\n\n{about}\n", name.join(" ")).unwrap();
-    let arguments: Vec<_> = command.get_arguments().filter(|a| !a.is_hide_set() && !["help", "version"].contains(&a.get_id().as_str())).collect();
+    let arguments: Vec<_> = command
+        .get_arguments()
+        .filter(|a| !a.is_hide_set() && !["help", "version"].contains(&a.get_id().as_str()))
+        .collect();
     if !arguments.is_empty() {
         page.push_str("| argument | meaning |\n|---|---|\n");
         for argument in arguments {
@@ -45,7 +55,10 @@ fn describe(page: &mut String, command: &clap::Command, path: &[&str]) {
 }
 
 fn usage(argument: &clap::Arg) -> String {
-    let value = argument.get_value_names().map(|v| v.join(" ")).unwrap_or_default();
+    let value = argument
+        .get_value_names()
+        .map(|v| v.join(" "))
+        .unwrap_or_default();
     let takes_value = argument.get_action().takes_values();
     match argument.get_long() {
         Some(long) if takes_value => format!("--{long} {value}"),
@@ -55,13 +68,25 @@ fn usage(argument: &clap::Arg) -> String {
 }
 
 fn meaning(argument: &clap::Arg) -> String {
-    let mut text = argument.get_help().map(ToString::to_string).unwrap_or_default();
+    let mut text = argument
+        .get_help()
+        .map(ToString::to_string)
+        .unwrap_or_default();
     let shown = argument.get_action().takes_values();
-    let values: Vec<_> = argument.get_possible_values().iter().filter(|v| !v.is_hide_set()).map(|v| format!("`{}`", v.get_name())).collect();
+    let values: Vec<_> = argument
+        .get_possible_values()
+        .iter()
+        .filter(|v| !v.is_hide_set())
+        .map(|v| format!("`{}`", v.get_name()))
+        .collect();
     if shown && !values.is_empty() {
         write!(text, "; one of {}", values.join(", ")).unwrap();
     }
-    let defaults: Vec<_> = argument.get_default_values().iter().map(|d| d.to_string_lossy()).collect();
+    let defaults: Vec<_> = argument
+        .get_default_values()
+        .iter()
+        .map(|d| d.to_string_lossy())
+        .collect();
     if shown && !defaults.is_empty() {
         write!(text, " (default `{}`)", defaults.join(" ")).unwrap();
     }
@@ -74,19 +99,55 @@ fn meaning(argument: &clap::Arg) -> String {
 fn metrics() -> String {
     let mut agent = Metrics::new();
     craton_agent::metrics::AgentMetrics::register(&mut agent);
-    render_reference(&[("Agent", agent.catalogue())])
+    let mut backup = Metrics::new();
+    craton_backup::metrics::BackupMetrics::register(&mut backup);
+    render_reference(&[("Agent", agent.catalogue()), ("Backup", backup.catalogue())])
 }
 
 /// The settings are read from the source: a struct's fields, their types, their documentation.
 fn settings(root: &Path) -> String {
     let tables = [
-        ("[node]", "The agent beside one PostgreSQL.", "crates/agent/src/config.rs", "AgentConfig"),
-        ("[[node.peers]]", "Each voter of the coordinator.", "crates/agent/src/config.rs", "Peer"),
+        (
+            "[node]",
+            "The agent beside one PostgreSQL.",
+            "crates/agent/src/config.rs",
+            "AgentConfig",
+        ),
+        (
+            "[[node.peers]]",
+            "Each voter of the coordinator.",
+            "crates/agent/src/config.rs",
+            "Peer",
+        ),
         (
             "[node.initial]",
             "What a new cluster starts with; from then on the cluster keeps these itself.",
             "crates/core/src/settings.rs",
             "Settings",
+        ),
+        (
+            "[proxy]",
+            "The proxy.",
+            "crates/proxy/src/config.rs",
+            "ProxyConfig",
+        ),
+        (
+            "[[proxy.pools]]",
+            "Pools that differ.",
+            "crates/proxy/src/config.rs",
+            "PoolOverride",
+        ),
+        (
+            "[[proxy.backends]]",
+            "Each server of a set without agents.",
+            "crates/proxy/src/config.rs",
+            "StaticBackend",
+        ),
+        (
+            "[backup]",
+            "The backup daemon.",
+            "crates/backup/src/config.rs",
+            "Config",
         ),
     ];
     let mut page = String::from(
@@ -97,7 +158,11 @@ fn settings(root: &Path) -> String {
          `CRATON_LOG_FORMAT=json` its form.\n",
     );
     for (table, about, file, name) in tables {
-        writeln!(page, "\n## `{table}`\n\n{about}\n\n| key | type | meaning |\n|---|---|---|").unwrap();
+        writeln!(
+            page,
+            "\n## `{table}`\n\n{about}\n\n| key | type | meaning |\n|---|---|---|"
+        )
+        .unwrap();
         let source = std::fs::read_to_string(root.join(file)).unwrap();
         for (key, kind, doc) in fields(&source, name) {
             writeln!(page, "| `{key}` | `{kind}` | {} |", doc.replace('|', "\\|")).unwrap();
@@ -108,14 +173,21 @@ fn settings(root: &Path) -> String {
 
 /// The public fields of a struct: name, type, documentation.
 fn fields(source: &str, name: &str) -> Vec<(String, String, String)> {
-    let start = source.find(&format!("pub struct {name} {{")).unwrap_or_else(|| panic!("no struct {name}"));
+    let start = source
+        .find(&format!("pub struct {name} {{"))
+        .unwrap_or_else(|| panic!("no struct {name}"));
     let body = source[start..].split("\n}").next().unwrap();
     let (mut found, mut doc) = (Vec::new(), Vec::new());
     for line in body.lines().skip(1).map(str::trim) {
         if let Some(text) = line.strip_prefix("///") {
             doc.push(text.trim());
-        } else if let Some((key, kind)) = line.strip_prefix("pub ").and_then(|field| field.split_once(": ")) {
-            let doc = std::mem::take(&mut doc).join(" ").replace(", see [`Secrets`]", "");
+        } else if let Some((key, kind)) = line
+            .strip_prefix("pub ")
+            .and_then(|field| field.split_once(": "))
+        {
+            let doc = std::mem::take(&mut doc)
+                .join(" ")
+                .replace(", see [`Secrets`]", "");
             found.push((key.to_owned(), kind.trim_end_matches(',').to_owned(), doc));
         }
     }

@@ -9,7 +9,10 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use craton_core::MemberId;
 
 use crate::access::Access;
-use crate::{change, daemons, down, drill, explain, history, layout, psql, status, supervise, up};
+use crate::{
+    backup, change, daemons, down, drill, explain, history, layout, psql, restore, status,
+    supervise, up,
+};
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
 #[derive(Parser, Debug)]
@@ -90,6 +93,11 @@ pub enum Command {
     History,
     /// psql through the proxy, with the password taken from the cluster's secrets
     Psql(PsqlArgs),
+    /// Backups, the WAL archive, and the daemon that makes them
+    #[command(subcommand)]
+    Backup(backup::BackupCommand),
+    /// Restore a backup into a new directory that PostgreSQL starts from
+    Restore(restore::RestoreArgs),
     /// Break the local cluster on purpose, and measure outage, errors, lost rows and healing
     Drill(drill::DrillArgs),
     /// Run the agent beside one PostgreSQL
@@ -187,7 +195,7 @@ pub struct DaemonArgs {
 }
 
 /// A runtime for a command: it waits much and computes little.
-fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+pub fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -217,6 +225,8 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         } => wait_for(change::failover(&access()?, to, allow_data_loss, json)),
         Command::History => wait_for(history::run(&access()?, json)),
         Command::Psql(args) => psql::run(&dir, args),
+        Command::Backup(command) => backup::run(&dir, command, json),
+        Command::Restore(args) => restore::run(&dir, &args, json),
         Command::Drill(args) => wait_for(drill::run(&dir, args, json)),
     }
 }

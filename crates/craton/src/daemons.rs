@@ -90,3 +90,10 @@ pub fn node(args: &DaemonArgs) -> anyhow::Result<u8> {
     let settings: craton_agent::AgentConfig = config::load(args, "node")?;
     run(|stopped| craton_agent::run(settings, stopped))
 }
+
+/// `craton backup daemon`
+pub fn backup(args: &DaemonArgs) -> anyhow::Result<u8> {
+    let _lock = lock(args)?;
+    let settings: craton_backup::Config = config::load(args, "backup")?;
+    run(|stopped| craton_backup::run(settings, stopped))
+}

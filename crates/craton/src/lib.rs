@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 pub mod access;
+pub mod backup;
 pub mod change;
 pub mod cli;
 pub mod config;
@@ -30,6 +31,7 @@ pub mod preflight;
 pub mod processes;
 pub mod psql;
 pub mod ready;
+pub mod restore;
 pub mod sample;
 pub mod secrets;
 pub mod sessions;

@@ -62,13 +62,24 @@ pub fn ensure(layout: &Layout) -> anyhow::Result<()> {
             write_private(&path, &format!("{}\n", generate()))?;
         }
     }
-    let members = layout.cluster.members.iter().map(|m| layout.postgres_port(m));
-    let ports: Vec<u16> = [layout.proxy_port(), layout.proxy_read_port()].into_iter().chain(members).collect();
+    let members = layout
+        .cluster
+        .members
+        .iter()
+        .map(|m| layout.postgres_port(m));
+    let ports: Vec<u16> = [layout.proxy_port(), layout.proxy_read_port()]
+        .into_iter()
+        .chain(members)
+        .collect();
     let mut pgpass = Vec::new();
     for (user, secret) in [("postgres", names::SUPERUSER), ("map", names::MAP)] {
         let password = read(&layout.secret(secret))?;
         // Generated passwords have neither ':' nor '\\', so nothing has to be escaped.
-        pgpass.extend(ports.iter().map(|port| format!("{HOST}:{port}:*:{user}:{password}\n")));
+        pgpass.extend(
+            ports
+                .iter()
+                .map(|port| format!("{HOST}:{port}:*:{user}:{password}\n")),
+        );
     }
     let pgpass = pgpass.concat();
     write_private(&layout.secret(names::PGPASS), &pgpass)

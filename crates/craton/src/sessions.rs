@@ -20,13 +20,7 @@ pub struct Login {
 impl Login {
     /// The superuser, in database `postgres`.
     pub fn superuser(layout: &Layout) -> anyhow::Result<Self> {
-        Self::new(
-            "postgres",
-            &secrets::read(&layout.secret(secrets::names::SUPERUSER))?,
-        )
-    }
-
-    fn new(user: &str, password: &str) -> anyhow::Result<Self> {
+        let password = secrets::read(&layout.secret(secrets::names::SUPERUSER))?;
         let mut config = Config::new();
         config
             .host(HOST.to_string())

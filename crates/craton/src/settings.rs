@@ -8,9 +8,13 @@ use craton_core::settings::{Durability, Settings};
 
 use crate::config;
 use crate::layout::{Daemon, HOST, Layout, address};
+use crate::secrets::names;
 
 /// PostgreSQL settings of a local cluster: several servers share one machine's memory.
 const POSTGRESQL: [(&str, &str); 2] = [("shared_buffers", "64MB"), ("max_connections", "100")];
+
+/// A base backup a day.
+const BACKUP_INTERVAL_S: u64 = 86_400;
 
 /// Writes every daemon's file.
 pub fn write_all(layout: &Layout) -> anyhow::Result<()> {
@@ -21,7 +25,27 @@ pub fn write_all(layout: &Layout) -> anyhow::Result<()> {
             &agent(layout, member)?,
         )?;
     }
+    config::write(&layout.conf_of(&Daemon::Backup), "backup", &backup(layout))?;
     Ok(())
+}
+
+/// The `[backup]` table.
+fn backup(layout: &Layout) -> craton_backup::Config {
+    craton_backup::Config {
+        repository: layout.repository(),
+        listen: (HOST, layout.backup_http_port()).into(),
+        agents: layout.api_addresses(),
+        token_file: layout.secret(names::API_TOKEN),
+        user: "craton_replication".to_owned(),
+        password_file: Some(layout.secret(names::REPLICATION)),
+        slot: "craton_backup".to_owned(),
+        application_name: "craton_backup".to_owned(),
+        synchronous: false,
+        backup_on_start: true,
+        backup_interval_s: BACKUP_INTERVAL_S,
+        prefer_standby: false,
+        max_rate_kb: None,
+    }
 }
 
 /// The `[node]` table of a member.

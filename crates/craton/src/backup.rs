@@ -1,0 +1,387 @@
+//! `craton backup`: asks the daemon, or reads the repository itself where the daemon is away.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use craton_backup::views::{
+    BackupDetailView, BackupListView, BackupStatusView, BackupView, Phase, ProgressView,
+    RunAcceptedView,
+};
+use craton_backup::wal_fetch::{EXIT_NOT_THERE, EXIT_UNREACHABLE, Fetched, wal_fetch};
+use craton_backup::{Repository, catalog};
+use craton_console::{Client, ClientError, Token};
+use craton_repo::manifest::BackupId;
+
+use crate::cli::{DaemonArgs, wait_for};
+use crate::exit::{self, Problem};
+use crate::layout::{Layout, address};
+use crate::output::{self, Colour, cell, paint, plain};
+use crate::{daemons, secrets};
+
+/// How often a running backup is looked at.
+const WATCH_EVERY: Duration = Duration::from_millis(300);
+
+/// The sub-commands of `craton backup`.
+#[derive(Subcommand, Debug)]
+pub enum BackupCommand {
+    /// Run the daemon that receives WAL and takes backups
+    Daemon(DaemonArgs),
+    /// Take a base backup now, and wait for its end
+    Run,
+    /// Backups, oldest first
+    List(RepositoryArgs),
+    /// One backup, and up to where it can be restored
+    Show {
+        /// The backup's name
+        id: String,
+        /// Which repository
+        #[command(flatten)]
+        repository: RepositoryArgs,
+    },
+    /// What the daemon is doing: WAL received, lag, backups
+    Status,
+    /// Read every backup and all WAL, and compare with their checksums
+    Verify(RepositoryArgs),
+    /// PostgreSQL's restore_command: exit status 1 says "not there", 200 "cannot tell"
+    WalFetch {
+        /// Which repository
+        #[command(flatten)]
+        repository: RepositoryArgs,
+        /// The file's name (%f)
+        name: String,
+        /// Where to put it (%p)
+        target: PathBuf,
+    },
+}
+
+/// Which repository.
+#[derive(Args, Debug)]
+pub struct RepositoryArgs {
+    /// The repository's directory [default: the local cluster's]
+    #[arg(long = "repo", value_name = "DIR")]
+    pub repo: Option<PathBuf>,
+}
+
+impl RepositoryArgs {
+    /// Opens the repository on disk.
+    pub fn open(&self, dir: &Path) -> anyhow::Result<Repository> {
+        let root = match &self.repo {
+            Some(root) => root.clone(),
+            None => Layout::require(dir)?.repository(),
+        };
+        Ok(Repository::open(&root)?)
+    }
+}
+
+/// Runs the command.
+pub fn run(dir: &Path, command: BackupCommand, json: bool) -> anyhow::Result<u8> {
+    match command {
+        BackupCommand::Daemon(args) => daemons::backup(&args),
+        BackupCommand::Run => wait_for(take(dir, json)),
+        BackupCommand::List(repository) => {
+            let read = |r: &Repository| catalog::list(r);
+            show_list(
+                &ask_or_read(dir, &repository, "/v1/backup/list", read)?,
+                json,
+            )
+        }
+        BackupCommand::Show { id, repository } => {
+            let Ok(id) = BackupId::new(id.clone()) else {
+                return Err(Problem::new(
+                    exit::USAGE,
+                    format!("\"{id}\" is not the name of a backup"),
+                    "`craton backup list` shows them",
+                )
+                .into());
+            };
+            let path = format!("/v1/backup/show/{id}");
+            show_one(
+                &ask_or_read(dir, &repository, &path, |r| catalog::show(r, &id))?,
+                json,
+            )
+        }
+        BackupCommand::Status => wait_for(status(dir, json)),
+        BackupCommand::Verify(repository) => verify(&repository.open(dir)?, json),
+        BackupCommand::WalFetch {
+            repository,
+            name,
+            target,
+        } => Ok(fetch(dir, &repository, &name, &target)),
+    }
+}
+
+/// The daemon of a local cluster.
+struct Daemon {
+    address: String,
+    client: Client,
+}
+
+impl Daemon {
+    fn local(layout: &Layout) -> anyhow::Result<Self> {
+        let token = Token::from_file(&layout.secret(secrets::names::API_TOKEN))?;
+        Ok(Self {
+            address: address(layout.backup_http_port()),
+            client: Client::new(Some(token)),
+        })
+    }
+
+    async fn status(&self) -> Result<BackupStatusView, ClientError> {
+        self.client
+            .get_json(&self.address, "/v1/backup/status")
+            .await
+    }
+}
+
+/// The daemon's answer; from the disk where the repository was named, or where no daemon answers.
+fn ask_or_read<T: serde::de::DeserializeOwned>(
+    dir: &Path,
+    repository: &RepositoryArgs,
+    path: &str,
+    read: impl FnOnce(&Repository) -> craton_backup::Result<T>,
+) -> anyhow::Result<T> {
+    if repository.repo.is_none() {
+        let daemon = Daemon::local(&Layout::require(dir)?)?;
+        match wait_for(async { Ok(daemon.client.get_json(&daemon.address, path).await) })? {
+            Ok(view) => return Ok(view),
+            Err(error @ ClientError::Refused { .. }) => return Err(error.into()),
+            Err(error) => output::note(format!("{error}; reading the repository itself")),
+        }
+    }
+    Ok(read(&repository.open(dir)?)?)
+}
+
+async fn take(dir: &Path, json: bool) -> anyhow::Result<u8> {
+    let daemon = Daemon::local(&Layout::require(dir)?)?;
+    let accepted: RunAcceptedView = daemon
+        .client
+        .post_json(&daemon.address, "/v1/backup/run", &serde_json::json!({}))
+        .await?;
+    let mut said = None;
+    loop {
+        let runs = daemon.status().await?.runs;
+        if let Some(last) = runs.last.filter(|last| last.run >= accepted.run) {
+            return match (last.backup, last.error) {
+                (Some(backup), _) => {
+                    if json {
+                        output::json(&backup)?;
+                    } else {
+                        output::line(format!(
+                            "{} is complete: {}",
+                            paint(Colour::Cyan, &backup.id.to_string()),
+                            sizes(&backup)
+                        ));
+                    }
+                    Ok(exit::OK)
+                }
+                (None, error) => {
+                    let what = format!(
+                        "the backup failed: {}",
+                        error.unwrap_or_else(|| "no reason was given".to_owned())
+                    );
+                    Err(Problem::new(
+                        exit::FAILURE,
+                        what,
+                        "see log/backup.log; what was stored is used again by the next one",
+                    )
+                    .into())
+                }
+            };
+        }
+        if let Some(running) = runs.running {
+            let text = progress(&running);
+            if said.as_ref() != Some(&text) {
+                output::note(&text);
+                said = Some(text);
+            }
+        }
+        tokio::time::sleep(WATCH_EVERY).await;
+    }
+}
+
+fn progress(running: &ProgressView) -> String {
+    match running.phase {
+        Phase::Checkpoint => format!("  {}: {} makes a checkpoint", running.id, running.source),
+        Phase::Reading => format!(
+            "  {}: {} of {} read from {} ({} %)",
+            running.id,
+            output::bytes(running.done_bytes),
+            output::bytes(running.total_bytes),
+            running.source,
+            running.percent
+        ),
+        Phase::WaitingForWal => format!("  {}: waiting for its WAL", running.id),
+    }
+}
+
+fn sizes(backup: &BackupView) -> String {
+    format!(
+        "{} from {}, {} added to the repository",
+        output::bytes(backup.data_bytes),
+        backup.source,
+        output::bytes(backup.stored_bytes)
+    )
+}
+
+fn show_list(view: &BackupListView, json: bool) -> anyhow::Result<u8> {
+    if json {
+        output::json(view)?;
+        return Ok(exit::OK);
+    }
+    let mut table = output::table(&[
+        "BACKUP", "ENDED", "FROM", "TIMELINE", "WAL FROM", "WAL TO", "SIZE", "ADDED",
+    ]);
+    for b in &view.backups {
+        table.add_row(vec![
+            cell(Colour::Cyan, b.id.to_string()),
+            plain(b.ended_at.strftime("%Y-%m-%d %H:%M:%SZ").to_string()),
+            plain(&b.source),
+            plain(b.timeline.to_string()),
+            plain(b.start_lsn.to_string()),
+            plain(b.stop_lsn.to_string()),
+            plain(output::bytes(b.data_bytes)),
+            plain(output::bytes(b.stored_bytes)),
+        ]);
+    }
+    output::line(output::table_text(&table));
+    if view.backups.is_empty() {
+        output::line("no backups yet: `craton backup run` takes one");
+    }
+    for problem in &view.problems {
+        output::note(format!("warning: {problem}"));
+    }
+    Ok(exit::OK)
+}
+
+fn show_one(view: &BackupDetailView, json: bool) -> anyhow::Result<u8> {
+    if json {
+        output::json(view)?;
+        return Ok(exit::OK);
+    }
+    let b = &view.backup;
+    let until = view.restorable_until.map_or_else(
+        || "-".to_owned(),
+        |t| t.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+    );
+    let facts = [
+        ("backup", b.id.to_string()),
+        ("began", b.started_at.to_string()),
+        ("ended", b.ended_at.to_string()),
+        ("size", sizes(b)),
+        (
+            "contents",
+            format!(
+                "{} entries, {} chunks in {} packs",
+                view.entries, view.chunks, view.packs
+            ),
+        ),
+        ("WAL it needs", format!("{} to {}", b.start_lsn, b.stop_lsn)),
+        (
+            "restorable to",
+            format!(
+                "{} on timeline {}, received {until}",
+                view.restorable_to, view.latest_timeline
+            ),
+        ),
+        (
+            "server",
+            format!("version {}, system {}", b.server_version, view.system_id),
+        ),
+    ];
+    for (name, fact) in facts {
+        output::line(format!(
+            "{} {fact}",
+            paint(Colour::Dim, &format!("{name:>14}"))
+        ));
+    }
+    for missing in &view.missing_wal {
+        output::line(format!(
+            "{} {}",
+            paint(Colour::Red, "   missing WAL"),
+            gap(missing)
+        ));
+    }
+    Ok(exit::OK)
+}
+
+fn gap(missing: &craton_repo::continuity::Missing) -> String {
+    format!(
+        "{} segments of timeline {}, {} to {}",
+        missing.segments, missing.timeline, missing.from, missing.to
+    )
+}
+
+async fn status(dir: &Path, json: bool) -> anyhow::Result<u8> {
+    let view = Daemon::local(&Layout::require(dir)?)?.status().await?;
+    if json {
+        output::json(&view)?;
+        return Ok(exit::OK);
+    }
+    let streaming = match (&view.streaming_from, &view.error) {
+        (Some(from), _) => format!("WAL comes from {}", paint(Colour::Cyan, from)),
+        (None, Some(error)) => format!("{} {error}", paint(Colour::Red, "no WAL comes in:")),
+        (None, None) => paint(Colour::Yellow, "no WAL comes in yet"),
+    };
+    output::line(format!(
+        "{streaming}; on disk up to {} of timeline {}, {} behind",
+        view.flushed_lsn,
+        view.timeline,
+        output::bytes(view.lag_bytes)
+    ));
+    let newest = view
+        .newest_ended_at
+        .map_or_else(|| "none yet".to_owned(), |t| t.to_string());
+    output::line(format!(
+        "{} backups, the newest {newest}; the repository holds {}",
+        view.backups,
+        output::bytes(view.repository_bytes)
+    ));
+    if let Some(running) = &view.runs.running {
+        output::line(progress(running).trim_start());
+    }
+    for missing in &view.missing_wal {
+        output::line(format!(
+            "{} {}",
+            paint(Colour::Red, "missing WAL:"),
+            gap(missing)
+        ));
+    }
+    Ok(exit::OK)
+}
+
+fn verify(repository: &Repository, json: bool) -> anyhow::Result<u8> {
+    let view = catalog::verify(repository)?;
+    if json {
+        output::json(&view)?;
+    } else {
+        output::line(format!(
+            "{} good backups; {} chunks and {} WAL segments read and compared",
+            view.backups_good,
+            output::count(view.chunks),
+            output::count(view.segments)
+        ));
+        for problem in &view.problems {
+            output::line(format!("{} {problem}", paint(Colour::Red, "damaged:")));
+        }
+    }
+    Ok(if view.problems.is_empty() {
+        exit::OK
+    } else {
+        exit::FAILURE
+    })
+}
+
+/// The exit status speaks to PostgreSQL, so every failure has to become one here.
+fn fetch(dir: &Path, repository: &RepositoryArgs, name: &str, target: &Path) -> u8 {
+    let fetched = repository
+        .open(dir)
+        .and_then(|r| Ok(wal_fetch(&r, name, target)?));
+    match fetched {
+        Ok(Fetched::Delivered) => exit::OK,
+        Ok(Fetched::NotThere) => EXIT_NOT_THERE,
+        Err(error) => {
+            output::note(format!("cannot fetch {name}: {error:#}"));
+            EXIT_UNREACHABLE
+        }
+    }
+}
