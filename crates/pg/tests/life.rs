@@ -45,6 +45,14 @@ async fn initdb_is_whole_or_nothing() {
     let again = member.instance.initdb(&options).await;
     assert!(matches!(again, Err(PgError::DataDir { .. })), "{again:?}");
 
+    let marker = member.instance.member_dir().join("rewind.incomplete");
+    std::fs::write(&marker, "").unwrap();
+    assert_eq!(
+        member.instance.data_dir_state().await.unwrap(),
+        DataDir::HalfRewind
+    );
+    std::fs::remove_file(&marker).unwrap();
+
     std::fs::write(member.instance.data_dir().join("PG_VERSION"), "9.6\n").unwrap();
     assert!(matches!(
         member.instance.data_dir_state().await.unwrap(),
@@ -242,4 +250,43 @@ fn passwords() -> craton_pg::RolePasswords {
         proxy: password(),
         rewind: password(),
     }
+}
+
+#[tokio::test]
+async fn a_stale_pid_file_that_names_another_process_is_not_believed() {
+    if ran_as_postgres("a_stale_pid_file_that_names_another_process_is_not_believed") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut member = Member::new(root.path(), "a");
+    member
+        .instance
+        .initdb(&InitOptions {
+            superuser_password: PASSWORD.into(),
+        })
+        .await
+        .unwrap();
+    let stale = format!(
+        "{}\n{}\n1\n",
+        std::process::id(),
+        member.instance.data_dir().display()
+    );
+    std::fs::write(member.instance.data_dir().join("postmaster.pid"), stale).unwrap();
+    assert!(member.instance.adopt().await.unwrap().is_none());
+    member.start(StartMode::Standby).await;
+    assert!(member.control.sample(LIMIT).await.unwrap().in_recovery);
+
+    // The log stays bounded while the server goes on writing to it.
+    member
+        .run("DO $$ BEGIN RAISE LOG 'a line %', repeat('x', 10000); END $$")
+        .await;
+    member.instance.bound_log(1000).await.unwrap();
+    member
+        .run("DO $$ BEGIN RAISE LOG 'after the cut'; END $$")
+        .await;
+    let log = std::fs::read_to_string(member.instance.log_path()).unwrap();
+    assert!(
+        log.len() < 2000 && log.contains("after the cut") && !log.contains('\0'),
+        "{log}"
+    );
 }
