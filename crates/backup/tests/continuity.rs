@@ -83,11 +83,15 @@ async fn follows_failovers_without_a_gap() {
     first.sql("insert into t values (1); select pg_switch_wal()");
     first.sql("insert into t values (2)");
     second.until("select count(*) from t", "2");
-    // The daemon is ahead of the new leader: what it has beyond the fork must neither be lost nor used.
-    second.sql("select pg_wal_replay_pause()");
+    // The daemon gets further than the standby that will lead, by a whole segment and some: what it
+    // has beyond the fork must neither be lost nor be used.
+    second.kill();
+    first.sql("insert into t values (98)");
+    first.sql("select pg_switch_wal()");
+    first.sql("insert into t values (99)");
     daemon.caught_up(&first).await;
     first.kill();
-    second.sql("select pg_wal_replay_resume()");
+    second.start();
     second.sql("select pg_promote()");
     daemon
         .topology
@@ -98,6 +102,24 @@ async fn follows_failovers_without_a_gap() {
         .await;
     assert_eq!(status.missing_wal, []);
     daemon.caught_up(&second).await;
+    let held = daemon.repository();
+    let fork = held
+        .history(TimelineId(2))
+        .unwrap()
+        .end_of(TimelineId(1))
+        .unwrap();
+    let beyond = held
+        .segments()
+        .unwrap()
+        .into_keys()
+        .filter(|s| s.timeline == TimelineId(1));
+    assert!(
+        beyond
+            .filter(|s| s.start(held.segment_size()) > fork)
+            .count()
+            >= 1,
+        "the old leader's tail is gone"
+    );
 
     // Once more, with a whole segment between.
     let third = Server::standby(root, "m3", &second);
