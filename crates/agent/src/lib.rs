@@ -22,4 +22,4 @@ pub mod store;
 pub mod views;
 
 pub use config::{AgentConfig, Peer, Secrets};
-pub use run::{AgentError, run};
+pub use run::{AgentError, run, run_with};

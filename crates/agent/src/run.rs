@@ -64,9 +64,39 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
     move |source| AgentError::Io { what, source }
 }
 
-/// Runs the agent until `shutdown` turns true. Then PostgreSQL is stopped cleanly and the lease given up;
-/// an agent that is killed leaves PostgreSQL running, for the next one to take over.
+/// Runs the agent until `shutdown` turns true, with the embedded coordinator. Then PostgreSQL is stopped
+/// cleanly and the lease given up; an agent that is killed leaves PostgreSQL running, for the next one to
+/// take over.
 pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
+    config.validate().map_err(AgentError::Config)?;
+    let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
+    make_dir(&config.dir)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(LEASE_THREADS)
+        .thread_name("craton-lease")
+        .enable_all()
+        .build()
+        .map_err(io("cannot start the lease's runtime"))?;
+    let outcome = match start_coordinator(&config, &secrets, &runtime).await {
+        Ok(embedded) => {
+            let outcome = run_with(config, embedded.clone(), runtime.handle(), shutdown).await;
+            embedded.stop().await;
+            outcome
+        }
+        Err(error) => Err(error),
+    };
+    runtime.shutdown_background();
+    outcome
+}
+
+/// As [`run`], with a coordinator that is there already. `lease_runtime` carries the lease, and should carry
+/// nothing that waits for a disk.
+pub async fn run_with(
+    config: AgentConfig,
+    coordinator: Arc<dyn Coordinator>,
+    lease_runtime: &tokio::runtime::Handle,
+    shutdown: watch::Receiver<bool>,
+) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
     let token = Token::from_file(&config.secrets.join("api-token"))
@@ -74,48 +104,13 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
     make_dir(&config.dir)?;
     let server = local_server(&config, &secrets)?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
-    let adopted = server.instance.adopt().await?;
-    if let Some(process) = adopted {
+    if let Some(process) = server.instance.adopt().await? {
         tracing::info!(pid = process.pid(), "took over the running PostgreSQL");
         // PostgreSQL removes standby.signal before it accepts its first write (xlog.c, StartupXLOG).
         let standby = server.instance.data_dir().join("standby.signal").exists();
         server.hold(process, !standby);
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(LEASE_THREADS)
-        .thread_name("craton-lease")
-        .enable_all()
-        .build()
-        .map_err(io("cannot start the lease's runtime"))?;
-    let outcome = with_runtime(&config, secrets, token, server, fencing, &runtime, shutdown).await;
-    runtime.shutdown_background();
-    outcome
-}
-
-async fn with_runtime(
-    config: &AgentConfig,
-    secrets: Secrets,
-    token: Token,
-    server: Arc<LocalServer>,
-    fencing: Arc<Fencing>,
-    runtime: &tokio::runtime::Runtime,
-    shutdown: watch::Receiver<bool>,
-) -> Result<(), AgentError> {
-    let embedded = start_coordinator(config, &secrets, runtime).await?;
-    let coordinator: Arc<dyn Coordinator> = embedded.clone();
-    let timing = LeaseTiming {
-        ttl: config.initial.ttl(),
-        margin: config.initial.margin(),
-        heartbeat: config.initial.heartbeat(),
-    };
-    let sink: DeadlineSink = {
-        let fencing = Arc::clone(&fencing);
-        Arc::new(move |until| fencing.deadline(until))
-    };
-    let lease = {
-        let _inside = runtime.enter();
-        LeaseKeeper::start(Arc::clone(&coordinator), &config.dir, timing, sink)
-    };
+    let lease = start_lease(&config, &coordinator, &fencing, lease_runtime);
     let (progress, _) = watch::channel(CloneProgress::default());
     let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
     let actor = Arc::new(Actor {
@@ -127,9 +122,9 @@ async fn with_runtime(
         progress,
     });
     let (seen_tx, seen) = watch::channel(None);
-    let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(config)));
+    let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
-        config,
+        &config,
         &coordinator,
         seen.clone(),
         topology,
@@ -137,14 +132,15 @@ async fn with_runtime(
         &shutdown,
     )
     .await?;
-    tokio::spawn(Arc::clone(&server).watch());
-    tokio::spawn(Arc::clone(&server).knock());
-    tokio::spawn(slots::keep(Arc::clone(&server), seen.clone()));
-    tokio::spawn(keep_metrics(metrics, seen, lease.clone()));
-    tokio::spawn(bound_log(Arc::clone(&server)));
-    tokio::spawn(Arc::clone(&fencing).keep_alive());
+    let mut background = tokio::task::JoinSet::new();
+    background.spawn(Arc::clone(&server).watch());
+    background.spawn(Arc::clone(&server).knock());
+    background.spawn(slots::keep(Arc::clone(&server), seen.clone()));
+    background.spawn(keep_metrics(metrics, seen, lease.clone()));
+    background.spawn(bound_log(Arc::clone(&server)));
+    background.spawn(Arc::clone(&fencing).keep_alive());
     let agent = Agent::new(Parts {
-        config: config.clone(),
+        config,
         coordinator: Arc::clone(&coordinator),
         server: Arc::clone(&server),
         actor,
@@ -154,9 +150,26 @@ async fn with_runtime(
         topology: topology_tx,
     });
     agent.run(shutdown).await;
+    background.shutdown().await;
     stop(&server, &lease, &coordinator, &fencing).await;
-    embedded.stop().await;
     Ok(())
+}
+
+fn start_lease(
+    config: &AgentConfig,
+    coordinator: &Arc<dyn Coordinator>,
+    fencing: &Arc<Fencing>,
+    runtime: &tokio::runtime::Handle,
+) -> LeaseKeeper {
+    let timing = LeaseTiming {
+        ttl: config.initial.ttl(),
+        margin: config.initial.margin(),
+        heartbeat: config.initial.heartbeat(),
+    };
+    let fencing = Arc::clone(fencing);
+    let sink: DeadlineSink = Arc::new(move |until| fencing.deadline(until));
+    let _inside = runtime.enter();
+    LeaseKeeper::start(Arc::clone(coordinator), &config.dir, timing, sink)
 }
 
 /// The orderly end: PostgreSQL first, then the lease, so that another may lead at once.

@@ -229,6 +229,7 @@ impl LocalServer {
             in_recovery: s.in_recovery,
             timeline: s.timeline,
             end: s.end_of_wal(),
+            replay: s.replay_lsn,
             end_is_exact: end_is_exact(s),
             upstream: k.upstream.clone(),
             streaming: s.is_streaming(),

@@ -51,6 +51,7 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
             };
             status.timeline = Some(s.timeline);
             status.lsn = Some(s.end);
+            status.replay_lsn = s.replay.filter(|_| s.in_recovery);
             status.streaming = s.streaming;
         }
     }

@@ -281,6 +281,14 @@ impl Mind<'_> {
                 .is_some_and(|p| self.o.now.since(p.heard_at) < self.settings.ttl())
     }
 
+    /// The present leadership is known here for a ttl: one that has just been elected has not renewed yet.
+    fn is_settled(&self) -> bool {
+        self.out
+            .memory
+            .leadership_seen
+            .is_some_and(|(_, at)| self.o.now.since(at) >= self.settings.ttl())
+    }
+
     fn lease_runs(&self, term: Term) -> bool {
         self.o
             .lease

@@ -83,6 +83,8 @@ pub struct Server {
     pub timeline: TimelineId,
     /// The end of its flushed WAL.
     pub end: Lsn,
+    /// How far a standby has replayed; for people, it decides nothing.
+    pub replay: Option<Lsn>,
     /// False while `end` may still grow out of local WAL that has not been read (just after a start).
     pub end_is_exact: bool,
     /// Whose WAL it is configured to stream, and in which term that was written.

@@ -222,6 +222,7 @@ impl World {
             in_recovery: !pg.primary,
             timeline: db.timeline(),
             end: db.end(),
+            replay: None,
             end_is_exact: pg.exact,
             upstream: agent.upstream.clone(),
             streaming: pg.receiver.as_ref().is_some_and(|r| r.streaming),

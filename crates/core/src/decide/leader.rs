@@ -108,7 +108,7 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
         "nobody else can be promoted now: starting PostgreSQL in place",
     );
     if !mind.lease_runs(l.term) {
-        return mind.because("waiting_for_lease", "waiting for the lease");
+        return lease_rule(mind, view, l);
     }
     if l.open {
         // Clients come back only when what was recovered is safe.
@@ -157,6 +157,20 @@ fn can_hand_over(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> bool {
     alive.len() >= l.sync.seals_needed() && alive.iter().any(|m| may_lead(m))
 }
 
+/// Leads on paper without the lease. Voters that have called the term over refuse it for good; with an even
+/// number of them half may refuse while half go on promising, and then nobody could ever open the next
+/// election: the leader gives way itself.
+fn lease_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    if mind.is_settled() {
+        mind.because(
+            "lease_refused",
+            "the lease could not be had for a whole ttl: a new election decides",
+        );
+        return step_aside(mind, view, l, "the elected leader could not get the lease");
+    }
+    mind.because("waiting_for_lease", "waiting for the lease");
+}
+
 /// Elected, and still a standby.
 fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
     if l.open || s.timeline >= l.timeline {
@@ -169,10 +183,7 @@ fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Se
     }
     mind.out.lease = super::LeaseWish::Hold(l.term);
     if !mind.lease_runs(l.term) {
-        return mind.because(
-            "waiting_for_lease",
-            "elected; waiting for the lease before promoting",
-        );
+        return lease_rule(mind, view, l);
     }
     mind.because("promoting", format!("promoting to timeline {}", l.timeline));
     mind.start(Task::Promote {
@@ -398,6 +409,9 @@ fn opening(mind: &Mind<'_>) -> bool {
         .any(|c| c.expect.iter().any(|(k, _)| *k == Key::Leadership))
 }
 
+/// A standby that is nearer to the leader than this has caught up, and may enter V.
+const CAUGHT_UP_BYTES: u64 = 1 << 20;
+
 /// Members of V stay while they are healthy or within their grace; others enter when they have caught up.
 fn wanted_members(
     mind: &mut Mind<'_>,
@@ -439,7 +453,8 @@ fn wanted_members(
             .healthy
             .insert(b.member.clone(), (b.flush_lsn.max(flushed), seen));
         let in_v = l.sync.holds(&b.member, b.incarnation);
-        let caught_up = b.flush_lsn >= barrier && b.flush_lsn > Lsn::ZERO;
+        let caught_up =
+            b.flush_lsn > Lsn::ZERO && s.end.bytes_since(b.flush_lsn) <= CAUGHT_UP_BYTES;
         if now.since(seen) < grace && (in_v || caught_up) {
             wanted.insert(b.member.clone(), b.incarnation);
         }

@@ -78,12 +78,7 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
         .is_some_and(|me| l.sync.holds(&me.member, me.incarnation));
     let may_win =
         l.durability == Durability::Async || (counted && l.sync.k > 0) || forced.is_some();
-    // A leader that has just been elected has not renewed yet.
-    let settled = mind
-        .out
-        .memory
-        .leadership_seen
-        .is_some_and(|(_, at)| mind.o.now.since(at) >= mind.settings.ttl());
+    let settled = mind.is_settled();
     match mind.o.lease_seen {
         LeaseSeen::Lapsed if may_win && settled => {
             mind.because(
