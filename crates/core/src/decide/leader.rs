@@ -426,12 +426,6 @@ fn wanted_members(
         .memory
         .leading_since
         .map_or(Duration::ZERO, |(_, at)| now.since(at));
-    let barrier = mind
-        .out
-        .memory
-        .barrier
-        .as_ref()
-        .map_or(Lsn::ZERO, |(_, lsn)| *lsn);
     let mut wanted = BTreeMap::new();
     for b in s
         .standbys
