@@ -138,7 +138,7 @@ async fn read(
 ) -> Result<(Contents, Lsn, TimelineId)> {
     let total: u64 = backup.tablespaces.iter().map(|t| t.size_bytes).sum();
     publish(shared, |p| {
-        (p.phase, p.total_bytes) = (Phase::Reading, total)
+        (p.phase, p.total_bytes) = (Phase::Reading, total);
     });
     let (feed, receive) = mpsc::channel(FEED_MESSAGES_MAX);
     let writer = tokio::task::spawn_blocking(move || ingest(repository, receive));

@@ -9,6 +9,8 @@ use craton_repo::history::History;
 use craton_repo::layout::SegmentForm;
 use craton_repo::manifest::{BackupId, Manifest, Summary};
 use craton_repo::segment::SegmentId;
+use craton_repo::wal_scan;
+use jiff::Timestamp;
 
 use crate::error::Result;
 use crate::store::{ChunkReader, Repository};
@@ -16,12 +18,9 @@ use crate::views::{BackupDetailView, BackupListView, BackupView, VerifyView, tim
 
 /// All backups, oldest first.
 pub fn list(repository: &Repository) -> Result<BackupListView> {
-    let (manifests, problems) = repository.manifests()?;
+    let (summaries, problems) = repository.summaries()?;
     Ok(BackupListView {
-        backups: manifests
-            .iter()
-            .map(|m| BackupView::from(&m.summary))
-            .collect(),
+        backups: summaries.iter().map(BackupView::from).collect(),
         problems: problems.iter().map(ToString::to_string).collect(),
     })
 }
@@ -119,23 +118,51 @@ fn newest_history(
 
 /// WAL that is missing since the oldest backup.
 pub fn missing_wal(repository: &Repository) -> Result<Vec<Missing>> {
-    let (manifests, _) = repository.manifests()?;
-    match manifests.first() {
-        Some(oldest) => Ok(reach(repository, &oldest.summary)?.coverage.missing),
+    let (summaries, _) = repository.summaries()?;
+    match summaries.first() {
+        Some(oldest) => Ok(reach(repository, oldest)?.coverage.missing),
         None => Ok(Vec::new()),
     }
 }
 
+/// When the last transaction ended whose end is in the WAL held along a history, looking back no
+/// further than `from`.
+pub fn last_transaction_end(
+    repository: &Repository,
+    history: &History,
+    from: Lsn,
+    reached: Lsn,
+) -> Result<Option<Timestamp>> {
+    let size = repository.segment_size();
+    let first = from.0.checked_div(size).unwrap_or(0);
+    for number in (first..=last_segment(reached, repository)).rev() {
+        let id = SegmentId {
+            timeline: history.timeline_of(number, size),
+            number,
+        };
+        let bytes = match repository.whole_segment(id)? {
+            Some(whole) => Some(whole),
+            None => repository.partial_segment(id)?,
+        };
+        let end_us = bytes.as_deref().and_then(wal_scan::last_transaction_end_us);
+        if let Some(end) = end_us.and_then(|us| Timestamp::from_microsecond(us).ok()) {
+            return Ok(Some(end));
+        }
+    }
+    Ok(None)
+}
+
 /// Reads everything and checks every hash.
 pub fn verify(repository: &Repository) -> Result<VerifyView> {
-    let (manifests, problems) = repository.manifests()?;
+    let (summaries, problems) = repository.summaries()?;
     let mut view = VerifyView {
         problems: problems.iter().map(ToString::to_string).collect(),
         ..VerifyView::default()
     };
     let mut good: BTreeSet<ChunkId> = BTreeSet::new();
-    for manifest in &manifests {
-        let found = verify_chunks(repository, manifest, &mut good, &mut view);
+    for summary in &summaries {
+        let manifest = repository.manifest(&summary.id)?;
+        let found = verify_chunks(repository, &manifest, &mut good, &mut view);
         view.backups_good += u64::from(found == 0);
     }
     view.chunks = good.len() as u64;
@@ -148,8 +175,8 @@ pub fn verify(repository: &Repository) -> Result<VerifyView> {
             Err(error) => view.problems.push(error.to_string()),
         }
     }
-    if let Some(oldest) = manifests.first() {
-        for m in reach(repository, &oldest.summary)?.coverage.missing {
+    if let Some(oldest) = summaries.first() {
+        for m in reach(repository, oldest)?.coverage.missing {
             view.problems.push(format!(
                 "WAL of timeline {} from {} to {} is missing",
                 m.timeline, m.from, m.to

@@ -182,7 +182,7 @@ impl ChunkWriter {
         for pack in repository.packs()? {
             match repository.pack_index(pack) {
                 Ok(entries) => {
-                    known.extend(entries.into_iter().map(|e| (e.id, Place::Stored(pack, e))))
+                    known.extend(entries.into_iter().map(|e| (e.id, Place::Stored(pack, e))));
                 }
                 // Not relied upon; what it held is stored again.
                 Err(error) => tracing::error!(%pack, %error, "a damaged pack in the repository"),

@@ -149,13 +149,10 @@ async fn renew_gauges(shared: Arc<Shared>, mut shutdown: watch::Receiver<bool>) 
         if let Some(repository) = shared.repository.get().cloned() {
             let metrics = shared.metrics.clone();
             let looked = blocking(move || {
-                let (manifests, _) = repository.manifests()?;
-                metrics.backups.set(whole(manifests.len() as u64));
-                if let (Some(oldest), Some(newest)) = (manifests.first(), manifests.last()) {
-                    let newest = &newest.summary;
-                    metrics
-                        .oldest_end
-                        .set(whole(oldest.summary.ended_at_ms / 1000));
+                let (summaries, _) = repository.summaries()?;
+                metrics.backups.set(whole(summaries.len() as u64));
+                if let (Some(oldest), Some(newest)) = (summaries.first(), summaries.last()) {
+                    metrics.oldest_end.set(whole(oldest.ended_at_ms / 1000));
                     metrics.last_end.set(whole(newest.ended_at_ms / 1000));
                     metrics.last_size.set(whole(newest.data_bytes));
                     metrics.last_stored.set(whole(newest.stored_bytes));

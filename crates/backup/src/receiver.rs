@@ -318,7 +318,7 @@ impl Receiver {
             match self.catch_up(&member, until).await {
                 Ok(()) => return Ok(()),
                 Err(error) => {
-                    tracing::warn!(member = %member.id, %error, "this member cannot give the missing WAL")
+                    tracing::warn!(member = %member.id, %error, "this member cannot give the missing WAL");
                 }
             }
         }

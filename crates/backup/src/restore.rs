@@ -69,6 +69,9 @@ pub struct RestoredView {
     pub bytes: u64,
     /// The server's version, as in `server_version_num`: the same major version must start it.
     pub server_version: u32,
+    /// What the operator should know besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
 }
 
 /// Restores into a directory that does not exist or is empty. Every byte is checked against its
@@ -89,7 +92,7 @@ pub fn restore(
     let places = write::places(&directory, &plan.manifest, &options.tablespaces)?;
     let mut undo = write::Undo::default();
     let written = write::files(repository, &plan.manifest, &places, &mut undo, progress)?;
-    settings::write(repository, &directory, target, &plan, options)?;
+    settings::write(repository, &directory, &plan, options)?;
     write::sync(&places)?;
     undo.keep();
     Ok(RestoredView {
@@ -100,5 +103,6 @@ pub fn restore(
         files: written.files,
         bytes: written.bytes,
         server_version: plan.manifest.summary.server_version,
+        note: plan.note,
     })
 }

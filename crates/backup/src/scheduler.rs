@@ -78,14 +78,8 @@ impl Scheduler {
         let Some(repository) = self.shared.repository.get().cloned() else {
             return false;
         };
-        let newest = blocking(move || {
-            Ok(repository
-                .manifests()?
-                .0
-                .last()
-                .map(|m| m.summary.ended_at_ms))
-        })
-        .await;
+        let newest =
+            blocking(move || Ok(repository.summaries()?.0.last().map(|s| s.ended_at_ms))).await;
         match newest {
             Ok(None) => config.backup_on_start || config.backup_interval_s > 0,
             Ok(Some(ended)) => {

@@ -7,13 +7,15 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
 
 use craton_core::{Lsn, TimelineId};
 use craton_repo::chunk::ChunkId;
 use craton_repo::continuity::{Held, Inventory, Missing};
 use craton_repo::history::History;
 use craton_repo::layout::{self, Descriptor, SegmentForm};
-use craton_repo::manifest::{BackupId, ChunkRef, Manifest};
+use craton_repo::manifest::{BackupId, ChunkRef, Manifest, Summary};
 use craton_repo::pack::{self, FOOTER_BYTES, PackEntry, PackId};
 use craton_repo::segment::{self, SegmentId};
 use rustix::fs::{FlockOperation, flock};
@@ -29,6 +31,8 @@ const TEMPORARY: &str = ".tmp";
 pub struct Repository {
     root: PathBuf,
     descriptor: Descriptor,
+    /// Manifests name every chunk and can be large; what is asked for every second is their summary.
+    summaries: Arc<Mutex<BTreeMap<BackupId, (SystemTime, Summary)>>>,
 }
 
 /// Held by the one daemon that writes. Ends with the process, however that ends.
@@ -65,6 +69,7 @@ impl Repository {
         Ok(Self {
             root: root.to_owned(),
             descriptor,
+            summaries: Arc::default(),
         })
     }
 
@@ -74,6 +79,7 @@ impl Repository {
             let new = Self {
                 root: root.to_owned(),
                 descriptor: Descriptor::new(system_id, wal_segment_size),
+                summaries: Arc::default(),
             };
             for dir in [layout::BACKUPS, layout::PACKS, layout::WAL] {
                 create_dir_synced(&root.join(dir))?;
@@ -351,18 +357,34 @@ impl Repository {
         Manifest::decode(&bytes).map_err(BackupError::format(&self.path(&relative)))
     }
 
-    /// All manifests that can be read, oldest first, and what is wrong with the others.
-    pub fn manifests(&self) -> Result<(Vec<Manifest>, Vec<BackupError>)> {
+    /// The summaries of all backups that can be read, oldest first, and what is wrong with the others.
+    pub fn summaries(&self) -> Result<(Vec<Summary>, Vec<BackupError>)> {
         let (mut good, mut bad) = (Vec::new(), Vec::new());
-        for id in self.backup_ids()? {
-            match self.manifest(&id) {
-                Ok(m) => good.push(m),
-                Err(e) => bad.push(e),
+        let mut known = self
+            .summaries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let ids = self.backup_ids()?;
+        known.retain(|id, _| ids.contains(id));
+        for id in ids {
+            let path = self.path(&layout::manifest(&id));
+            let changed_at = fs::metadata(&path)
+                .and_then(|m| m.modified())
+                .map_err(BackupError::io("look at", &path));
+            let summary = changed_at.and_then(|changed_at| match known.get(&id) {
+                Some((at, summary)) if *at == changed_at => Ok(summary.clone()),
+                _ => {
+                    let summary = self.manifest(&id)?.summary;
+                    known.insert(id, (changed_at, summary.clone()));
+                    Ok(summary)
+                }
+            });
+            match summary {
+                Ok(summary) => good.push(summary),
+                Err(error) => bad.push(error),
             }
         }
-        good.sort_by(|a, b| {
-            (a.summary.ended_at_ms, &a.summary.id).cmp(&(b.summary.ended_at_ms, &b.summary.id))
-        });
+        good.sort_by(|a, b| (a.ended_at_ms, &a.id).cmp(&(b.ended_at_ms, &b.id)));
         Ok((good, bad))
     }
 
@@ -535,12 +557,12 @@ fn subdirectories(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Milliseconds since 1970; zero for times before.
-pub(crate) fn unix_ms(time: std::time::SystemTime) -> u64 {
-    time.duration_since(std::time::UNIX_EPOCH)
+pub(crate) fn unix_ms(time: SystemTime) -> u64 {
+    time.duration_since(SystemTime::UNIX_EPOCH)
         .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// Now, in milliseconds since 1970.
 pub(crate) fn now_ms() -> u64 {
-    unix_ms(std::time::SystemTime::now())
+    unix_ms(SystemTime::now())
 }

@@ -14,6 +14,7 @@ use common::{
 };
 use craton_backup::catalog;
 use craton_backup::restore::Target;
+use craton_backup::views::BackupStatusView;
 use craton_core::TimelineId;
 
 #[test]
@@ -150,6 +151,45 @@ async fn follows_failovers_without_a_gap() {
     assert_eq!(
         restored.sql("select string_agg(n::text, ' ' order by n) from t"),
         "1 2 3 4 5 6"
+    );
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backup_that_the_failover_cut_is_taken_again() {
+    if ran_as_postgres("a_backup_that_the_failover_cut_is_taken_again") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let mut first = Server::new(root, "m1");
+    first.sql("create table t as select generate_series(1, 200000) n");
+    let second = Server::standby(root, "m2", &first);
+    second.until("select count(*) from t", "200000");
+    let mut config = config(root);
+    // Slow enough to be caught in the middle.
+    config.max_rate_kb = Some(4096);
+    let daemon = Daemon::start(config, topology(1, &[&first, &second]));
+    let reading = |s: &BackupStatusView| {
+        s.runs
+            .running
+            .as_ref()
+            .is_some_and(|r| r.done_bytes > 1 << 20)
+    };
+    daemon.until("a running backup", reading).await;
+    first.kill();
+    second.sql("select pg_promote()");
+    daemon.topology.send_replace(topology(2, &[&second]));
+    let status = daemon.until("a backup", |s| s.backups == 1).await;
+    assert!(
+        status.runs.requested >= 2 && status.missing_wal.is_empty(),
+        "{status:?}"
+    );
+    let repository = daemon.repository();
+    assert_eq!(catalog::list(&repository).unwrap().backups[0].source, "m2");
+    assert_eq!(
+        catalog::verify(&repository).unwrap().problems,
+        Vec::<String>::new()
     );
     daemon.stop().await;
 }

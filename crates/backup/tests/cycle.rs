@@ -129,6 +129,9 @@ async fn full_cycle_with_point_in_time() {
     let at = check("at-time", Target::Time(before), "20001 -1");
     assert_ne!(at.backup, second.id);
     check("immediate", Target::Immediate, "2 -2");
+    // PostgreSQL itself refuses a time after which nothing was committed.
+    let idle = check("idle", Target::Time(moment(&server)), "3 -3");
+    assert!(idle.note.is_some());
 
     let refused = |target| {
         restore::plan(&repository, target, None)

@@ -2,7 +2,7 @@
 
 use craton_core::{Lsn, TimelineId};
 use craton_repo::continuity::{self, Missing};
-use craton_repo::manifest::{BackupId, Manifest};
+use craton_repo::manifest::{BackupId, Manifest, Summary};
 use craton_repo::segment::SegmentId;
 
 use super::Target;
@@ -16,10 +16,14 @@ use crate::views::timestamp;
 pub struct Plan {
     /// The backup.
     pub manifest: Manifest,
+    /// What recovery is told; the latest state when nothing happened after the time asked for.
+    pub target: Target,
     /// The timeline that recovery follows.
     pub timeline: TimelineId,
     /// WAL is held up to here.
     pub wal_until: Lsn,
+    /// What the operator should know.
+    pub note: Option<String>,
 }
 
 /// Chooses a backup for a target and proves that the target can be reached from it.
@@ -34,33 +38,72 @@ pub fn plan(repository: &Repository, target: Target, backup: Option<&BackupId>) 
     let manifest = match backup {
         Some(id) => {
             let manifest = repository.manifest(id)?;
-            fits(&manifest, target)?;
+            fits(&manifest.summary, target)?;
             manifest
         }
         None => choose(repository, target)?,
     };
     let reach = catalog::reach(repository, &manifest.summary)?;
     check_wal(repository, &manifest, target, &reach)?;
+    let (target, note) = reachable(repository, &manifest.summary, target, &reach)?;
     Ok(Plan {
         manifest,
+        target,
         timeline: reach.history.timeline,
         wal_until: reach.coverage.reached,
+        note,
+    })
+}
+
+/// PostgreSQL refuses a time behind the last transaction. When none ended after it, the latest state
+/// is the state at that time.
+fn reachable(
+    repository: &Repository,
+    backup: &Summary,
+    target: Target,
+    reach: &Reach,
+) -> Result<(Target, Option<String>)> {
+    let Target::Time(time) = target else {
+        return Ok((target, None));
+    };
+    if !reach.coverage.missing.is_empty() {
+        return Ok((target, None));
+    }
+    let last = catalog::last_transaction_end(
+        repository,
+        &reach.history,
+        backup.start_lsn,
+        reach.coverage.reached,
+    )?;
+    Ok(match last {
+        Some(last) if last > time => (target, None),
+        Some(last) => (
+            Target::Latest,
+            Some(format!(
+                "the last transaction in the WAL held ended at {last}, before {time}; everything is restored"
+            )),
+        ),
+        None => (
+            Target::Latest,
+            Some("no transaction ended after the backup; everything is restored".to_owned()),
+        ),
     })
 }
 
 fn choose(repository: &Repository, target: Target) -> Result<Manifest> {
-    let (manifests, problems) = repository.manifests()?;
-    let Some(first) = manifests.first().map(|m| m.summary.clone()) else {
+    let (summaries, problems) = repository.summaries()?;
+    let Some(first) = summaries.first() else {
         let mut text = format!(
             "{} holds no backup yet; take one: craton backup run",
             repository.root().display()
         );
         for problem in problems {
-            text.push_str(&format!("\n  {problem}"));
+            text.push_str("\n  ");
+            text.push_str(&problem.to_string());
         }
         return Err(BackupError::Refused(text));
     };
-    manifests.into_iter().rev().find(|m| fits(m, target).is_ok()).ok_or_else(|| {
+    let chosen = summaries.iter().rev().find(|s| fits(s, target).is_ok()).ok_or_else(|| {
         BackupError::Refused(match target {
             Target::Time(time) => format!(
                 "{time} is before the end of the first backup ({}), so nothing can be restored to it; the earliest time is {}",
@@ -73,12 +116,12 @@ fn choose(repository: &Repository, target: Target) -> Result<Manifest> {
             ),
             Target::Latest | Target::Immediate => "no backup fits".to_owned(),
         })
-    })
+    })?;
+    repository.manifest(&chosen.id)
 }
 
 /// A backup can be rolled forward only: the target must not lie before its end.
-fn fits(manifest: &Manifest, target: Target) -> Result<()> {
-    let s = &manifest.summary;
+fn fits(s: &Summary, target: Target) -> Result<()> {
     match target {
         Target::Time(time) if time < timestamp(s.ended_at_ms) => {
             Err(BackupError::Refused(format!(
@@ -130,7 +173,7 @@ fn check_wal(
     let earlier = before_gap(repository, reach, gap)?
         .filter(|_| gap.from > s.stop_lsn)
         .map_or(String::new(), |last| {
-            format!("; times up to about {last} can be restored (--to-time)")
+            format!("; times up to about {last} can be restored (--to)")
         });
     Err(BackupError::Refused(format!(
         "WAL is missing: timeline {} from {} to {} ({} segments), which the way from backup {} to the target needs{earlier}",

@@ -39,7 +39,6 @@ const REPLACED: [&str; 22] = [
 pub(super) fn write(
     repository: &Repository,
     directory: &Path,
-    target: Target,
     plan: &Plan,
     options: &Options,
 ) -> Result<()> {
@@ -49,18 +48,19 @@ pub(super) fn write(
         Err(e) if e.kind() == io::ErrorKind::NotFound => String::new(),
         Err(e) => return Err(BackupError::io("read", &auto)(e)),
     };
-    let mut text: String = old
+    let mut lines: Vec<String> = old
         .lines()
         .filter(|l| !is_replaced(l))
-        .map(|l| format!("{l}\n"))
+        .map(ToOwned::to_owned)
         .collect();
-    text.push_str(&format!(
-        "# Recovery from backup {}, written by craton restore.\n",
+    lines.push(format!(
+        "# Recovery from backup {}, written by craton restore.",
         plan.manifest.summary.id
     ));
-    for (name, value) in recovery(repository, target, plan, options)? {
-        text.push_str(&format!("{name} = {}\n", quote(&value)));
+    for (name, value) in recovery(repository, plan, options)? {
+        lines.push(format!("{name} = {}", quote(&value)));
     }
+    let text = lines.join("\n") + "\n";
     fs::write(&auto, text).map_err(BackupError::io("write", &auto))?;
     for (name, content) in [
         ("postgresql.conf", ""),
@@ -82,7 +82,6 @@ const HBA: &str = "# Written by craton restore, because the backup had none.\n\
 
 fn recovery(
     repository: &Repository,
-    target: Target,
     plan: &Plan,
     options: &Options,
 ) -> Result<Vec<(&'static str, String)>> {
@@ -102,7 +101,7 @@ fn recovery(
         ("synchronous_standby_names", String::new()),
         ("archive_mode", "off".to_owned()),
     ];
-    match target {
+    match plan.target {
         Target::Latest => {}
         Target::Immediate => settings.push(("recovery_target", "immediate".to_owned())),
         Target::Lsn(lsn) => settings.push(("recovery_target_lsn", lsn.to_string())),

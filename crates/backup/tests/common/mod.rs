@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use craton_backup::restore::{self, Options, RestoredView, Target};
 use craton_backup::views::BackupStatusView;
+use craton_backup::wal_fetch::{EXIT_NOT_THERE, EXIT_UNREACHABLE, Fetched, wal_fetch};
 use craton_backup::{Config, Repository};
 use craton_console::{Client, Token};
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
@@ -281,6 +282,10 @@ impl Server {
 }
 
 /// What the agents would say: the first one leads.
+#[allow(
+    clippy::unnecessary_wraps,
+    reason = "what the daemon's channel carries"
+)]
 pub fn topology(term: u64, members: &[&Server]) -> Option<Arc<Topology>> {
     let role = |n| {
         if n == 0 {
@@ -429,7 +434,6 @@ pub fn fetch_if_asked() {
     ) else {
         return;
     };
-    use craton_backup::wal_fetch::{EXIT_NOT_THERE, EXIT_UNREACHABLE, Fetched, wal_fetch};
     let outcome =
         Repository::open(Path::new(&repo)).and_then(|r| wal_fetch(&r, &name, Path::new(&target)));
     std::process::exit(match outcome {
