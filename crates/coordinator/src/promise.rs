@@ -55,6 +55,8 @@ struct Promise {
 pub struct Voter {
     started_at: BootTime,
     note: LeaseNote,
+    /// Decided to be free, perhaps not on disk yet: refused already, but not called free yet.
+    closing: Term,
     promise: Option<Promise>,
 }
 
@@ -75,6 +77,7 @@ impl Voter {
         Self {
             started_at,
             note,
+            closing: note.free_through,
             promise: None,
         }
     }
@@ -87,6 +90,7 @@ impl Voter {
     /// This is on disk now.
     pub fn noted(&mut self, note: LeaseNote) {
         self.note = self.note.join(note);
+        self.closing = self.closing.max(self.note.free_through);
     }
 
     /// A renewal (or first taking) of `term` by `holder`.
@@ -94,10 +98,10 @@ impl Voter {
         if ttl.is_zero() || ttl > TTL_MAX {
             return Answer::No(format!("a lease lasts at most {} s", TTL_MAX.as_secs()));
         }
-        if term <= self.note.free_through {
+        if term <= self.closing {
             return Answer::No(format!(
                 "term {term} is over: free through {}",
-                self.note.free_through
+                self.closing
             ));
         }
         if let Some(p) = &self.promise {
@@ -154,7 +158,7 @@ impl Voter {
                 ));
             }
         }
-        if term > self.note.free_through {
+        if term > self.closing {
             // Nothing is promised here: remember that it must not be promised any more.
             self.promise = Some(Promise {
                 term,
@@ -167,7 +171,7 @@ impl Voter {
     }
 
     /// Whether `term` and all lower ones are over. "Yes" is for ever.
-    pub fn free(&self, now: BootTime, term: Term) -> Answer {
+    pub fn free(&mut self, now: BootTime, term: Term) -> Answer {
         if term <= self.note.free_through {
             return Answer::Yes;
         }
@@ -186,6 +190,7 @@ impl Voter {
                 "this voter started less than a lease ago and may have promised".to_owned(),
             );
         }
+        self.closing = self.closing.max(term);
         Answer::AfterNote(LeaseNote {
             free_through: term,
             ..self.note

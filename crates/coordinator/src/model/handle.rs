@@ -103,3 +103,23 @@ impl Coordinator for Model {
         self.shared.presence.subscribe()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conformance;
+
+    #[tokio::test]
+    async fn the_model_conforms() {
+        let members: Vec<_> = ["a", "b", "c"]
+            .into_iter()
+            .map(|m| MemberId::new(m).unwrap())
+            .collect();
+        let handles: Vec<conformance::Handle> = Model::cluster(&members)
+            .into_iter()
+            .zip(members)
+            .map(|(model, id)| (id, Arc::new(model) as Arc<dyn Coordinator>))
+            .collect();
+        conformance::run(&handles).await;
+    }
+}

@@ -144,3 +144,21 @@ fn absurd_leases_are_refused() {
         Answer::No(_)
     ));
 }
+
+#[test]
+fn while_free_is_being_noted_nothing_is_promised_and_nothing_called_free() {
+    let mut v = Voter::new(
+        at(0),
+        LeaseNote {
+            ttl_max_ms: 3000,
+            free_through: Term(0),
+        },
+    );
+    let Answer::AfterNote(note) = v.free(at(3000), Term(1)) else {
+        panic!("free before it is noted")
+    };
+    assert!(!renew(&mut v, at(3001), "a", 1));
+    assert!(matches!(v.free(at(3001), Term(1)), Answer::AfterNote(_)));
+    v.noted(note);
+    assert_eq!(v.free(at(3002), Term(1)), Answer::Yes);
+}

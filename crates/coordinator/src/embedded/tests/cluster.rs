@@ -1,0 +1,162 @@
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use craton_core::MemberId;
+use tokio::time::{Instant, sleep};
+
+use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
+use crate::conformance::{Handle, put};
+use crate::embedded::{Embedded, EmbeddedConfig, Faults};
+
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(super) struct Cluster {
+    pub(super) dir: tempfile::TempDir,
+    configs: BTreeMap<MemberId, EmbeddedConfig>,
+    pub(super) nodes: BTreeMap<MemberId, Arc<Embedded>>,
+    pub(super) faults: BTreeMap<MemberId, Faults>,
+}
+
+pub(super) fn id(i: usize) -> MemberId {
+    MemberId::new(format!("m{i}")).unwrap()
+}
+
+/// Waits for a condition that another task brings about.
+pub(super) async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
+    let due = Instant::now() + PATIENCE;
+    while !holds().await {
+        assert!(Instant::now() < due, "never: {what}");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+impl Cluster {
+    pub(super) async fn start(n: usize) -> Self {
+        let mut cluster = Self::new(n);
+        for i in 0..n {
+            cluster.start_node(&id(i)).await;
+        }
+        cluster
+    }
+
+    pub(super) fn new(n: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let listeners: Vec<_> = (0..n)
+            .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+            .collect();
+        let voters: Vec<_> = listeners
+            .iter()
+            .enumerate()
+            .map(|(i, l)| (id(i), l.local_addr().unwrap().to_string()))
+            .collect();
+        let mut faults = BTreeMap::new();
+        let configs = voters
+            .iter()
+            .map(|(me, address)| {
+                let mut config = EmbeddedConfig::new(
+                    "test".to_owned(),
+                    me.clone(),
+                    voters.clone(),
+                    address.clone(),
+                    dir.path().join(me.as_str()),
+                    "a secret of some length".to_owned(),
+                );
+                config.faults = Faults::default();
+                faults.insert(me.clone(), config.faults.clone());
+                (me.clone(), config)
+            })
+            .collect();
+        Self {
+            dir,
+            configs,
+            nodes: BTreeMap::new(),
+            faults,
+        }
+    }
+
+    pub(super) fn config(&self, who: &MemberId) -> EmbeddedConfig {
+        self.configs[who].clone()
+    }
+
+    pub(super) async fn start_node(&mut self, who: &MemberId) {
+        let node = Embedded::start(self.configs[who].clone()).await.unwrap();
+        self.nodes.insert(who.clone(), node);
+    }
+
+    /// No farewell: tasks end wherever they are.
+    pub(super) fn kill(&mut self, who: &MemberId) {
+        drop(self.nodes.remove(who));
+    }
+
+    pub(super) async fn stop(self) {
+        for node in self.nodes.values() {
+            node.stop().await;
+        }
+    }
+
+    pub(super) fn handles(&self) -> Vec<Handle> {
+        let handle = |(id, node): (&MemberId, &Arc<Embedded>)| {
+            (id.clone(), Arc::clone(node) as Arc<dyn Coordinator>)
+        };
+        self.nodes.iter().map(handle).collect()
+    }
+
+    pub(super) fn file(&self, who: &MemberId) -> std::path::PathBuf {
+        self.dir.path().join(who.as_str()).join("raft.log")
+    }
+
+    /// The leader that a majority agrees on.
+    pub(super) async fn leader(&self) -> MemberId {
+        let mut found = None;
+        until("a leader", || {
+            let mut votes: BTreeMap<MemberId, usize> = BTreeMap::new();
+            for node in self.nodes.values() {
+                if let Some(leader) = node.status().leader.filter(|l| self.nodes.contains_key(l)) {
+                    *votes.entry(leader).or_default() += 1;
+                }
+            }
+            found = votes
+                .into_iter()
+                .find(|(_, n)| *n > self.configs.len() / 2)
+                .map(|(l, _)| l);
+            let done = found.is_some();
+            async move { done }
+        })
+        .await;
+        found.unwrap()
+    }
+
+    /// Writes through one member until it works; never twice.
+    pub(super) async fn write(&self, through: &MemberId, key: &str, value: &str) {
+        let due = Instant::now() + PATIENCE;
+        loop {
+            match self.nodes[through].txn(put(key, 0, value)).await {
+                Ok(TxnOutcome::Committed(_)) => return,
+                // An earlier try did it.
+                Ok(TxnOutcome::Conflict) => return self.sees(through, key, value).await,
+                Err(CoordinatorError::Unavailable(_) | CoordinatorError::Unknown(_))
+                    if Instant::now() < due => {}
+                Err(e) => panic!("{through} cannot write: {e}"),
+            }
+        }
+    }
+
+    pub(super) async fn sees(&self, through: &MemberId, key: &str, value: &str) {
+        let due = Instant::now() + PATIENCE;
+        loop {
+            match self.nodes[through].read().await {
+                Ok(seen) => {
+                    assert_eq!(
+                        seen.get(key).map(|v| v.value.as_str()),
+                        Some(value),
+                        "{through} reads {key}"
+                    );
+                    return;
+                }
+                Err(e) => assert!(Instant::now() < due, "{through} cannot read: {e}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,209 @@
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+use craton_core::Term;
+use tokio::time::{Instant, sleep};
+
+use super::cluster::{Cluster, id, until};
+use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
+use crate::conformance::put;
+
+const TTL: Duration = Duration::from_secs(1);
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn losing_the_leader_loses_nothing() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.write(&id(0), "a", "1").await;
+    let leader = cluster.leader().await;
+    let other = (0..3).map(id).find(|n| *n != leader).unwrap();
+    cluster.kill(&leader);
+    cluster.sees(&other, "a", "1").await;
+    cluster.write(&other, "b", "2").await;
+    cluster.start_node(&leader).await;
+    cluster.sees(&leader, "b", "2").await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kill_and_restart_in_any_order() {
+    let mut cluster = Cluster::start(3).await;
+    for round in 0..4 {
+        let (first, second) = (id(round % 3), id((round + 1) % 3));
+        let key = format!("round-{round}");
+        cluster.write(&id((round + 2) % 3), &key, "x").await;
+        cluster.kill(&first);
+        cluster.kill(&second);
+        let left = &cluster.nodes[&id((round + 2) % 3)];
+        let alone = left.txn(put("alone", 0, "x")).await;
+        assert!(
+            matches!(
+                alone,
+                Err(CoordinatorError::Unavailable(_) | CoordinatorError::Unknown(_))
+            ),
+            "{alone:?}"
+        );
+        cluster.start_node(&second).await;
+        cluster.sees(&second, &key, "x").await;
+        cluster.start_node(&first).await;
+        cluster.sees(&first, &key, "x").await;
+    }
+    cluster.stop().await;
+}
+
+/// The acceptance condition: renewals do not wait for the disk of the Raft leader, nor does Raft.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stalled_disk_of_the_leader_stops_neither_renewals_nor_commits() {
+    let cluster = Cluster::start(3).await;
+    cluster.write(&id(0), "a", "1").await;
+    let leader = cluster.leader().await;
+    let term = cluster.nodes[&leader].status().term;
+    let holder = Arc::clone(&cluster.nodes[&leader]);
+    until("the first renewal", || async {
+        holder.renew(Term(1), TTL).await.is_ok()
+    })
+    .await;
+    cluster.faults[&leader].stalled.store(true, SeqCst);
+    let (began, mut slowest) = (Instant::now(), Duration::ZERO);
+    let (mut renewals, mut commits) = (0, 0_u32);
+    while began.elapsed() < Duration::from_secs(5) {
+        let sent = Instant::now();
+        holder.renew(Term(1), TTL).await.unwrap();
+        slowest = slowest.max(sent.elapsed());
+        renewals += 1;
+        let outcome = holder.txn(put(&format!("stalled-{commits}"), 0, "x")).await;
+        assert!(
+            matches!(outcome, Ok(TxnOutcome::Committed(_))),
+            "{outcome:?}"
+        );
+        commits += 1;
+        sleep(Duration::from_millis(50)).await;
+    }
+    cluster.faults[&leader].stalled.store(false, SeqCst);
+    let status = cluster.nodes[&leader].status();
+    assert_eq!(
+        (status.leader.as_ref(), status.term),
+        (Some(&leader), term),
+        "leadership did not move"
+    );
+    assert!(slowest < TTL / 2, "a renewal took {slowest:?}");
+    assert_eq!(holder.counters().renewals_failed, 0);
+    eprintln!("5 s stall: {renewals} renewals, slowest {slowest:?}; {commits} commits");
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failed_disk_silences_its_voter_and_the_others_go_on() {
+    let cluster = Cluster::start(3).await;
+    cluster.write(&id(0), "a", "1").await;
+    let leader = cluster.leader().await;
+    cluster.faults[&leader].failing.store(true, SeqCst);
+    cluster.write(&id(0), "b", "2").await;
+    for i in 0..3 {
+        if id(i) != leader {
+            cluster.write(&id(i), &format!("c{i}"), "3").await;
+        }
+    }
+    until("the fault shows", || async {
+        cluster.nodes[&leader].status().fault.is_some()
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_minority_says_unavailable_or_unknown_but_never_committed() {
+    let mut cluster = Cluster::start(3).await;
+    cluster.write(&id(0), "a", "1").await;
+    let leader = cluster.leader().await;
+    let others: Vec<_> = (0..3).map(id).filter(|n| *n != leader).collect();
+    for other in &others {
+        cluster.kill(other);
+    }
+    let node = Arc::clone(&cluster.nodes[&leader]);
+    // Still leader in its own eyes: appended, so the outcome is open.
+    let first = node.txn(put("b", 0, "2")).await;
+    assert!(
+        matches!(first, Err(CoordinatorError::Unknown(_))),
+        "{first:?}"
+    );
+    until("it steps down", || async { node.status().leader.is_none() }).await;
+    let second = node.txn(put("c", 0, "3")).await;
+    assert!(
+        matches!(second, Err(CoordinatorError::Unavailable(_))),
+        "{second:?}"
+    );
+    let read = node.read().await;
+    assert!(
+        matches!(read, Err(CoordinatorError::Unavailable(_))),
+        "{read:?}"
+    );
+    let renewed = node.renew(Term(1), TTL).await;
+    assert!(
+        matches!(renewed, Err(CoordinatorError::Unavailable(_))),
+        "{renewed:?}"
+    );
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn restarted_voters_call_nothing_free_within_a_ttl() {
+    let long = Duration::from_secs(3);
+    let mut cluster = Cluster::start(3).await;
+    crate::conformance::settle(&cluster.handles()).await;
+    let holder = Arc::clone(&cluster.nodes[&id(0)]);
+    until("the first renewal", || async {
+        holder.renew(Term(1), long).await.is_ok()
+    })
+    .await;
+    let promised = Instant::now();
+    holder.renew(Term(1), long).await.unwrap();
+    drop(holder);
+    // All forget their promises.
+    for i in 0..3 {
+        cluster.kill(&id(i));
+    }
+    for i in 0..3 {
+        cluster.start_node(&id(i)).await;
+    }
+    let asker = Arc::clone(&cluster.nodes[&id(1)]);
+    until("free at last", || async {
+        let free = asker.free(Term(1)).await == Ok(true);
+        assert!(
+            !free || promised.elapsed() >= long,
+            "free after {:?}",
+            promised.elapsed()
+        );
+        free
+    })
+    .await;
+    assert!(matches!(
+        asker.renew(Term(1), TTL).await,
+        Err(CoordinatorError::Refused(_))
+    ));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_entries_are_compacted_and_survive_restarts() {
+    let mut cluster = Cluster::start(1).await;
+    crate::conformance::settle(&cluster.handles()).await;
+    let node = Arc::clone(&cluster.nodes[&id(0)]);
+    let mut revision = 0;
+    for i in 0..2500 {
+        match node.txn(put("k", revision, &i.to_string())).await {
+            Ok(TxnOutcome::Committed(r)) => revision = r,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(
+        std::fs::metadata(cluster.file(&id(0))).unwrap().len() < 1024 * 1024,
+        "the log is bounded"
+    );
+    drop(node);
+    cluster.kill(&id(0));
+    cluster.start_node(&id(0)).await;
+    cluster.sees(&id(0), "k", "2499").await;
+    assert_eq!(cluster.nodes[&id(0)].watch().borrow().revision, 2500);
+    cluster.stop().await;
+}

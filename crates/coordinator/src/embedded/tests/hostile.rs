@@ -1,0 +1,82 @@
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use super::cluster::{Cluster, id, until};
+use crate::conformance::settle;
+use crate::embedded::Embedded;
+use crate::raft::Standing;
+
+/// The connection ends, and nothing else.
+async fn is_cut(mut stream: TcpStream) {
+    let mut sink = [0; 256];
+    let ended = timeout(Duration::from_secs(10), async {
+        while stream.read(&mut sink).await.is_ok_and(|n| n > 0) {}
+    });
+    assert!(ended.await.is_ok(), "the connection was not cut");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nonsense_costs_only_the_connection() {
+    let cluster = Cluster::start(3).await;
+    let address = cluster.config(&id(0)).listen;
+    let hello = |version: u32, from: &str| {
+        let nonce = vec![7_u8; 32];
+        format!(
+            r#"{{"version":{version},"cluster":"test","from":"{from}","to":"m0","purpose":"raft","nonce":{nonce:?}}}"#
+        )
+        .into_bytes()
+    };
+    let framed = |payload: &[u8]| {
+        let mut frame = u32::try_from(payload.len()).unwrap().to_le_bytes().to_vec();
+        frame.extend_from_slice(&[0; 16]);
+        frame.extend_from_slice(payload);
+        frame
+    };
+    let inputs = [
+        b"GET / HTTP/1.0\r\n\r\n".to_vec(),
+        vec![0xFF; 4096],
+        vec![0; 64],
+        framed(b"{}"),
+        framed(&hello(1, "m1")),
+        framed(&hello(2, "m1")),
+        framed(&hello(1, "m9")),
+        // Slow: begins and never ends.
+        vec![10, 0],
+    ];
+    for input in inputs {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream.write_all(&input).await.unwrap();
+        is_cut(stream).await;
+    }
+    assert!(cluster.nodes[&id(0)].counters().connections_refused >= 8);
+    settle(&cluster.handles()).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_secret_or_cluster_is_not_let_in() {
+    let mut cluster = Cluster::new(2);
+    cluster.start_node(&id(0)).await;
+    for (name, secret) in [
+        ("test", "some other secret there"),
+        ("other", "a secret of some length"),
+    ] {
+        let mut config = cluster.config(&id(1));
+        config.cluster = name.to_owned();
+        config.secret = secret.to_owned();
+        let stranger = Embedded::start(config).await.unwrap();
+        let refused = cluster.nodes[&id(0)].counters().connections_refused;
+        until("it is refused", || async {
+            cluster.nodes[&id(0)].counters().connections_refused > refused
+        })
+        .await;
+        assert_eq!(stranger.status().standing, Standing::Fresh);
+        stranger.stop().await;
+    }
+    cluster.start_node(&id(1)).await;
+    settle(&cluster.handles()).await;
+    cluster.stop().await;
+}
