@@ -165,8 +165,9 @@ impl World {
         let now = self.clock(m);
         let server = self.server_view(m);
         let ttl = self.settings.ttl();
+        let amnesia = self.options.flaw == Some(Flaw::PromisesForgotten);
         let member = &mut self.members[m];
-        let hint = member.voter.hint(ttl, now);
+        let hint = member.voter.hint(ttl, now, amnesia);
         let data = member
             .data
             .database()
@@ -410,7 +411,7 @@ impl World {
 
     /// Of two terms' leases one is over before the other begins.
     fn check_lease(&mut self, m: usize, lease: Lease) {
-        if lease.until <= self.clock(m) {
+        if lease.until <= self.clock(m) || self.options.lying_clocks {
             return;
         }
         for o in (0..self.members.len()).filter(|o| *o != m) {

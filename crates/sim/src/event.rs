@@ -7,7 +7,7 @@ use craton_core::Term;
 use craton_core::observe::MemberStatus;
 use craton_core::records::{Change, ClusterView};
 
-use crate::faults::Repair;
+use crate::faults::{Fault, Repair};
 
 /// A message between agents. May be lost.
 #[derive(Clone, Debug)]
@@ -110,6 +110,8 @@ pub enum Event {
     NextFault,
     /// A fault ends.
     Repair(Repair),
+    /// A fault begins at a moment of its own.
+    Fault(Fault),
     /// All faults end.
     Calm,
     /// Has the cluster come back?
@@ -138,6 +140,7 @@ impl Event {
             | Self::Client
             | Self::NextFault
             | Self::Repair(_)
+            | Self::Fault(_)
             | Self::Calm
             | Self::Settled => None,
         }

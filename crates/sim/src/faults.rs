@@ -41,6 +41,14 @@ pub enum Fault {
     LoseDisk(usize),
     /// An operator asks for another leader.
     Switchover(Option<usize>),
+    /// WAL reaches the standby late.
+    LagWal(usize),
+    /// Nobody hears the leader's renewals but itself and one other, whose agent restarts.
+    DeafVoters,
+    /// The leader dies, whoever it is.
+    CrashLeader,
+    /// A standby lags; another one loses its disk, or goes away; then the leader dies, and perhaps the next one.
+    Ambush,
 }
 
 /// What ends it.
@@ -62,6 +70,8 @@ pub enum Repair {
     Disk(usize),
     /// The network is itself again.
     Net,
+    /// WAL comes in time again.
+    Wal(usize),
 }
 
 /// The state of the faults.
@@ -109,9 +119,7 @@ impl World {
     fn victim(&mut self) -> usize {
         let n = self.members.len();
         let any = self.rng.below(n);
-        let view = self.store.view();
-        let leader = view.leader().and_then(|l| self.number(&l.member));
-        match leader {
+        match self.leader() {
             Some(m) if self.rng.chance(50) => m,
             _ => any,
         }
@@ -121,7 +129,7 @@ impl World {
         let m = self.victim();
         let n = self.members.len();
         let other = (m + 1 + self.rng.below(n.saturating_sub(1).max(1))) % n;
-        match self.rng.below(15) {
+        match self.rng.below(19) {
             0 | 1 => Fault::CrashHost(m),
             2 => Fault::KillPostgres(m),
             3 => Fault::KillAgent(m),
@@ -135,6 +143,9 @@ impl World {
             12 => Fault::SlowNet,
             13 if !self.faults.disk_lost && self.is_whole() => Fault::LoseDisk(m),
             13 => Fault::CrashHost(m),
+            14 => Fault::LagWal(m),
+            15 => Fault::DeafVoters,
+            16 | 17 => Fault::Ambush,
             _ if self.rng.chance(50) => Fault::Switchover(Some(other)),
             _ => Fault::Switchover(None),
         }
@@ -143,12 +154,17 @@ impl World {
     /// A fault begins; its end is scheduled with it.
     pub fn fault(&mut self, fault: Fault) {
         self.log(|_| format!("FAULT {fault:?}"));
-        let long = if self.rng.chance(25) {
-            8 * SECOND
-        } else {
-            2 * SECOND
-        };
+        if self.faults.calm {
+            return;
+        }
+        let long = if self.rng.chance(25) { 8 * SECOND } else { 2 * SECOND };
         let lasts = self.rng.between(20 * MS, long);
+        if let Some(repair) = self.strike(fault) {
+            self.after(lasts, Event::Repair(repair));
+        }
+    }
+
+    fn strike(&mut self, fault: Fault) -> Option<Repair> {
         let repair = match fault {
             Fault::CrashHost(m) => {
                 self.crash_host(m);
@@ -160,7 +176,10 @@ impl World {
                 self.faults.disk_lost = true;
                 Repair::StartHost(m)
             }
-            Fault::KillPostgres(m) => return self.pg_exit(m, false),
+            Fault::KillPostgres(m) => {
+                self.pg_exit(m, false);
+                return None;
+            }
             Fault::KillAgent(m) => {
                 self.members[m].agent = None;
                 Repair::StartAgent(m)
@@ -201,9 +220,74 @@ impl World {
                 self.net.delay_factor = self.rng.between(5, 200);
                 Repair::Net
             }
-            Fault::Switchover(to) => return self.ask_switchover(to),
+            Fault::LagWal(m) => {
+                self.net.wal_lag[m] = self.rng.between(200 * MS, 6 * SECOND);
+                Repair::Wal(m)
+            }
+            Fault::CrashLeader => {
+                let m = self.leader()?;
+                self.crash_host(m);
+                Repair::StartHost(m)
+            }
+            Fault::Switchover(to) => {
+                self.ask_switchover(to);
+                return None;
+            }
+            Fault::DeafVoters => {
+                self.deaf_voters();
+                return None;
+            }
+            Fault::Ambush => {
+                self.ambush();
+                return None;
+            }
         };
-        self.after(lasts, Event::Repair(repair));
+        Some(repair)
+    }
+
+    fn leader(&self) -> Option<usize> {
+        let view = self.store.view();
+        self.number(&view.leader()?.member)
+    }
+
+    /// The leader's renewals do not reach a standby for longer than a ttl, and then another one's agent
+    /// restarts: will the two call a lease over that still runs?
+    fn deaf_voters(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let n = self.members.len();
+        let (x, y) = ((leader + 1) % n, (leader + 2) % n);
+        self.fault(Fault::CutOneWay(leader, x));
+        let ttl = 2 * SECOND;
+        let restart = self.now + ttl + self.rng.between(500 * MS, 1500 * MS);
+        self.at(restart, Event::Fault(Fault::KillAgent(y)));
+        self.at(restart + 20 * MS, Event::Repair(Repair::StartAgent(y)));
+    }
+
+    /// A rare order of events that the rules on sync sets, incarnations and the old leader are there for.
+    fn ambush(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let n = self.members.len();
+        let turn = self.rng.below(2);
+        let (x, y) = ((leader + 1 + turn) % n, (leader + 2 - turn) % n);
+        let lag = self.rng.between(SECOND, 6 * SECOND);
+        self.net.wal_lag[x] = lag;
+        let until = self.now + self.rng.between(6 * SECOND, 12 * SECOND);
+        self.at(until, Event::Repair(Repair::Wal(x)));
+        let mut at = self.now + self.rng.between(200 * MS, SECOND);
+        match self.rng.below(3) {
+            0 if y != leader && !self.faults.disk_lost && self.is_whole() => {
+                self.at(at, Event::Fault(Fault::LoseDisk(y)));
+                self.at(at + 100 * MS, Event::Repair(Repair::StartHost(y)));
+                self.net.wal_lag[y] = lag;
+                self.at(until, Event::Repair(Repair::Wal(y)));
+            }
+            1 if y != leader => self.at(at, Event::Fault(Fault::CrashHost(y))),
+            _ => {}
+        }
+        for _ in 0..self.rng.between(1, 2) {
+            at += self.rng.between(500 * MS, 4 * SECOND);
+            self.at(at, Event::Fault(Fault::CrashLeader));
+        }
     }
 
     fn crash_host(&mut self, m: usize) {
@@ -275,6 +359,7 @@ impl World {
                 self.net.cut[b][a] = false;
             }
             Repair::Disk(m) => self.members[m].disk_factor = 1,
+            Repair::Wal(m) => self.net.wal_lag[m] = 0,
             Repair::Net => {
                 self.net.loss = 0;
                 self.net.delay_factor = 1;
@@ -301,6 +386,7 @@ impl World {
         for m in 0..self.members.len() {
             self.repair(Repair::Join(m));
             self.repair(Repair::Disk(m));
+            self.repair(Repair::Wal(m));
             if self.members[m].frozen {
                 self.repair(Repair::ThawHost(m));
             }

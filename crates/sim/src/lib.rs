@@ -45,6 +45,8 @@ pub struct Options {
     pub sync_standbys: u32,
     /// For how long faults go on, simulated seconds.
     pub fault_seconds: u64,
+    /// Clocks run at any rate and there is no fence: nothing acknowledged may be lost all the same.
+    pub lying_clocks: bool,
     /// A rule to break on purpose.
     pub flaw: Option<Flaw>,
     /// Keep a trace.
@@ -58,6 +60,7 @@ impl Default for Options {
             durability: Durability::Quorum,
             sync_standbys: 1,
             fault_seconds: 20,
+            lying_clocks: false,
             flaw: None,
             trace: false,
         }

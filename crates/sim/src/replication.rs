@@ -113,7 +113,7 @@ impl World {
         });
         let own = &self.members[m];
         let late = self.now.saturating_sub(own.thawed_at) < 50 * MS;
-        if let Some(other) = other.filter(|_| !late) {
+        if let Some(other) = other.filter(|_| !late && !self.options.lying_clocks) {
             let (a, b) = (self.name(m), self.name(other));
             self.check
                 .broken(format!("two primaries at once: {a} and {b}"));
@@ -263,8 +263,9 @@ impl World {
         if run == CLOSED {
             return;
         }
+        let lag = if up { 0 } else { self.net.wal_lag[m] };
         let queue = if up { &mut c.to_up } else { &mut c.to_down };
-        let ready = queue.back().map_or(0, |(t, _)| *t).max(now + delay);
+        let ready = queue.back().map_or(0, |(t, _)| *t).max(now + delay + lag);
         queue.push_back((ready, msg));
         self.at(ready, Event::Pump { m, conn, up });
     }
@@ -630,7 +631,8 @@ impl World {
         let member = &self.members[m];
         let maybe = member.pg.as_ref().is_some_and(|p| p.maybe_primary);
         let late = member.fence.is_none_or(|deadline| deadline <= now);
-        if maybe && late && self.options.flaw != Some(Flaw::NoFence) {
+        let absent = self.options.lying_clocks || self.options.flaw == Some(Flaw::NoFence);
+        if maybe && late && !absent {
             self.log(|w| format!("{} fence kills postgres", w.name(m)));
             self.pg_exit(m, false);
         }

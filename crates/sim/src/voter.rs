@@ -65,10 +65,10 @@ impl Voter {
     }
 
     /// What can be told without asking anyone.
-    pub fn hint(&self, ttl: Duration, now: BootTime) -> LeaseSeen {
+    pub fn hint(&self, ttl: Duration, now: BootTime, amnesia: bool) -> LeaseSeen {
         match self.promise {
             Some((term, until)) if until > now => LeaseSeen::Held(term),
-            _ if now.since(self.started_at) < ttl => LeaseSeen::Unknown,
+            _ if now.since(self.started_at) < ttl && !amnesia => LeaseSeen::Unknown,
             _ => LeaseSeen::Lapsed,
         }
     }

@@ -26,6 +26,9 @@ pub const SECOND: u64 = 1_000_000_000;
 /// How much too fast or slow a clock may run, millionths: two of them differ by less than the margin, a tenth.
 const DRIFT_MAX_PPM: u64 = 45_000;
 
+/// A clock that is not to be trusted at all.
+const LYING_MAX_PPM: u64 = 600_000;
+
 /// The network between the hosts.
 #[derive(Debug)]
 pub struct Net {
@@ -35,6 +38,8 @@ pub struct Net {
     pub loss: u64,
     /// Delays are this many times longer than usual.
     pub delay_factor: u64,
+    /// WAL takes this much longer to a member, nanoseconds.
+    pub wal_lag: Vec<u64>,
 }
 
 /// Everything there is.
@@ -86,7 +91,7 @@ impl World {
             ..Settings::default()
         };
         let members = (0..options.members)
-            .map(|i| Member::new(i, &mut rng))
+            .map(|i| Member::new(i, options.lying_clocks, &mut rng))
             .collect();
         let check = Checker::new(options.durability);
         let n = options.members;
@@ -103,6 +108,7 @@ impl World {
                 cut: vec![vec![false; n]; n],
                 loss: 0,
                 delay_factor: 1,
+                wal_lag: vec![0; n],
             },
             conns: BTreeMap::new(),
             check,
@@ -218,6 +224,7 @@ impl World {
             Event::Client => self.client(),
             Event::NextFault => self.next_fault(),
             Event::Repair(repair) => self.repair(repair),
+            Event::Fault(fault) => self.fault(fault),
             Event::Calm => self.calm(),
             Event::Settled => self.settled(),
         }
@@ -270,10 +277,10 @@ impl World {
 const HELD_MAX: usize = 5_000;
 
 impl Member {
-    fn new(i: usize, rng: &mut Rng) -> Self {
+    fn new(i: usize, lying: bool, rng: &mut Rng) -> Self {
         let letter = char::from(b'a' + u8::try_from(i % 26).unwrap_or(0));
-        let ppm = i64::try_from(rng.between(0, 2 * DRIFT_MAX_PPM)).unwrap_or(0)
-            - i64::try_from(DRIFT_MAX_PPM).unwrap_or(0);
+        let drift = if lying { LYING_MAX_PPM } else { DRIFT_MAX_PPM };
+        let ppm = i64::try_from(rng.between(0, 2 * drift)).unwrap_or(0) - i64::try_from(drift).unwrap_or(0);
         let clock = Clock {
             base: rng.between(10 * SECOND, 1_000_000 * SECOND),
             ppm,

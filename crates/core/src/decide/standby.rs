@@ -138,7 +138,6 @@ fn follow_rule(
     if s.upstream.as_ref() == Some(&(leader.member.clone(), l.term)) {
         return streaming_rule(mind, view, l, leader, s);
     }
-    mind.out.memory.not_streaming_since = None;
     if !s.end_is_exact {
         return mind.because("reading_wal", "reading local WAL to its end");
     }
@@ -149,6 +148,7 @@ fn follow_rule(
         .unwrap_or_default();
     match timelines.relation(s.timeline, s.end, l.timeline) {
         Relation::Prefix => {
+            mind.out.memory.not_streaming_since = None;
             mind.because(
                 "following",
                 format!("following {} (term {})", leader.member, l.term),
@@ -163,6 +163,20 @@ fn follow_rule(
 }
 
 fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, relation: Relation) {
+    if relation == Relation::Unknown && s.timeline > l.timeline {
+        // Every number is reserved in the coordinator before it is used: what is known here of the cluster is
+        // older than the WAL (an agent that was paused while PostgreSQL went on). A rewind on the strength
+        // of that would throw away a healthy copy, and with it a seal that an election may need.
+        let now = mind.o.now;
+        let since = *mind.out.memory.not_streaming_since.get_or_insert(now);
+        if now.since(since) < NOT_STREAMING_MAX {
+            let text = format!(
+                "the WAL here is on timeline {}, which is newer than all that is known of the cluster: waiting for news",
+                s.timeline
+            );
+            return mind.because("behind", text);
+        }
+    }
     let fork = match relation {
         Relation::Diverged { timeline, fork } => Some((timeline, fork)),
         _ => None,
