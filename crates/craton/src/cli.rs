@@ -19,7 +19,6 @@ use crate::{
 #[command(
     name = "craton",
     version,
-    about,
     max_term_width = 100,
     disable_help_subcommand = true
 )]
@@ -102,6 +101,12 @@ pub enum Command {
     Drill(drill::DrillArgs),
     /// Run the agent beside one PostgreSQL
     Node(DaemonArgs),
+    /// Run the fence of one PostgreSQL (the agent does)
+    #[command(hide = true)]
+    Fence {
+        /// The board on which the agent says whom to guard and until when
+        board: PathBuf,
+    },
     /// Run the supervisor of a local cluster (`craton up` does)
     #[command(hide = true)]
     Supervise,
@@ -208,6 +213,10 @@ pub fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Res
 
 /// Runs a command; the result is the exit code.
 pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
+    // First: it must start fast, and on nothing but its board.
+    if let Command::Fence { board } = &cli.command {
+        return daemons::fence(board);
+    }
     let json = cli.json;
     let dir = layout::directory(cli.dir.as_deref())?;
     let access = || Access::open(&cli.api, cli.token_file.as_ref(), &dir);
@@ -215,6 +224,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Up(args) => up::run(&dir, &args),
         Command::Down(args) => down::run(&dir, &args),
         Command::Supervise => wait_for(supervise::run(&dir)),
+        Command::Fence { board } => daemons::fence(&board),
         Command::Node(args) => daemons::node(&args),
         Command::Status(args) => wait_for(status::run(&access()?, &args, json)),
         Command::Explain { member } => wait_for(explain::run(&access()?, member, json)),
@@ -227,6 +237,6 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Psql(args) => psql::run(&dir, args),
         Command::Backup(command) => backup::run(&dir, command, json),
         Command::Restore(args) => restore::run(&dir, &args, json),
-        Command::Drill(args) => wait_for(drill::run(&dir, args, json)),
+        Command::Drill(args) => drill::run(&dir, args, json),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io::IsTerminal as _;
+use std::path::Path;
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -96,4 +97,10 @@ pub fn backup(args: &DaemonArgs) -> anyhow::Result<u8> {
     let _lock = lock(args)?;
     let settings: craton_backup::Config = config::load(args, "backup")?;
     run(|stopped| craton_backup::run(settings, stopped))
+}
+
+/// `craton fence`: no runtime, no log file, nothing that could wait.
+pub fn fence(board: &Path) -> anyhow::Result<u8> {
+    craton_fence::run(board).with_context(|| format!("the fence of {} failed", board.display()))?;
+    Ok(exit::OK)
 }

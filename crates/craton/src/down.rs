@@ -78,6 +78,10 @@ async fn verify_stopped(layout: &Layout) -> anyhow::Result<()> {
 
 /// Removes everything that `craton up` made.
 pub fn purge(layout: &Layout) -> anyhow::Result<()> {
+    for member in &layout.cluster.members {
+        // The fence's board is on tmpfs, outside of the directory; the agent may have removed it.
+        let _ = std::fs::remove_file(craton_fence::board_path(&layout.member(member)));
+    }
     // The description goes last: until then the directory can be recognised and purged again.
     for entry in OWN_ENTRIES
         .iter()

@@ -2,9 +2,11 @@
 //! and measures outage, errors, lost rows and the time until full redundancy.
 
 use std::collections::BTreeSet;
+use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use craton_console::views::StatusView;
 use craton_core::MemberId;
@@ -13,11 +15,12 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 use tokio::time::{Instant, sleep};
 
 use crate::access::Access;
+use crate::cli::wait_for;
 use crate::exit::{self, Problem};
 use crate::layout::{Daemon, Layout};
-use crate::output;
 use crate::processes::{self, ProcessId};
 use crate::sessions::{Login, describe};
+use crate::{output, owner};
 
 pub mod faults;
 pub mod recorder;
@@ -119,12 +122,21 @@ pub struct DrillArgs {
 }
 
 /// Runs the command.
-pub async fn run(dir: &Path, args: DrillArgs, json: bool) -> anyhow::Result<u8> {
+pub fn run(dir: &Path, args: DrillArgs, json: bool) -> anyhow::Result<u8> {
     if args.drill == Choice::List {
         report::list(json)?;
         return Ok(exit::OK);
     }
     let layout = Layout::require(dir)?;
+    if let Some(account) = owner::successor(dir)? {
+        let typed: Vec<_> = std::env::args_os().collect();
+        let error = owner::again_as(&account, dir, &typed).exec();
+        return Err(error).with_context(|| format!("cannot run as {}", account.name));
+    }
+    wait_for(break_and_measure(layout, args, json))
+}
+
+async fn break_and_measure(layout: Layout, args: DrillArgs, json: bool) -> anyhow::Result<u8> {
     let access = Access::local(&layout)?;
     let status = access.status().await?;
     require_redundancy(&status)?;

@@ -128,12 +128,12 @@ pub fn table(header: &[&str]) -> Table {
     table
 }
 
-/// The table as text, without the blanks at the ends of lines.
+/// The table as text, without the blanks around its lines.
 pub fn table_text(table: &Table) -> String {
     let lines: Vec<String> = table
         .to_string()
         .lines()
-        .map(|l| l.trim_end().to_owned())
+        .map(|l| l.strip_prefix(' ').unwrap_or(l).trim_end().to_owned())
         .collect();
     lines.join("\n")
 }

@@ -179,6 +179,7 @@ pub fn of_member(layout: &Layout, member: &craton_core::MemberId) -> BTreeSet<Pr
     let table = all();
     let dir = layout.member(member);
     let in_dir = format!("{}/", dir.display());
+    let board = craton_fence::board_path(&dir).display().to_string();
     let conf = layout
         .conf_of(&Daemon::Node(member.clone()))
         .display()
@@ -186,7 +187,9 @@ pub fn of_member(layout: &Layout, member: &craton_core::MemberId) -> BTreeSet<Pr
     let mut roots: Vec<ProcessId> = table
         .iter()
         .filter(|p| is_ours(&p.command))
-        .filter(|p| p.command.contains(&in_dir) || p.command.contains(&conf))
+        .filter(|p| {
+            p.command.contains(&in_dir) || p.command.contains(&conf) || p.command.contains(&board)
+        })
         .map(|p| p.id)
         .collect();
     roots.extend(postmaster(&dir.join("data")));

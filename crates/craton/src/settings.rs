@@ -78,7 +78,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
             durability: durability(&layout.cluster.durability)?,
             ..Settings::default()
         },
-        fence_program: None,
+        fence_program: Some(layout.binary()),
     })
 }
 
