@@ -69,6 +69,7 @@ pub(super) struct State {
     txns: BTreeMap<Index, (RaftTerm, oneshot::Sender<CallTold>)>,
     reads: BTreeMap<u64, oneshot::Sender<CallTold>>,
     next_read: u64,
+    /// The standing on disk, or on its way there.
     standing: Standing,
     led: bool,
     broken: bool,
@@ -80,7 +81,7 @@ impl Driver {
         let mut tick = interval(self.timings.heartbeat / 5);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut failed = self.disk.failed.clone();
-        self.state.standing = self.raft.status().standing;
+
         self.carry_out();
         loop {
             tokio::select! {
@@ -268,6 +269,13 @@ fn refusal(why: NotNow) -> CallTold {
 }
 
 impl State {
+    pub(super) fn new(standing: Standing) -> Self {
+        Self {
+            standing,
+            ..Self::default()
+        }
+    }
+
     fn install(&mut self, store: Store, index: Index) {
         self.store = store;
         self.applied = index;

@@ -140,7 +140,8 @@ fn next_record(rest: &[u8]) -> Next<'_> {
         return Next::Torn;
     };
     if crc32c::crc32c(&len.to_le_bytes()) != len_crc {
-        let zeros = rest.iter().all(|b| *b == 0);
+        // A header that was cut off, and zeros where the rest was to come.
+        let zeros = rest.iter().skip(RECORD_HEADER_LEN).all(|b| *b == 0);
         return if zeros {
             Next::Torn
         } else {

@@ -248,6 +248,7 @@ impl Embedded {
             timings: config.timings,
             seed: rand::random(),
         };
+        let standing = contents.raft.hard.standing;
         let raft = Raft::new(raft_config, contents.raft, clock.now());
         let (status_tx, status) = watch::channel(raft.status());
         let (applied_tx, applied) = watch::channel(0);
@@ -292,7 +293,7 @@ impl Embedded {
                 applied: applied_tx,
                 snapshot: snapshot_tx,
             },
-            state: State::default(),
+            state: State::new(standing),
         };
         tasks.spawn(driver.run());
         let lease = LeaseRound {
