@@ -29,7 +29,7 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(200);
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// The first and the longest pause before a server is tried again.
 const RETRY_MIN: Duration = Duration::from_millis(100);
-const RETRY_MAX: Duration = Duration::from_secs(5);
+const RETRY_MAX: Duration = Duration::from_secs(1);
 /// At most so much WAL is gathered before it is written.
 const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
 

@@ -8,13 +8,18 @@
 mod common;
 
 use std::fs;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use common::{Daemon, Server, client, config, options, ran_as_postgres, restore_to, topology};
-use craton_backup::catalog;
-use craton_backup::restore::{self, Target};
-use craton_backup::views::{BackupDetailView, BackupListView, RunAcceptedView};
+use craton_backup::restore::{self, RestoredView, Target};
+use craton_backup::views::{
+    BackupDetailView, BackupListView, BackupStatusView, BackupView, RunAcceptedView,
+};
+use craton_backup::{Repository, catalog};
+use craton_core::Lsn;
 use craton_core::topology::MemberRole;
+use craton_repo::manifest::BackupId;
 use jiff::Timestamp;
 
 #[test]
@@ -32,13 +37,8 @@ fn moment(server: &Server) -> Timestamp {
     now.parse().unwrap()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn full_cycle_with_point_in_time() {
-    if ran_as_postgres("full_cycle_with_point_in_time") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let root = dir.path();
+/// A server with a tablespace aside, 20,000 rows in `t` and 500 in `aside`.
+fn server_with_tablespace(root: &Path) -> (Server, PathBuf) {
     let server = Server::new(root, "m1");
     let tablespace = root.join("a tablespace");
     fs::create_dir(&tablespace).unwrap();
@@ -49,39 +49,84 @@ async fn full_cycle_with_point_in_time() {
     server.sql("create table t (n int); insert into t select generate_series(1, 20000)");
     server.sql("create table aside (n int) tablespace aside");
     server.sql("insert into aside select generate_series(1, 500)");
+    (server, tablespace)
+}
 
+/// Asks for a backup and waits for it.
+async fn ask_for_backup(daemon: &Daemon) -> BackupView {
+    let api = daemon.config.listen.to_string();
+    let accepted: RunAcceptedView = client()
+        .post_json(&api, "/v1/backup/run", &())
+        .await
+        .unwrap();
+    let ended = |s: &BackupStatusView| s.runs.last.as_ref().is_some_and(|l| l.run == accepted.run);
+    let last = daemon
+        .until("the backup asked for", ended)
+        .await
+        .runs
+        .last
+        .unwrap();
+    assert_eq!(last.error, None);
+    last.backup.unwrap()
+}
+
+/// Restores, starts the result, and compares `t`.
+fn check(
+    root: &Path,
+    repository: &Repository,
+    name: &str,
+    target: Target,
+    expected: &str,
+) -> RestoredView {
+    let mut options = options(root);
+    let location = root.join("a tablespace").to_str().unwrap().to_owned();
+    options
+        .tablespaces
+        .insert(location, root.join(format!("{name} tablespace")));
+    let view = restore_to(repository, &root.join(name), target, &options);
+    assert!(view.bytes > 1_000_000);
+    if target == Target::Latest {
+        common::verify_backup(&root.join(name));
+    }
+    let restored = Server::restored(root, name);
+    restored.until("select pg_is_in_recovery()", "f");
+    assert_eq!(
+        restored.sql("select count(*) || ' ' || min(n) from t"),
+        expected,
+        "{name}"
+    );
+    assert_eq!(restored.sql("select count(*) from aside"), "500");
+    restored.sql("insert into t values (0)");
+    view
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn full_cycle_with_point_in_time() {
+    if ran_as_postgres("full_cycle_with_point_in_time") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let (server, _) = server_with_tablespace(root);
     let daemon = Daemon::start(config(root), topology(1, &[&server]));
     let status = daemon.until("first backup", |s| s.backups == 1).await;
     assert_eq!(status.missing_wal, []);
-    let api = daemon.config.listen.to_string();
 
     server.sql("insert into t values (-1)");
     let before = moment(&server);
     server.sql("delete from t where n > 0");
     server.sql("select pg_switch_wal()");
     server.sql("insert into t values (-2)");
-    // A second one, asked for: what did not change is not stored again.
-    let accepted: RunAcceptedView = client()
-        .post_json(&api, "/v1/backup/run", &())
-        .await
-        .unwrap();
-    let status = daemon
-        .until("second backup", |s| {
-            s.runs.last.as_ref().is_some_and(|l| l.run == accepted.run)
-        })
-        .await;
-    let second = status.runs.last.unwrap();
-    assert_eq!(second.error, None);
-    let second = second.backup.unwrap();
+    let second = ask_for_backup(&daemon).await;
+    // What did not change is not stored again.
     assert!(second.stored_bytes * 4 < second.data_bytes, "{second:?}");
-    let list: BackupListView = client().get_json(&api, "/v1/backup/list").await.unwrap();
-    assert_eq!(list.backups.len(), 2);
     server.sql("insert into t values (-3)");
     daemon.caught_up(&server).await;
-    let detail: BackupDetailView = client()
-        .get_json(&api, &format!("/v1/backup/show/{}", second.id))
-        .await
-        .unwrap();
+    let api = daemon.config.listen.to_string();
+    let list: BackupListView = client().get_json(&api, "/v1/backup/list").await.unwrap();
+    assert_eq!(list.backups.len(), 2);
+    let show = format!("/v1/backup/show/{}", second.id);
+    let detail: BackupDetailView = client().get_json(&api, &show).await.unwrap();
     assert!(
         detail.restorable_to >= second.stop_lsn && detail.missing_wal.is_empty(),
         "{detail:?}"
@@ -90,81 +135,75 @@ async fn full_cycle_with_point_in_time() {
     assert!(metrics.contains("craton_backup_streaming 1"), "{metrics}");
 
     let repository = daemon.repository();
-    let location = tablespace.to_str().unwrap().to_owned();
-    let mut options = options(root);
-    let taken = restore::restore(
+    check(root, &repository, "latest", Target::Latest, "3 -3");
+    let at = check(
+        root,
         &repository,
-        &root.join("r0"),
-        Target::Latest,
-        &options,
-        &mut |_| {},
+        "at-time",
+        Target::Time(before),
+        "20001 -1",
     );
-    assert!(
-        taken.unwrap_err().to_string().contains("--tablespace"),
-        "the running server's tablespace was taken"
-    );
-    assert!(!root.join("r0").exists());
-
-    let mut check = |name: &str, target: Target, expected: &str| {
-        options
-            .tablespaces
-            .insert(location.clone(), root.join(format!("{name} tablespace")));
-        let view = restore_to(&repository, &root.join(name), target, &options);
-        assert!(view.bytes > 1_000_000);
-        if name == "latest" {
-            common::verify_backup(&root.join(name));
-        }
-        let restored = Server::restored(root, name);
-        restored.until("select pg_is_in_recovery()", "f");
-        assert_eq!(
-            restored.sql("select count(*) || ' ' || min(n) from t"),
-            expected,
-            "{name}"
-        );
-        assert_eq!(restored.sql("select count(*) from aside"), "500");
-        restored.sql("insert into t values (0)");
-        view
-    };
-    check("latest", Target::Latest, "3 -3");
-    let at = check("at-time", Target::Time(before), "20001 -1");
     assert_ne!(at.backup, second.id);
-    check("immediate", Target::Immediate, "2 -2");
+    check(root, &repository, "immediate", Target::Immediate, "2 -2");
     // PostgreSQL itself refuses a time after which nothing was committed.
-    let idle = check("idle", Target::Time(moment(&server)), "3 -3");
+    let idle = check(
+        root,
+        &repository,
+        "idle",
+        Target::Time(moment(&server)),
+        "3 -3",
+    );
     assert!(idle.note.is_some());
+    let verified = catalog::verify(&repository).unwrap();
+    assert_eq!((verified.problems, verified.backups_good), (vec![], 2));
+    daemon.stop().await;
+}
 
-    let refused = |target| {
-        restore::plan(&repository, target, None)
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_restored_is_refused_with_a_reason() {
+    if ran_as_postgres("what_cannot_be_restored_is_refused_with_a_reason") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let (server, _) = server_with_tablespace(root);
+    let daemon = Daemon::start(config(root), topology(1, &[&server]));
+    daemon.until("first backup", |s| s.backups == 1).await;
+    let second = ask_for_backup(&daemon).await;
+    let repository = daemon.repository();
+    let first = &catalog::list(&repository).unwrap().backups[0];
+    let plan = |target, backup| {
+        restore::plan(&repository, target, backup)
             .unwrap_err()
             .to_string()
     };
-    let first = &list.backups[0];
+    let ancient = Target::Time("2000-01-01T00:00:00Z".parse().unwrap());
+    assert!(plan(ancient, None).contains("before the end of the first backup"));
+    let tomorrow = Target::Time(Timestamp::now() + Duration::from_secs(86_400));
+    assert!(plan(tomorrow, None).contains("in the future"));
     assert!(
-        refused(Target::Time("2000-01-01T00:00:00Z".parse().unwrap()))
-            .contains("before the end of the first backup")
+        plan(Target::Time(first.started_at), Some(&second.id)).contains("choose an older backup")
     );
-    assert!(
-        refused(Target::Time(Timestamp::now() + Duration::from_secs(3600)))
-            .contains("in the future")
-    );
-    assert!(
-        restore::plan(
+    assert!(plan(Target::Lsn(Lsn(1)), None).contains("the earliest position"));
+    assert!(plan(Target::Lsn(Lsn(u64::MAX / 2)), None).contains("WAL is missing"));
+    let nobody = BackupId::new("nobody").unwrap();
+    assert!(plan(Target::Latest, Some(&nobody)).contains("there is no backup nobody"));
+
+    let into = |name: &str| {
+        restore::restore(
             &repository,
-            Target::Time(first.started_at),
-            Some(&second.id)
+            &root.join(name),
+            Target::Latest,
+            &options(root),
+            &mut |_| {},
         )
-        .is_err()
-    );
-    let again = restore::restore(
-        &repository,
-        &root.join("latest"),
-        Target::Latest,
-        &options,
-        &mut |_| {},
-    );
-    assert!(again.unwrap_err().to_string().contains("not empty"));
-    let verified = catalog::verify(&repository).unwrap();
-    assert_eq!((verified.problems, verified.backups_good), (vec![], 2));
+        .unwrap_err()
+        .to_string()
+    };
+    // The running server's tablespace must not be written into.
+    assert!(into("new").contains("--tablespace"));
+    assert!(!root.join("new").exists());
+    assert!(into("m1").contains("not empty"));
     daemon.stop().await;
 }
 

@@ -192,10 +192,9 @@ mod tests {
 
     #[test]
     fn finds_the_newest_end_across_pages() {
-        let commit = |us: i64| record(TRANSACTION, 0x80, &(us - EPOCH_US).to_le_bytes());
         let mut stream = vec![9; 16];
-        stream.extend(commit(EPOCH_US + 5));
-        stream.extend(record(10, 0, &[1; 20_000]));
+        stream.extend(record(TRANSACTION, 0x80, &5_i64.to_le_bytes()));
+        stream.extend(record(10, 0, &vec![1; 20_000]));
         stream.extend(record(TRANSACTION, 0x20, &7_i64.to_le_bytes()));
         stream.extend(record(TRANSACTION, 0x50, &99_i64.to_le_bytes()));
         assert_eq!(
