@@ -170,4 +170,4 @@ pub trait Coordinator: Send + Sync + 'static {
 }
 
 /// The longest any call takes.
-pub const CALL_TIMEOUT: Duration = Duration::from_millis(2000);
+pub const CALL_TIMEOUT: Duration = Duration::from_secs(2);

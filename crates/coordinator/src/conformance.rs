@@ -25,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const TTL: Duration = Duration::from_millis(1500);
 
 /// Runs all of it, in order.
+///
+/// # Panics
+/// At the first difference.
 pub async fn run(members: &[Handle]) {
     settle(members).await;
     transactions(members).await;
@@ -63,7 +66,10 @@ pub fn put(key: &str, mod_revision: u64, value: &str) -> Txn {
     }
 }
 
-/// Tries until the cluster takes a transaction.
+/// Tries until every member serves reads.
+///
+/// # Panics
+/// When one does not in time.
 pub async fn settle(members: &[Handle]) {
     let due = Instant::now() + PATIENCE;
     for (name, member) in members {

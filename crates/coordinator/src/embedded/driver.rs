@@ -49,6 +49,26 @@ pub(super) struct Outputs {
     pub(super) snapshot: watch::Sender<Arc<Snapshot>>,
 }
 
+/// Both ends of what the rest of the process sees.
+pub(super) fn views(status: Status) -> (Outputs, View) {
+    let (status_tx, status) = watch::channel(status);
+    let (applied_tx, applied) = watch::channel(0);
+    let (snapshot_tx, snapshot) = watch::channel(Arc::default());
+    let out = Outputs {
+        status: status_tx,
+        applied: applied_tx,
+        snapshot: snapshot_tx,
+    };
+    (
+        out,
+        View {
+            status,
+            applied,
+            snapshot,
+        },
+    )
+}
+
 pub(super) struct Driver {
     pub(super) raft: Raft,
     pub(super) clock: Clock,

@@ -298,10 +298,10 @@ impl LeaseRound {
                 Some(Ok((_, Some(LeaseTold::Yes)))) => count.yes += 1,
                 Some(Ok((who, Some(LeaseTold::No(why))))) => count.no.push(format!("{who}: {why}")),
                 Some(Ok((who, Some(LeaseTold::Silent(why))))) => {
-                    count.silent.push(format!("{who}: {why}"))
+                    count.silent.push(format!("{who}: {why}"));
                 }
                 Some(Ok((who, Some(LeaseTold::State(_)) | None))) => {
-                    count.silent.push(format!("{who}: no answer"))
+                    count.silent.push(format!("{who}: no answer"));
                 }
                 Some(Err(_)) => {}
             }

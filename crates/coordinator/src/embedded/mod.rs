@@ -39,7 +39,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use self::accept::{ANNOUNCEMENT_LEN_MAX, Acceptor, note_presence, put_call};
 use self::disk::{Disk, Faults, Store};
-use self::driver::{Driver, Event, INBOX_MAX, Outputs, State, View};
+use self::driver::{Driver, Event, INBOX_MAX, State, View};
 use self::handshake::{Identity, Purpose};
 use self::lease::{Desk, LeaseRound};
 use self::peer::{Asker, RaftQueue, Target, carry_presence, carry_raft};
@@ -109,6 +109,24 @@ impl EmbeddedConfig {
             secret,
             timings,
             faults,
+        }
+    }
+
+    fn raft(&self) -> Config {
+        Config {
+            me: self.me.clone(),
+            voters: self.voters.keys().cloned().collect::<BTreeSet<_>>(),
+            timings: self.timings,
+            seed: rand::random(),
+        }
+    }
+
+    fn identity(&self) -> Identity {
+        let secret = self.secret.trim().as_bytes().to_vec();
+        Identity {
+            cluster: self.cluster.clone(),
+            me: self.me.clone(),
+            secret,
         }
     }
 
@@ -209,19 +227,28 @@ async fn open_store(config: &EmbeddedConfig) -> Result<Store, StartError> {
     }
 }
 
+async fn listen(address: &str) -> Result<TcpListener, StartError> {
+    let failed = |source| StartError::Listen {
+        address: address.to_owned(),
+        source,
+    };
+    TcpListener::bind(address).await.map_err(failed)
+}
+
+fn names<'a>(members: impl Iterator<Item = &'a MemberId>) -> String {
+    members.map(MemberId::as_str).collect::<Vec<_>>().join(", ")
+}
+
 fn check_voters(config: &EmbeddedConfig, store: &Store) -> Result<(), StartError> {
     let raft = &store.contents().raft;
     let births = raft.image.as_ref().map_or(&raft.hard.births, |i| &i.births);
     if births.is_empty() || births.keys().eq(config.voters.keys()) {
         return Ok(());
     }
-    fn list<'a>(names: impl Iterator<Item = &'a MemberId>) -> String {
-        names.map(MemberId::as_str).collect::<Vec<_>>().join(", ")
-    }
     Err(StartError::OtherVoters {
         dir: config.dir.clone(),
-        found: list(births.keys()),
-        configured: list(config.voters.keys()),
+        found: names(births.keys()),
+        configured: names(config.voters.keys()),
     })
 }
 
@@ -231,40 +258,22 @@ impl Embedded {
     pub async fn start(config: EmbeddedConfig) -> Result<Arc<Self>, StartError> {
         config.check()?;
         let store = open_store(&config).await?;
-        let listener =
-            TcpListener::bind(&config.listen)
-                .await
-                .map_err(|source| StartError::Listen {
-                    address: config.listen.clone(),
-                    source,
-                })?;
+        let listener = listen(&config.listen).await?;
         let (clock, stats) = (Clock::system(), Arc::new(Stats::default()));
         let contents = store.contents().clone();
         let (disk, disk_thread) =
             Disk::start(store, clock, Arc::clone(&stats)).map_err(StartError::Thread)?;
-        let raft_config = Config {
-            me: config.me.clone(),
-            voters: config.voters.keys().cloned().collect::<BTreeSet<_>>(),
-            timings: config.timings,
-            seed: rand::random(),
-        };
         let standing = contents.raft.hard.standing;
-        let raft = Raft::new(raft_config, contents.raft, clock.now());
-        let (status_tx, status) = watch::channel(raft.status());
-        let (applied_tx, applied) = watch::channel(0);
-        let (snapshot_tx, snapshot) = watch::channel(Arc::default());
-        let view = View {
-            status: status.clone(),
-            applied,
-            snapshot,
-        };
-        let desk = Arc::new(Desk::new(contents.lease, status, disk.clone(), clock));
+        let raft = Raft::new(config.raft(), contents.raft, clock.now());
+        let (out, view) = driver::views(raft.status());
+        let desk = Arc::new(Desk::new(
+            contents.lease,
+            view.status.clone(),
+            disk.clone(),
+            clock,
+        ));
         let (inbox, events) = mpsc::channel(INBOX_MAX);
-        let identity = Arc::new(Identity {
-            cluster: config.cluster.clone(),
-            me: config.me.clone(),
-            secret: config.secret.trim().as_bytes().to_vec(),
-        });
+        let identity = Arc::new(config.identity());
         let mut tasks = JoinSet::new();
         let links = Links::start(&config, &identity, &stats, &mut tasks);
         let presence = watch::Sender::new(PresenceMap::default());
@@ -288,11 +297,7 @@ impl Embedded {
             desk: Arc::clone(&desk),
             peers: links.raft,
             inbox: events,
-            out: Outputs {
-                status: status_tx,
-                applied: applied_tx,
-                snapshot: snapshot_tx,
-            },
+            out,
             state: State::new(standing),
         };
         tasks.spawn(driver.run());

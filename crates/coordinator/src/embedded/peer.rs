@@ -308,7 +308,7 @@ async fn converse<Q: Serialize, A: DeserializeOwned>(
         };
         tokio::select! {
             question = queue.recv() => {
-                let Some(Question { asked, ask, told }) = question else { return None };
+                let Question { asked, ask, told } = question?;
                 if asked.elapsed() > CALL_TIMEOUT {
                     continue;
                 }

@@ -356,7 +356,7 @@ impl Raft {
                 self.on_conflict(&peer, prev_index, hint_index, hint_term);
             }
             Body::HeartbeatReply { round, verified } => {
-                self.on_heartbeat_reply(&peer, round, verified)
+                self.on_heartbeat_reply(&peer, round, verified);
             }
             Body::Census { .. } => {}
         }

@@ -376,11 +376,11 @@ impl World {
         }
         self.watch_leader(who);
         for message in ready.messages {
-            self.fly(message);
+            self.fly(&message);
         }
     }
 
-    fn fly(&mut self, message: Message) {
+    fn fly(&mut self, message: &Message) {
         let faults = self.faults;
         if self
             .cut
