@@ -320,6 +320,8 @@ impl Actor {
         let got = self.server.control.promote(PROMOTE_MAX).await?;
         tracing::info!(%term, timeline = %got, "promoted");
         self.server.data_changed();
+        // A look that began before the end of recovery must not be taken for a fall back into it.
+        self.server.forget_sample();
         self.server.set_in_force(Some(sync));
         self.server
             .instance

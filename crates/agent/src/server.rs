@@ -39,6 +39,8 @@ struct Known {
     active_transactions: Option<u32>,
     busy: bool,
     count_transactions: bool,
+    /// Grows when what a look in progress will say is out of date.
+    epoch: u64,
     /// When a new session was last let in (or refused in words).
     answered_at: Option<BootTime>,
 }
@@ -117,6 +119,15 @@ impl LocalServer {
         };
         drop(k);
         self.changed.notify_one();
+    }
+
+    /// What was seen before says nothing any more: the role has changed.
+    pub fn forget_sample(&self) {
+        let mut k = self.known();
+        k.sample = None;
+        k.epoch = k.epoch.wrapping_add(1);
+        drop(k);
+        self.poke();
     }
 
     /// It may accept writes from now on.
@@ -296,7 +307,10 @@ impl LocalServer {
     }
 
     async fn look_once(&self, process: &Postmaster) {
-        let count = self.known().count_transactions;
+        let (count, epoch) = {
+            let k = self.known();
+            (k.count_transactions, k.epoch)
+        };
         let sample = self.control.sample(SAMPLE_TIMEOUT).await;
         let active = if count {
             self.control
@@ -307,7 +321,7 @@ impl LocalServer {
             None
         };
         let mut k = self.known();
-        if k.process.as_ref().map(Postmaster::pid) != Some(process.pid()) {
+        if k.epoch != epoch || k.process.as_ref().map(Postmaster::pid) != Some(process.pid()) {
             return;
         }
         if let Ok(sample) = sample {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Mind, StopHow, Task, standby};
+use super::{Mind, StopHow, Task, TaskKind, standby};
 use crate::observe::{DataView, Server, ServerView};
 use crate::records::{
     Change, ClusterRecord, ClusterView, Key, Leadership, Record, Request, RequestKind, RequestPhase,
@@ -173,6 +173,16 @@ fn lease_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
 
 /// Elected, and still a standby.
 fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    let promoting = mind
+        .o
+        .task
+        .as_ref()
+        .is_some_and(|t| t.task.kind() == TaskKind::Promote);
+    if promoting {
+        // PostgreSQL makes the new timeline's files a moment before it says that recovery is over.
+        mind.out.lease = super::LeaseWish::Hold(l.term);
+        return mind.because("promoting", format!("promoting to timeline {}", l.timeline));
+    }
     if l.open || s.timeline >= l.timeline {
         // It was primary in this term once; the lease lapsed since. A new term decides.
         mind.because(
