@@ -69,40 +69,28 @@ impl Drop for Process {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn follows_failovers_without_a_gap() {
-    if ran_as_postgres("follows_failovers_without_a_gap") {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
-    let root = dir.path();
-    let mut first = Server::new(root, "m1");
-    first.sql("create table t (n int)");
-    let mut second = Server::standby(root, "m2", &first);
-    let daemon = Daemon::start(config(root), topology(1, &[&first, &second]));
-    daemon.until("first backup", |s| s.backups == 1).await;
-    first.sql("insert into t values (1); select pg_switch_wal()");
-    first.sql("insert into t values (2)");
-    second.until("select count(*) from t", "2");
-    // The daemon gets further than the standby that will lead, by a whole segment and some: what it
-    // has beyond the fork must neither be lost nor be used.
+/// The daemon gets further than the standby that will lead, by a whole segment and some: what it has
+/// beyond the fork must neither be lost nor be used.
+async fn fail_over_to_a_standby_behind_the_daemon(
+    daemon: &Daemon,
+    first: &mut Server,
+    second: &mut Server,
+) {
     second.kill();
     first.sql("insert into t values (98)");
     first.sql("select pg_switch_wal()");
     first.sql("insert into t values (99)");
-    daemon.caught_up(&first).await;
+    daemon.caught_up(first).await;
     first.kill();
     second.start();
     second.sql("select pg_promote()");
-    daemon
-        .topology
-        .send_replace(topology(2, &[&second, &first]));
+    daemon.topology.send_replace(topology(2, &[second, first]));
     second.sql("insert into t values (3)");
     let status = daemon
         .until("timeline 2", |s| s.timeline == TimelineId(2))
         .await;
     assert_eq!(status.missing_wal, []);
-    daemon.caught_up(&second).await;
+    daemon.caught_up(second).await;
     let held = daemon.repository();
     let fork = held
         .history(TimelineId(2))
@@ -121,6 +109,24 @@ async fn follows_failovers_without_a_gap() {
             >= 1,
         "the old leader's tail is gone"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn follows_failovers_without_a_gap() {
+    if ran_as_postgres("follows_failovers_without_a_gap") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let mut first = Server::new(root, "m1");
+    first.sql("create table t (n int)");
+    let mut second = Server::standby(root, "m2", &first);
+    let daemon = Daemon::start(config(root), topology(1, &[&first, &second]));
+    daemon.until("first backup", |s| s.backups == 1).await;
+    first.sql("insert into t values (1); select pg_switch_wal()");
+    first.sql("insert into t values (2)");
+    second.until("select count(*) from t", "2");
+    fail_over_to_a_standby_behind_the_daemon(&daemon, &mut first, &mut second).await;
 
     // Once more, with a whole segment between.
     let third = Server::standby(root, "m3", &second);
