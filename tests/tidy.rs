@@ -378,7 +378,11 @@ fn every_module_says_what_it_is() {
     let mut problems = Vec::new();
     for path in files(&[".rs"]) {
         // Unit tests in a file of their own are documented by what they test.
-        let unit_tests = path.ends_with("tests.rs");
+        let in_src = path.components().any(|c| c.as_os_str() == "src");
+        let unit_tests = in_src
+            && path
+                .components()
+                .any(|c| c.as_os_str() == "tests" || c.as_os_str() == "tests.rs");
         if !unit_tests && !read(&path).starts_with("//!") {
             problems.push(format!(
                 "{} does not begin with //! and what it is for",

@@ -21,17 +21,12 @@ pub fn run(dir: &Path, args: &DownArgs) -> anyhow::Result<u8> {
     };
     if let Some(account) = owner::successor(dir)? {
         let typed: Vec<_> = std::env::args_os().collect();
-        let status = owner::again_as(&account, dir, &typed)
-            .status()
-            .context("cannot run as another user")?;
-        if args.purge && status.success() {
+        let code = owner::run_to_the_end(owner::again_as(&account, dir, &typed))?;
+        if args.purge && code == exit::OK {
             // Only root may take the empty directory out of its parent. It stays where it is not empty.
             let _ = std::fs::remove_dir(dir);
         }
-        return Ok(status
-            .code()
-            .and_then(|c| u8::try_from(c).ok())
-            .unwrap_or(exit::FAILURE));
+        return Ok(code);
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

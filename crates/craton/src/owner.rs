@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::exit::Problem;
+use crate::processes::ProcessId;
 
 /// The user that root hands over to.
 pub const SERVICE_USER: &str = "postgres";
@@ -77,25 +79,13 @@ pub fn successor(dir: &Path) -> anyhow::Result<Option<Account>> {
     }
 }
 
-/// As root: makes `dir` for `account`, and checks that `account` can get there.
-pub fn prepare_directory(dir: &Path, account: &Account) -> anyhow::Result<()> {
-    if !dir.exists() {
-        std::fs::create_dir_all(dir).map_err(|e| cannot_create(dir, &e))?;
-        std::os::unix::fs::chown(dir, Some(account.uid), Some(account.gid))
-            .with_context(|| format!("cannot give {} to {}", dir.display(), account.name))?;
-        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
-            .with_context(|| format!("cannot make {} private", dir.display()))?;
-    }
-    let meta =
-        std::fs::metadata(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
-    let empty = std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
-    if meta.uid() != account.uid && empty {
-        std::os::unix::fs::chown(dir, Some(account.uid), Some(account.gid))
-            .with_context(|| format!("cannot give {} to {}", dir.display(), account.name))?;
-    }
+/// As root: makes `dir` for `account`, having checked that `account` can get there. True when it was made.
+pub fn prepare_directory(dir: &Path, account: &Account) -> anyhow::Result<bool> {
     for parent in dir.ancestors().skip(1) {
-        let meta = std::fs::metadata(parent)
-            .with_context(|| format!("cannot look at {}", parent.display()))?;
+        // Those that do not exist yet will be made for everybody to pass.
+        let Ok(meta) = std::fs::metadata(parent) else {
+            continue;
+        };
         let shift = if meta.uid() == account.uid {
             6
         } else if meta.gid() == account.gid {
@@ -103,21 +93,58 @@ pub fn prepare_directory(dir: &Path, account: &Account) -> anyhow::Result<()> {
         } else {
             0
         };
-        if meta.mode() >> shift & 0o1 == 0 {
+        if (meta.mode() >> shift) & 0o1 == 0 {
             let what = format!(
                 "the user \"{}\" cannot enter {}, and so cannot use {}",
                 account.name,
                 parent.display(),
                 dir.display()
             );
-            return Err(Problem::machine(
-                what,
-                "choose a directory that everybody can reach, for example --dir /var/lib/craton",
-            )
-            .into());
+            let hint =
+                "choose a directory that everybody can reach, for example --dir /var/lib/craton";
+            return Err(Problem::machine(what, hint).into());
         }
     }
-    Ok(())
+    let new = !dir.exists();
+    if new {
+        std::fs::create_dir_all(dir).map_err(|e| cannot_create(dir, &e))?;
+    }
+    let meta =
+        std::fs::metadata(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
+    let empty = std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_none());
+    if meta.uid() != account.uid && empty {
+        std::os::unix::fs::chown(dir, Some(account.uid), Some(account.gid))
+            .with_context(|| format!("cannot give {} to {}", dir.display(), account.name))?;
+        std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))
+            .with_context(|| format!("cannot make {} private", dir.display()))?;
+    }
+    Ok(new)
+}
+
+/// Runs a command to its end and returns its exit code. What is sent to us goes to it: it has to clean up
+/// first.
+pub fn run_to_the_end(command: Command) -> anyhow::Result<u8> {
+    crate::cli::wait_for(async {
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+        let mut child = tokio::process::Command::from(command)
+            .spawn()
+            .context("cannot run as another user")?;
+        let pid = child
+            .id()
+            .and_then(|pid| ProcessId::of(i32::try_from(pid).ok()?));
+        loop {
+            tokio::select! {
+                status = child.wait() => {
+                    let code = status.context("cannot wait for the command")?.code();
+                    return Ok(code.and_then(|c| u8::try_from(c).ok()).unwrap_or(crate::exit::FAILURE));
+                }
+                _ = interrupt.recv() => {}
+                _ = terminate.recv() => {}
+            }
+            pid.map(|pid| pid.signal(rustix::process::Signal::INT));
+        }
+    })
 }
 
 /// The error for a directory that cannot be made.

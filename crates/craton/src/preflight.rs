@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use craton_pg::Binaries;
 
 use crate::exit::Problem;
-use crate::layout::{HOST, Layout, MEMBERS_MAX};
+use crate::layout::{HOST, Layout};
 use crate::owner;
 
 /// Free space that a new cluster needs, in bytes: members, WAL, backups and room to work.
@@ -141,9 +141,9 @@ pub fn ports(layout: &Layout) -> anyhow::Result<()> {
                 .unwrap_or_default();
             let what = format!("port {port} ({purpose}) on {HOST} is taken{who}: {error}");
             let hint = format!(
-                "stop what uses it, or choose other ports with --base-port (now {}; a cluster uses about {} ports from there)",
-                layout.cluster.base_port,
-                42 + u16::from(MEMBERS_MAX)
+                "stop what uses it, or choose other ports with --base-port (a cluster uses ports {} to {})",
+                layout.proxy_port(),
+                layout.backup_http_port()
             );
             return Err(Problem::machine(what, hint).into());
         }

@@ -114,17 +114,12 @@ fn as_owner(
         }
     };
     let typed: Vec<_> = std::env::args_os().map(absolute).collect();
-    let status = owner::again_as(account, dir, &typed)
-        .status()
-        .context("cannot run as another user")?;
-    if made && !status.success() {
+    let code = owner::run_to_the_end(owner::again_as(account, dir, &typed))?;
+    if made && code != exit::OK {
         // Nothing of a failed restore stays; it is not removed where something is in it.
         let _ = std::fs::remove_dir(directory);
     }
-    Ok(status
-        .code()
-        .and_then(|c| u8::try_from(c).ok())
-        .unwrap_or(exit::FAILURE))
+    Ok(code)
 }
 
 fn usage(what: impl Into<String>) -> anyhow::Error {

@@ -1,7 +1,6 @@
 //! `craton up`: a whole cluster on this machine, ready when the command returns.
 
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -32,10 +31,14 @@ pub fn run(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
             // Before anything is made: what is missing is said without leaving a trace.
             preflight::postgres(!args.no_sample)?;
         }
-        owner::prepare_directory(dir, &account)?;
+        let made = owner::prepare_directory(dir, &account)?;
         let typed: Vec<_> = std::env::args_os().collect();
-        let mut command = owner::again_as(&account, dir, &typed);
-        return Err(command.exec()).with_context(|| format!("cannot run as {}", account.name));
+        let code = owner::run_to_the_end(owner::again_as(&account, dir, &typed))?;
+        if made && code != exit::OK {
+            // Only root may take the empty directory away again. It stays where something is in it.
+            let _ = std::fs::remove_dir(dir);
+        }
+        return Ok(code);
     }
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
