@@ -92,6 +92,8 @@ pub enum Event {
     Exact { m: usize, run: u64 },
     /// PostgreSQL's housekeeping.
     PgTick { m: usize, run: u64 },
+    /// A clean shutdown looks whether it is done.
+    Stopping { m: usize, run: u64 },
     /// The disk has flushed up to here.
     Flushed { m: usize, run: u64, upto: usize },
     /// A process of PostgreSQL reads the configuration again: a WAL sender, or the checkpointer.
@@ -131,6 +133,7 @@ impl Event {
             | Self::Ready { m, .. }
             | Self::Exact { m, .. }
             | Self::PgTick { m, .. }
+            | Self::Stopping { m, .. }
             | Self::Flushed { m, .. }
             | Self::Reread { m, .. }
             | Self::Pump { m, .. }

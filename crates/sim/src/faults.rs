@@ -105,6 +105,11 @@ impl World {
         if self.faults.calm {
             return;
         }
+        if self.options.ambushes {
+            self.fault(Fault::Ambush);
+            let pause = self.rng.between(6 * SECOND, 12 * SECOND);
+            return self.after(pause, Event::NextFault);
+        }
         let fault = self.draw_fault();
         self.fault(fault);
         let pause = if self.rng.chance(30) {
@@ -157,7 +162,11 @@ impl World {
         if self.faults.calm {
             return;
         }
-        let long = if self.rng.chance(25) { 8 * SECOND } else { 2 * SECOND };
+        let long = if self.rng.chance(25) {
+            8 * SECOND
+        } else {
+            2 * SECOND
+        };
         let lasts = self.rng.between(20 * MS, long);
         if let Some(repair) = self.strike(fault) {
             self.after(lasts, Event::Repair(repair));
@@ -171,9 +180,12 @@ impl World {
                 Repair::StartHost(m)
             }
             Fault::LoseDisk(m) => {
+                // Two copies at once are more than k = 1 promises to survive: only out of a whole cluster.
+                if !self.faults.disk_lost && self.is_whole() {
+                    self.members[m].data = Data::Empty;
+                    self.faults.disk_lost = true;
+                }
                 self.crash_host(m);
-                self.members[m].data = Data::Empty;
-                self.faults.disk_lost = true;
                 Repair::StartHost(m)
             }
             Fault::KillPostgres(m) => {
@@ -269,17 +281,16 @@ impl World {
         let n = self.members.len();
         let turn = self.rng.below(2);
         let (x, y) = ((leader + 1 + turn) % n, (leader + 2 - turn) % n);
-        let lag = self.rng.between(SECOND, 6 * SECOND);
+        let lag = self.rng.between(SECOND, 10 * SECOND);
         self.net.wal_lag[x] = lag;
-        let until = self.now + self.rng.between(6 * SECOND, 12 * SECOND);
+        let until = self.now + self.rng.between(8 * SECOND, 14 * SECOND);
         self.at(until, Event::Repair(Repair::Wal(x)));
         let mut at = self.now + self.rng.between(200 * MS, SECOND);
         match self.rng.below(3) {
             0 if y != leader && !self.faults.disk_lost && self.is_whole() => {
                 self.at(at, Event::Fault(Fault::LoseDisk(y)));
                 self.at(at + 100 * MS, Event::Repair(Repair::StartHost(y)));
-                self.net.wal_lag[y] = lag;
-                self.at(until, Event::Repair(Repair::Wal(y)));
+                self.at(at + 50 * MS, Event::Fault(Fault::LagWal(y)));
             }
             1 if y != leader => self.at(at, Event::Fault(Fault::CrashHost(y))),
             _ => {}

@@ -47,6 +47,8 @@ pub struct Options {
     pub fault_seconds: u64,
     /// Clocks run at any rate and there is no fence: nothing acknowledged may be lost all the same.
     pub lying_clocks: bool,
+    /// Only the rare orders of events that the rules on sync sets and incarnations are there for.
+    pub ambushes: bool,
     /// A rule to break on purpose.
     pub flaw: Option<Flaw>,
     /// Keep a trace.
@@ -61,6 +63,7 @@ impl Default for Options {
             sync_standbys: 1,
             fault_seconds: 20,
             lying_clocks: false,
+            ambushes: false,
             flaw: None,
             trace: false,
         }

@@ -7,13 +7,14 @@ use craton_core::settings::Durability;
 use craton_sim::{Flaw, Options, Outcome, run};
 
 /// How it is called.
-const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--fault-seconds S] [--flaw NAME] [--keep-going]
+const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--fault-seconds S] [--flaw NAME] [--keep-going]
   --seed N         run one seed and print what broke; with --trace also everything that happened
   --seeds A..B     run the seeds from A to B - 1 (default 0..1000)
   --members N      2 to 26 members (default 3)
   --sync K         k, the number of synchronous standbys (default 1)
   --async          durability async (default quorum)
   --lying-clocks   clocks run at any rate, and there is no fence
+  --ambushes       only rare orders of events, made to order
   --flaw NAME      break a rule on purpose: one-seal-too-few, no-wait, old-leader-left-out, incarnation-forgotten, seal-keeps-streaming, no-fence, promises-forgotten
   --keep-going     do not stop at the first seed that fails
 ";
@@ -62,6 +63,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             "--fault-seconds" => parsed.options.fault_seconds = number(value()?)?,
             "--async" => parsed.options.durability = Durability::Async,
             "--lying-clocks" => parsed.options.lying_clocks = true,
+            "--ambushes" => parsed.options.ambushes = true,
             "--trace" => parsed.options.trace = true,
             "--keep-going" => parsed.keep_going = true,
             "--flaw" => {
@@ -95,6 +97,9 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
     }
     if options.lying_clocks {
         more.push_str(" --lying-clocks");
+    }
+    if options.ambushes {
+        more.push_str(" --ambushes");
     }
     if let Some(flaw) = options.flaw {
         more.push_str(" --flaw ");

@@ -24,6 +24,8 @@ pub struct Postgres {
     pub exact: bool,
     /// A clean shutdown is under way.
     pub stopping: bool,
+    /// When it ends even if standbys have not received everything.
+    pub stop_by: u64,
     /// Whom `primary_conninfo` names.
     pub upstream: Option<usize>,
     /// The incarnation in `application_name`.

@@ -12,6 +12,8 @@ use crate::world::{MS, SECOND, US, World};
 const SILENCE_MAX: u64 = 2 * SECOND;
 /// `wal_retrieve_retry_interval`.
 const RETRY: u64 = 300 * MS;
+/// How long a clean shutdown waits for the standbys.
+const STOP_MAX: u64 = 3 * SECOND;
 /// The run of a side of a connection that is closed.
 const CLOSED: u64 = 0;
 /// PostgreSQL's housekeeping.
@@ -46,6 +48,7 @@ impl World {
             maybe_primary: primary.is_some(),
             exact: false,
             stopping: false,
+            stop_by: 0,
             upstream,
             incarnation,
             receiver: None,
@@ -445,6 +448,8 @@ impl World {
     /// Housekeeping: timeouts, a new receiver, keep-alives, checkpoints.
     pub fn pg_tick(&mut self, m: usize, run: u64) {
         let now = self.now;
+        // A standby that lags is slow, not silent.
+        let lag = self.net.wal_lag.clone();
         let conns = std::mem::take(&mut self.conns);
         let Some(pg) = self.pg(m, run) else {
             self.conns = conns;
@@ -460,13 +465,13 @@ impl World {
                 .get(&conn)
                 .is_some_and(|c| c.up.1 != CLOSED || !c.to_down.is_empty())
         };
-        pg.senders
-            .retain(|s| sends(s.conn) && now.saturating_sub(s.heard) < SILENCE_MAX);
+        pg.senders.retain(|s| {
+            sends(s.conn) && now.saturating_sub(s.heard) < SILENCE_MAX + 2 * lag[s.member]
+        });
         let senders: Vec<u64> = pg.senders.iter().map(|s| s.conn).collect();
-        let lost = pg
-            .receiver
-            .as_ref()
-            .is_some_and(|r| !hears(r.conn) || now.saturating_sub(r.heard) > SILENCE_MAX);
+        let lost = pg.receiver.as_ref().is_some_and(|r| {
+            !hears(r.conn) || now.saturating_sub(r.heard) > SILENCE_MAX + 2 * lag[m]
+        });
         self.conns = conns;
         let Some(pg) = self.pg(m, run) else { return };
         let standby = pg.ready && !pg.primary && !pg.maybe_primary;
@@ -623,6 +628,39 @@ impl World {
         } else {
             self.write(asked);
         }
+    }
+
+    /// A clean shutdown begins. It goes on by itself, whatever becomes of the agent.
+    pub fn shut_down(&mut self, m: usize) {
+        let now = self.now;
+        let Some(pg) = &mut self.members[m].pg else {
+            return;
+        };
+        // Clients that wait for standbys are cut off, unanswered.
+        pg.stopping = true;
+        pg.waiting.clear();
+        pg.stop_by = now + STOP_MAX;
+        let (run, primary) = (pg.run, pg.primary);
+        if primary {
+            self.append(m, Kind::Other);
+            self.flush_now(m);
+        }
+        self.after(5 * MS, Event::Stopping { m, run });
+    }
+
+    /// Gone once every standby has all WAL, or the wait for them is over.
+    pub fn pg_stopping(&mut self, m: usize, run: u64) {
+        let now = self.now;
+        let flushed = self.members[m].data.database().map_or(0, |d| d.flushed);
+        let Some(pg) = self.pg(m, run) else { return };
+        let sent = !pg.primary || pg.senders.iter().all(|s| s.flush >= flushed);
+        if !sent && now < pg.stop_by {
+            return self.after(5 * MS, Event::Stopping { m, run });
+        }
+        if let Some(db) = self.members[m].data.database_mut() {
+            db.checkpoint = db.timeline();
+        }
+        self.pg_exit(m, false);
     }
 
     /// The fence: past its deadline nothing that may be a primary lives.

@@ -17,8 +17,6 @@ const RETRY_MIN: u64 = 200 * MS;
 const RETRY_MAX: u64 = 10 * SECOND;
 /// One attempt to prove a sync set.
 const SYNC_MAX: u64 = 5 * SECOND;
-/// How long a clean stop waits for the standbys.
-const STOP_MAX: u64 = 3 * SECOND;
 /// Until a started server answers, or a seal is made.
 const READY_MAX: u64 = 30 * SECOND;
 /// The pause between two looks.
@@ -237,33 +235,13 @@ impl World {
             self.pg_exit(m, false);
             return Step::Done;
         }
-        let now = self.now;
-        let Some(pg) = &mut self.members[m].pg else {
+        if self.members[m].pg.is_none() {
             return Step::Done;
-        };
+        }
         if r.stage == 0 {
-            // Clients that wait for standbys are cut off, unanswered.
-            pg.stopping = true;
-            pg.waiting.clear();
-            if pg.primary {
-                self.append(m, Kind::Other);
-                self.flush_now(m);
-            }
-            return Step::Again(1, LOOK);
+            self.shut_down(m);
         }
-        let flushed = self.members[m].data.database().map_or(0, |d| d.flushed);
-        let Some(pg) = &self.members[m].pg else {
-            return Step::Done;
-        };
-        let sent = pg.senders.iter().all(|s| s.flush >= flushed);
-        if (pg.primary && !sent) && now < r.since + STOP_MAX {
-            return Step::Again(1, LOOK);
-        }
-        if let Some(db) = self.members[m].data.database_mut() {
-            db.checkpoint = db.timeline();
-        }
-        self.pg_exit(m, false);
-        Step::Done
+        Step::Again(1, LOOK)
     }
 
     fn follow(&mut self, m: usize, leader: &MemberId, term: Term) -> Step {

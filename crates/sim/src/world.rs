@@ -216,6 +216,7 @@ impl World {
             Event::View { m, life, view } => self.learn(m, life, &view),
             Event::Ready { m, run } => self.pg_ready(m, run),
             Event::Exact { m, run } => self.pg_exact(m, run),
+            Event::Stopping { m, run } => self.pg_stopping(m, run),
             Event::PgTick { m, run } => self.pg_tick(m, run),
             Event::Flushed { m, run, upto } => self.pg_flushed(m, run, upto),
             Event::Reread { m, run, conn } => self.pg_reread(m, run, conn),
@@ -280,7 +281,8 @@ impl Member {
     fn new(i: usize, lying: bool, rng: &mut Rng) -> Self {
         let letter = char::from(b'a' + u8::try_from(i % 26).unwrap_or(0));
         let drift = if lying { LYING_MAX_PPM } else { DRIFT_MAX_PPM };
-        let ppm = i64::try_from(rng.between(0, 2 * drift)).unwrap_or(0) - i64::try_from(drift).unwrap_or(0);
+        let ppm = i64::try_from(rng.between(0, 2 * drift)).unwrap_or(0)
+            - i64::try_from(drift).unwrap_or(0);
         let clock = Clock {
             base: rng.between(10 * SECOND, 1_000_000 * SECOND),
             ppm,

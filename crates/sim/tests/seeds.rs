@@ -1,0 +1,164 @@
+//! Hundreds of clusters, each from a seed: no invariant breaks, and a rule broken on purpose is found out.
+
+use craton_core::settings::Durability;
+use craton_sim::{Flaw, Options, run};
+
+/// Runs the seeds; the first that fails names the command that replays it.
+fn check(seeds: std::ops::Range<u64>, options: &Options) {
+    let mut acknowledged = 0;
+    for seed in seeds {
+        let outcome = run(seed, options);
+        acknowledged += outcome.acknowledged;
+        assert!(
+            outcome.violations.is_empty(),
+            "seed {seed} failed: {:#?}\noptions: {options:?}\nreplay: make sim SEED={seed} ARGS=\"--members {} --sync {} --trace\" (and the other options)",
+            outcome.violations,
+            options.members,
+            options.sync_standbys,
+        );
+    }
+    assert!(acknowledged > 0, "no client was served: nothing was tested");
+}
+
+/// Looks for a seed in which the broken rule does harm.
+fn found_out(flaw: Flaw, harm: &str, options: Options) {
+    let broken = Options {
+        flaw: Some(flaw),
+        ..options.clone()
+    };
+    let seed = (0..SEEDS_FOR_A_FLAW).find(|seed| {
+        run(*seed, &broken)
+            .violations
+            .iter()
+            .any(|v| v.contains(harm))
+    });
+    let Some(seed) = seed else {
+        panic!(
+            "{flaw:?} was not found out in {SEEDS_FOR_A_FLAW} seeds: the simulator has lost its sight"
+        );
+    };
+    let outcome = run(seed, &options);
+    assert!(
+        outcome.violations.is_empty(),
+        "seed {seed}: {:?}",
+        outcome.violations
+    );
+}
+
+/// A broken rule does harm in one of some ten to some two hundred seeds.
+const SEEDS_FOR_A_FLAW: u64 = 3000;
+
+fn ambushes() -> Options {
+    Options {
+        ambushes: true,
+        ..Options::default()
+    }
+}
+
+#[test]
+fn three_members() {
+    check(0..500, &Options::default());
+}
+
+#[test]
+fn two_members() {
+    let options = Options {
+        members: 2,
+        ..Options::default()
+    };
+    check(0..150, &options);
+}
+
+#[test]
+fn four_members_two_synchronous() {
+    let options = Options {
+        members: 4,
+        sync_standbys: 2,
+        ..Options::default()
+    };
+    check(0..150, &options);
+}
+
+#[test]
+fn five_members_two_synchronous() {
+    let options = Options {
+        members: 5,
+        sync_standbys: 2,
+        ..Options::default()
+    };
+    check(0..100, &options);
+}
+
+#[test]
+fn asynchronous() {
+    let options = Options {
+        durability: Durability::Async,
+        ..Options::default()
+    };
+    check(0..150, &options);
+}
+
+#[test]
+fn nothing_is_lost_even_without_clocks_and_fence() {
+    let options = Options {
+        lying_clocks: true,
+        ..Options::default()
+    };
+    check(0..200, &options);
+}
+
+#[test]
+fn rare_orders_of_events() {
+    check(0..300, &ambushes());
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    let options = Options {
+        trace: true,
+        ..Options::default()
+    };
+    let (a, b) = (run(7, &options), run(7, &options));
+    assert!(a.trace.len() > 10_000, "there is a trace");
+    assert_eq!(a, b);
+    assert_ne!(a.trace, run(8, &options).trace);
+}
+
+#[test]
+fn one_seal_too_few_loses_commits() {
+    found_out(Flaw::OneSealTooFew, "LOST", Options::default());
+}
+
+#[test]
+fn no_wait_before_a_removal_loses_commits() {
+    found_out(Flaw::NoWait, "LOST", ambushes());
+}
+
+#[test]
+fn the_old_leader_left_out_loses_commits() {
+    found_out(Flaw::OldLeaderLeftOut, "LOST", ambushes());
+}
+
+#[test]
+fn a_forgotten_incarnation_loses_commits() {
+    found_out(Flaw::IncarnationForgotten, "LOST", ambushes());
+}
+
+#[test]
+fn a_seal_that_goes_on_streaming_loses_commits() {
+    let options = Options {
+        lying_clocks: true,
+        ..Options::default()
+    };
+    found_out(Flaw::SealKeepsStreaming, "LOST", options);
+}
+
+#[test]
+fn without_the_fence_two_primaries_run() {
+    found_out(Flaw::NoFence, "two primaries", Options::default());
+}
+
+#[test]
+fn forgotten_promises_make_two_leases() {
+    found_out(Flaw::PromisesForgotten, "two leases", Options::default());
+}
