@@ -1,0 +1,307 @@
+//! What a text tells about state that stays with a server connection after its transaction.
+//!
+//! Only words are looked at, whatever they stand in: a text that says more than it does costs a pinned session, one
+//! that says less could give one client's state to another. Which kind of statement ran is known from the server's
+//! command tags; the text only adds what tags do not tell.
+
+/// What was found, as a set.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Traits(u16);
+
+impl Traits {
+    /// Nothing.
+    pub const NONE: Self = Self(0);
+    /// A temporary object.
+    pub const TEMPORARY: Self = Self(1);
+    /// Something is created, or selected into.
+    pub const CREATES: Self = Self(1 << 1);
+    /// A session's advisory lock.
+    pub const ADVISORY_LOCK: Self = Self(1 << 2);
+    /// A cursor that outlives its transaction.
+    pub const HOLD: Self = Self(1 << 3);
+    /// SET of a parameter that is followed, or for this transaction only.
+    pub const SET_FOLLOWED: Self = Self(1 << 4);
+    /// SET of anything else.
+    pub const SET_OTHER: Self = Self(1 << 5);
+    /// `set_config` that may be for the session.
+    pub const SET_CONFIG: Self = Self(1 << 6);
+    /// `true` follows `set_config`.
+    const TRUE: Self = Self(1 << 7);
+
+    /// True when all of `other` is in here.
+    pub fn has(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// Both together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// Parameters whose changes the server reports, so that they can be followed and set again elsewhere.
+pub const FOLLOWED: [&str; 6] = [
+    "client_encoding",
+    "DateStyle",
+    "IntervalStyle",
+    "TimeZone",
+    "application_name",
+    "standard_conforming_strings",
+];
+
+/// The longest word that means something here.
+const WORD_MAX: usize = 32;
+
+/// Reads a text piece by piece.
+#[derive(Debug, Default)]
+pub struct Inspector {
+    word: [u8; WORD_MAX],
+    len: usize,
+    traits: u16,
+    after: After,
+}
+
+/// What the last words were.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+enum After {
+    #[default]
+    Nothing,
+    Set,
+    SetTime,
+    SetConfig,
+}
+
+impl Inspector {
+    /// Looks at the next piece.
+    pub fn feed(&mut self, text: &[u8]) {
+        for byte in text {
+            if byte.is_ascii_alphanumeric() || *byte == b'_' || *byte >= 0x80 {
+                if let Some(place) = self.word.get_mut(self.len) {
+                    *place = byte.to_ascii_lowercase();
+                }
+                self.len += 1;
+            } else if self.len > 0 {
+                self.end_word();
+            }
+        }
+    }
+
+    /// What was found until now.
+    pub fn finish(&mut self) -> Traits {
+        if self.len > 0 {
+            self.end_word();
+        }
+        let mut found = Traits(self.traits);
+        if found.has(Traits::SET_CONFIG.and(Traits::TRUE)) {
+            found.0 &= !(Traits::SET_CONFIG.0 | Traits::TRUE.0);
+        }
+        found
+    }
+
+    fn found(&mut self, traits: Traits) {
+        self.traits |= traits.0;
+    }
+
+    fn end_word(&mut self) {
+        let buffer = self.word;
+        let word = buffer.get(..self.len).unwrap_or_default();
+        self.len = 0;
+        let followed = FOLLOWED
+            .iter()
+            .any(|name| name.as_bytes().eq_ignore_ascii_case(word));
+        match (self.after, word) {
+            (After::Set, b"session") => return,
+            (After::Set, b"time") => {
+                self.after = After::SetTime;
+                return;
+            }
+            (After::Set, b"local" | b"transaction" | b"constraints" | b"names") => {
+                self.found(Traits::SET_FOLLOWED)
+            }
+            (After::Set, _) if followed => self.found(Traits::SET_FOLLOWED),
+            (After::SetTime, b"zone") => self.found(Traits::SET_FOLLOWED),
+            (After::Set | After::SetTime, _) => self.found(Traits::SET_OTHER),
+            (After::SetConfig, b"true") => self.found(Traits::TRUE),
+            _ => {}
+        }
+        if self.after != After::SetConfig {
+            self.after = After::Nothing;
+        }
+        match word {
+            b"set" => self.after = After::Set,
+            b"set_config" => {
+                // A second call in the same text cannot be told from the first one's arguments.
+                if self.traits & Traits::SET_CONFIG.0 != 0 {
+                    self.found(Traits::SET_OTHER);
+                }
+                self.found(Traits::SET_CONFIG);
+                self.after = After::SetConfig;
+            }
+            b"temp" | b"temporary" | b"pg_temp" => self.found(Traits::TEMPORARY),
+            b"create" | b"into" => self.found(Traits::CREATES),
+            b"hold" => self.found(Traits::HOLD),
+            b"pg_advisory_lock"
+            | b"pg_advisory_lock_shared"
+            | b"pg_try_advisory_lock"
+            | b"pg_try_advisory_lock_shared" => {
+                self.found(Traits::ADVISORY_LOCK);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Looks at a whole text.
+pub fn inspect(text: &[u8]) -> Traits {
+    let mut inspector = Inspector::default();
+    inspector.feed(text);
+    inspector.finish()
+}
+
+/// What a completed command means for the connection that it ran on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Effect {
+    /// Nothing that stays.
+    None,
+    /// State that cannot be moved.
+    Pins,
+    /// `DISCARD ALL`: the session is as new.
+    Discards,
+    /// `DEALLOCATE ALL`: no prepared statement is left.
+    Deallocates,
+}
+
+/// Judges a command by its tag and the traits of the texts that it may have come from.
+pub fn effect(tag: &[u8], traits: Traits) -> Effect {
+    let temporary = traits.has(Traits::TEMPORARY.and(Traits::CREATES));
+    if temporary || traits.has(Traits::ADVISORY_LOCK) || traits.has(Traits::SET_CONFIG) {
+        return Effect::Pins;
+    }
+    match tag {
+        b"SET" if traits.has(Traits::SET_OTHER) || !traits.has(Traits::SET_FOLLOWED) => {
+            Effect::Pins
+        }
+        b"LISTEN" | b"PREPARE" | b"LOAD" => Effect::Pins,
+        b"DECLARE CURSOR" if traits.has(Traits::HOLD) => Effect::Pins,
+        b"DISCARD ALL" => Effect::Discards,
+        b"DEALLOCATE ALL" => Effect::Deallocates,
+        _ => Effect::None,
+    }
+}
+
+/// The name in `DEALLOCATE [PREPARE] name`, if the text is that and nothing else.
+pub fn deallocated_name(text: &[u8]) -> Option<&[u8]> {
+    let text = text.trim_ascii();
+    let text = text.strip_suffix(b";").unwrap_or(text).trim_ascii();
+    let mut words = text
+        .split(u8::is_ascii_whitespace)
+        .filter(|w| !w.is_empty());
+    if !words.next()?.eq_ignore_ascii_case(b"deallocate") {
+        return None;
+    }
+    let mut name = words.next()?;
+    if name.eq_ignore_ascii_case(b"prepare") {
+        name = words.next()?;
+    }
+    if words.next().is_some() || name.eq_ignore_ascii_case(b"all") {
+        return None;
+    }
+    Some(
+        name.strip_prefix(b"\"")
+            .and_then(|n| n.strip_suffix(b"\""))
+            .unwrap_or(name),
+    )
+}
+
+/// True for `ROLLBACK` and `ABORT` alone: a transaction that is lost is what they ask for.
+pub fn is_rollback(text: &[u8]) -> bool {
+    let text = text.trim_ascii();
+    let text = text.strip_suffix(b";").unwrap_or(text).trim_ascii();
+    text.eq_ignore_ascii_case(b"rollback") || text.eq_ignore_ascii_case(b"abort")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn judge(tag: &str, text: &str) -> Effect {
+        effect(tag.as_bytes(), inspect(text.as_bytes()))
+    }
+
+    #[test]
+    fn what_pins_and_what_does_not() {
+        let pins = [
+            ("SET", "SET search_path TO a"),
+            ("SET", "set session statement_timeout = 5"),
+            (
+                "SET",
+                "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+            ),
+            ("SET", "SET SESSION AUTHORIZATION bob"),
+            ("SET", "SET LOCAL a.b = 1; SET work_mem = '1MB'"),
+            ("SET", "/* unseen */"),
+            (
+                "SELECT 1",
+                "select pg_catalog.set_config('search_path', '', false)",
+            ),
+            (
+                "SELECT 1",
+                "select set_config('a.b', '1', true), set_config('a.b', '1', false)",
+            ),
+            ("SELECT 1", "SELECT set_config($1, $2, $3)"),
+            ("SELECT 1", "SELECT pg_advisory_lock(1)"),
+            ("SELECT 1", "SELECT 1 INTO TEMP x"),
+            ("CREATE TABLE", "create temporary table x ()"),
+            ("CREATE TABLE", "create table pg_temp.x ()"),
+            ("LISTEN", "LISTEN x"),
+            ("PREPARE", "PREPARE x AS SELECT 1"),
+            ("DECLARE CURSOR", "DECLARE c CURSOR WITH HOLD FOR SELECT 1"),
+        ];
+        for (tag, text) in pins {
+            assert_eq!(judge(tag, text), Effect::Pins, "{text}");
+        }
+        let free = [
+            ("SET", "SET LOCAL statement_timeout = 5"),
+            ("SET", "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"),
+            ("SET", "SET TIME ZONE 'UTC'"),
+            ("SET", "set datestyle to iso"),
+            ("SET", "SET SESSION timezone = 'UTC'"),
+            ("SET", "SET NAMES 'UTF8'"),
+            ("UPDATE 1", "UPDATE t SET temp = 1"),
+            ("SELECT 1", "SELECT set_config('a.b', $1, true)"),
+            ("SELECT 1", "SELECT pg_advisory_xact_lock(1)"),
+            ("DECLARE CURSOR", "DECLARE c CURSOR FOR SELECT 1"),
+            ("INSERT 0 1", "INSERT INTO t VALUES (1)"),
+            ("DISCARD PLANS", "DISCARD PLANS"),
+        ];
+        for (tag, text) in free {
+            assert_eq!(judge(tag, text), Effect::None, "{text}");
+        }
+        assert_eq!(judge("DISCARD ALL", "DISCARD ALL"), Effect::Discards);
+    }
+
+    #[test]
+    fn words_may_be_cut_anywhere() {
+        let text = b"select pg_advisory_lock(1); create temp table x (); set a = 1";
+        for cut in 0..text.len() {
+            let mut inspector = Inspector::default();
+            inspector.feed(&text[..cut]);
+            inspector.feed(&text[cut..]);
+            assert_eq!(inspector.finish(), inspect(text), "cut at {cut}");
+        }
+    }
+
+    #[test]
+    fn deallocate_and_rollback() {
+        assert_eq!(deallocated_name(b"DEALLOCATE s1"), Some(&b"s1"[..]));
+        assert_eq!(
+            deallocated_name(b" deallocate prepare \"s1\" ; "),
+            Some(&b"s1"[..])
+        );
+        assert_eq!(deallocated_name(b"DEALLOCATE ALL"), None);
+        assert_eq!(deallocated_name(b"DEALLOCATE a; SELECT 1"), None);
+        assert!(is_rollback(b" rollback ; "));
+        assert!(!is_rollback(b"rollback to a"));
+    }
+}
