@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
@@ -25,6 +26,9 @@ use crate::error::{BackupError, Result};
 
 const LOCK: &str = ".lock";
 const TEMPORARY: &str = ".tmp";
+/// What is in here is all of the database, password hashes included.
+pub(crate) const FILE_MODE: u32 = 0o600;
+const DIRECTORY_MODE: u32 = 0o700;
 
 /// A repository in a directory. Cheap to clone; holds no open files.
 #[derive(Clone, Debug)]
@@ -108,6 +112,7 @@ impl Repository {
             .create(true)
             .truncate(false)
             .write(true)
+            .mode(FILE_MODE)
             .open(&path)
             .map_err(BackupError::io("open", &path))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive).map_err(|e| {
@@ -150,7 +155,13 @@ impl Repository {
         let mut name = path.file_name().unwrap_or_default().to_owned();
         name.push(TEMPORARY);
         let temporary = dir.join(name);
-        let mut file = File::create(&temporary).map_err(BackupError::io("create", &temporary))?;
+        let mut file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(FILE_MODE)
+            .open(&temporary)
+            .map_err(BackupError::io("create", &temporary))?;
         file.write_all(bytes)
             .and_then(|()| file.sync_all())
             .map_err(BackupError::io("write", &temporary))?;
@@ -526,7 +537,11 @@ pub(crate) fn create_dir_synced(dir: &Path) -> Result<()> {
     if dir.is_dir() {
         return Ok(());
     }
-    fs::create_dir_all(dir).map_err(BackupError::io("create", dir))?;
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(DIRECTORY_MODE)
+        .create(dir)
+        .map_err(BackupError::io("create", dir))?;
     dir.parent().map_or(Ok(()), sync_dir)
 }
 

@@ -5,7 +5,7 @@
 //! timeline) the old file is kept beside under another name.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use craton_core::{Lsn, TimelineId};
@@ -13,7 +13,7 @@ use craton_repo::layout::{self, SegmentForm};
 use craton_repo::segment::SegmentId;
 
 use crate::error::{BackupError, Result};
-use crate::store::{Repository, create_dir_synced, sync_dir};
+use crate::store::{FILE_MODE, Repository, create_dir_synced, sync_dir};
 
 /// Writes one timeline's WAL into the repository, in order.
 #[derive(Debug)]
@@ -151,6 +151,7 @@ impl WalSink {
             .write(true)
             .create(true)
             .truncate(false)
+            .mode(FILE_MODE)
             .open(&path)
             .map_err(BackupError::io("open", &path))?;
         if is_new {
@@ -255,6 +256,7 @@ fn keep_aside(path: &Path) -> Result<()> {
 mod tests {
     use super::*;
     use craton_repo::continuity::Held;
+    use std::os::unix::fs::PermissionsExt;
 
     const SIZE: u64 = 1 << 20;
 
@@ -279,6 +281,11 @@ mod tests {
             number: 1,
         };
         repo.compress_segment(id).unwrap();
+        let path = dir.path().join("wal/00000001/000000010000000000000001.zst");
+        for path in [path.as_path(), path.parent().unwrap()] {
+            let mode = fs::metadata(path).unwrap().permissions().mode();
+            assert_eq!(mode & 0o077, 0, "others can read {}", path.display());
+        }
         assert_eq!(repo.whole_segment(id).unwrap().unwrap().len() as u64, SIZE);
         let inventory = repo.inventory().unwrap();
         assert_eq!(inventory[&id], Held::Whole);
