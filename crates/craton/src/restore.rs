@@ -84,6 +84,9 @@ pub fn run(dir: &Path, args: &RestoreArgs, json: bool) -> anyhow::Result<u8> {
     if json {
         output::json(&view)?;
     } else {
+        if let Some(note) = &view.note {
+            output::note(note);
+        }
         output::line(how_to_start(dir, &view));
     }
     Ok(exit::OK)
