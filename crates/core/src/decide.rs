@@ -165,6 +165,11 @@ pub struct Reason {
 pub struct Memory {
     /// The leadership's revision and when it was first seen.
     leadership_seen: Option<(u64, BootTime)>,
+    /// The leadership's revision when this agent first saw it: an earlier life may have proposed anything on it.
+    first_revision: Option<u64>,
+    /// Sync sets that were proposed to the coordinator on this revision of the leadership: their outcome is
+    /// not known until the revision changes.
+    proposed: Option<(u64, Vec<SyncSet>)>,
     /// The sync set in force in PostgreSQL, and the flush position when that was first seen.
     barrier: Option<(SyncSet, Lsn)>,
     /// When each standby was last seen healthy by the leader, with its flush position then.
@@ -374,6 +379,7 @@ pub fn decide(o: &Observation, memory: &Memory) -> Decision {
 
 fn remember_leadership(mind: &mut Mind<'_>, view: &ClusterView) {
     let revision = view.revision_of(&Key::Leadership);
+    mind.out.memory.first_revision.get_or_insert(revision);
     if mind
         .out
         .memory

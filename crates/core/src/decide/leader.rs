@@ -9,7 +9,7 @@ use crate::records::{
     Change, ClusterRecord, ClusterView, Key, Leadership, Record, Request, RequestKind, RequestPhase,
 };
 use crate::settings::Durability;
-use crate::sync::{SyncInput, SyncStep, next_step};
+use crate::sync::{SyncInput, SyncSet, SyncStep, next_step};
 use crate::types::{Incarnation, Lsn, MemberId};
 
 /// This member leads the present term.
@@ -109,6 +109,9 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
     );
     if !mind.lease_runs(l.term) {
         return lease_rule(mind, view, l);
+    }
+    if !is_settled_for(mind, view, l, &l.sync) {
+        return;
     }
     if l.open {
         // Clients come back only when what was recovered is safe.
@@ -294,6 +297,9 @@ fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
             "opening",
             "putting the sync set in force before the first write",
         );
+        if !is_settled_for(mind, view, l, &l.sync) {
+            return;
+        }
         return mind.start(Task::SetSync(l.sync.clone()));
     }
     let restarted = view
@@ -366,6 +372,9 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
         } else {
             &l.sync
         };
+        if !is_settled_for(mind, view, l, set) {
+            return;
+        }
         return mind.start(Task::SetSync(set.clone()));
     }
     let barrier = mind
@@ -388,6 +397,9 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
             format!("waiting for {set} to flush before it counts"),
         ),
         SyncStep::SetPostgres(set) => {
+            if !is_settled_for(mind, view, l, &set) {
+                return;
+            }
             mind.because("sync_change", format!("asking PostgreSQL for {set}"));
             mind.start(Task::SetSync(set));
         }
@@ -395,6 +407,7 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
             let text = format!("sync set: {set}");
             mind.because("sync_change", text.clone());
             let history = mind.event(view, l.term, "sync_set", text);
+            propose(mind, view, &set);
             mind.submit(Change {
                 expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
                 puts: vec![
@@ -409,6 +422,50 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
         }
         SyncStep::Done | SyncStep::SetCoordinator(_) => {}
     }
+}
+
+/// Remembers what is proposed to the coordinator: it may be written at any time from now on.
+fn propose(mind: &mut Mind<'_>, view: &ClusterView, set: &SyncSet) {
+    let revision = view.revision_of(&Key::Leadership);
+    let proposed = mind
+        .out
+        .memory
+        .proposed
+        .take_if(|(on, _)| *on == revision);
+    let mut sets = proposed.map(|(_, sets)| sets).unwrap_or_default();
+    if !sets.contains(set) {
+        sets.push(set.clone());
+    }
+    mind.out.memory.proposed = Some((revision, sets));
+}
+
+/// May `set` be put in force in PostgreSQL? Not while a change of the coordinator's sync set is under way that
+/// it would not cover: a transaction whose answer was lost may still be done, long after the decision that
+/// led to it. Writing the leadership anew, unchanged, settles it: every such transaction expects the old
+/// revision.
+fn is_settled_for(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, set: &SyncSet) -> bool {
+    let revision = view.revision_of(&Key::Leadership);
+    let memory = &mind.out.memory;
+    let earlier_life = memory.first_revision == Some(revision);
+    let uncovered = memory
+        .proposed
+        .as_ref()
+        .is_some_and(|(on, sets)| *on == revision && sets.iter().any(|s| !set.covers(s)));
+    if !earlier_life && !uncovered {
+        return true;
+    }
+    mind.because(
+        "sync_unsettled",
+        "an earlier change of the sync set may still be under way: settling that first",
+    );
+    if !opening(mind) {
+        mind.submit(Change {
+            expect: vec![(Key::Leadership, revision)],
+            puts: vec![Record::Leadership(l.clone())],
+            deletes: vec![],
+        });
+    }
+    false
 }
 
 /// A change of the leadership is already among this decision's changes.
