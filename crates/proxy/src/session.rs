@@ -219,7 +219,11 @@ impl Session {
         }
         let down = self.pump_down()?;
         match self.pump_up()? {
-            Pumped::Link => self.begin().await,
+            Pumped::Link => {
+                self.begin().await?;
+                // At once: between transactions a server connection is given back by the next look at it.
+                self.pump_up().map(|_| ())
+            }
             Pumped::Yields => {
                 tokio::task::yield_now().await;
                 Ok(())
