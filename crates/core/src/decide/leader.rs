@@ -427,11 +427,7 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
 /// Remembers what is proposed to the coordinator: it may be written at any time from now on.
 fn propose(mind: &mut Mind<'_>, view: &ClusterView, set: &SyncSet) {
     let revision = view.revision_of(&Key::Leadership);
-    let proposed = mind
-        .out
-        .memory
-        .proposed
-        .take_if(|(on, _)| *on == revision);
+    let proposed = mind.out.memory.proposed.take_if(|(on, _)| *on == revision);
     let mut sets = proposed.map(|(_, sets)| sets).unwrap_or_default();
     if !sets.contains(set) {
         sets.push(set.clone());

@@ -5,6 +5,7 @@ use crate::observe::{LeaseSeen, Server, ServerView};
 use crate::records::{ClusterView, Leadership, MemberRef, RequestKind};
 use crate::settings::Durability;
 use crate::timeline::Relation;
+use crate::topology::MemberRole;
 use crate::types::MemberId;
 
 /// An empty data directory in a cluster that has a database: copy it from somebody.
@@ -162,6 +163,14 @@ fn follow_rule(
     }
 }
 
+/// True if the leader itself said just now that it is one. Rewinding ends this incarnation, and with it a seal
+/// that an election may need: not for a leader on paper, whose PostgreSQL is down or whose disk is gone.
+fn serves(mind: &Mind<'_>, l: &Leadership, leader: &MemberId) -> bool {
+    let status = mind.o.peers.get(leader).map(|p| &p.status);
+    mind.is_alive(leader)
+        && status.is_some_and(|s| s.role == MemberRole::Leader && s.term == l.term)
+}
+
 fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, relation: Relation) {
     if relation == Relation::Unknown && s.timeline > l.timeline {
         // Every number is reserved in the coordinator before it is used: what is known here of the cluster is
@@ -190,7 +199,7 @@ fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, re
         s.end, s.timeline
     );
     mind.because("diverged", text);
-    if !l.open {
+    if !l.open || !serves(mind, l, leader) {
         return mind.because(
             "waiting_for_leader",
             format!("waiting for {leader} to be open"),
@@ -238,7 +247,7 @@ fn streaming_rule(
     if relation != Relation::Prefix && s.end_is_exact {
         return rewind(mind, l, &leader.member, s, relation);
     }
-    if now.since(since) >= NOT_STREAMING_MAX && mind.is_alive(&leader.member) {
+    if now.since(since) >= NOT_STREAMING_MAX && serves(mind, l, &leader.member) {
         let text = format!(
             "could not stream from {} for {} s although it is open: rewinding, or cloning anew",
             leader.member,

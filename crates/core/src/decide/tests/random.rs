@@ -24,7 +24,11 @@ impl Dice {
 
     fn member(&mut self) -> MemberRef {
         let name = self.name();
-        let incarnation = if self.roll(4) == 0 { Incarnation(9) } else { life(name) };
+        let incarnation = if self.roll(4) == 0 {
+            Incarnation(9)
+        } else {
+            life(name)
+        };
         MemberRef {
             member: id(name),
             incarnation,
@@ -76,7 +80,11 @@ impl Dice {
             leader: self.maybe(Self::member),
             previous: self.maybe(Self::member),
             sync: self.set(),
-            durability: if self.roll(3) == 0 { Durability::Async } else { Durability::Quorum },
+            durability: if self.roll(3) == 0 {
+                Durability::Async
+            } else {
+                Durability::Quorum
+            },
             timeline: TimelineId(u32::try_from(self.roll(5)).unwrap()),
             open: self.yes(),
             preferred: self.maybe(|d| id(d.name())),
@@ -94,7 +102,11 @@ impl Dice {
         view.timelines = self
             .maybe(|d| {
                 let n = u32::try_from(d.roll(4)).unwrap();
-                Timelines((1..=n).map(|t| timeline(t, (t > 1).then(|| t - 1), d.roll(4) * 1000)).collect())
+                Timelines(
+                    (1..=n)
+                        .map(|t| timeline(t, (t > 1).then(|| t - 1), d.roll(4) * 1000))
+                        .collect(),
+                )
             })
             .and_then(at);
         for _ in 0..self.roll(4) {
@@ -110,11 +122,19 @@ impl Dice {
         view.request = self
             .maybe(|d| Request {
                 id: d.roll(3),
-                kind: if d.yes() { RequestKind::Switchover } else { RequestKind::Failover },
+                kind: if d.yes() {
+                    RequestKind::Switchover
+                } else {
+                    RequestKind::Failover
+                },
                 term: Term(d.roll(4)),
                 to: d.maybe(|d| id(d.name())),
                 allow_data_loss: d.roll(4) == 0,
-                phase: if d.yes() { RequestPhase::Asked } else { RequestPhase::Hold },
+                phase: if d.yes() {
+                    RequestPhase::Asked
+                } else {
+                    RequestPhase::Hold
+                },
                 by: "op".into(),
             })
             .and_then(at);
@@ -127,14 +147,21 @@ impl Dice {
         let o = &mut scene.o;
         o.now = now;
         o.view = if self.roll(8) == 0 { None } else { Some(view) };
-        o.me.incarnation = if self.roll(6) == 0 { None } else { Some(life("b")) };
+        o.me.incarnation = if self.roll(6) == 0 {
+            None
+        } else {
+            Some(life("b"))
+        };
         o.me.floor = Term(self.roll(4));
         o.lease = self.maybe(|d| Lease {
             term: Term(d.roll(4)),
             until: BootTime(now.0 + d.roll(3) * SECOND - SECOND),
         });
-        o.lease_seen = [LeaseSeen::Unknown, LeaseSeen::Lapsed, LeaseSeen::Held(Term(1))]
-            [usize::try_from(self.roll(3)).unwrap()];
+        o.lease_seen = [
+            LeaseSeen::Unknown,
+            LeaseSeen::Lapsed,
+            LeaseSeen::Held(Term(1)),
+        ][usize::try_from(self.roll(3)).unwrap()];
         for peer in o.peers.values_mut() {
             peer.heard_at = BootTime(now.0 - self.roll(4) * SECOND);
             peer.status.timeline = self.maybe(|d| TimelineId(u32::try_from(d.roll(4)).unwrap()));
@@ -170,13 +197,20 @@ impl Dice {
 /// What holds for every decision.
 fn never_wrong(o: &Observation, d: &Decision) {
     let leads = o.view.as_ref().and_then(ClusterView::leader).cloned();
-    let term = o.view.as_ref().and_then(|v| v.leadership.as_ref()).map(|l| l.value.term);
+    let term = o
+        .view
+        .as_ref()
+        .and_then(|v| v.leadership.as_ref())
+        .map(|l| l.value.term);
     let leads = leads.is_some() && leads == o.me.reference();
     let lease = o.lease.filter(|l| l.until > o.now && Some(l.term) == term);
     if let Some(task) = &d.task {
         assert!(o.task.is_none(), "one task at a time");
         if matches!(task, Task::Promote { .. } | Task::StartPrimary { .. }) {
-            assert!(leads && lease.is_some(), "{task:?} without leadership or lease");
+            assert!(
+                leads && lease.is_some(),
+                "{task:?} without leadership or lease"
+            );
         }
         if matches!(task, Task::InitDb | Task::Clone { .. }) {
             assert_eq!(o.data, DataView::Empty, "{task:?} over data");
@@ -196,7 +230,10 @@ fn never_wrong(o: &Observation, d: &Decision) {
         } else {
             leads && lease.is_some()
         };
-        assert!(allowed || d.kill.is_some(), "a primary without leadership or lease lives on");
+        assert!(
+            allowed || d.kill.is_some(),
+            "a primary without leadership or lease lives on"
+        );
     }
     for r in d.changes.iter().flat_map(|c| &c.puts) {
         if let Record::Leadership(l) = r {
@@ -206,10 +243,14 @@ fn never_wrong(o: &Observation, d: &Decision) {
     for c in &d.changes {
         for put in &c.puts {
             let key = put.key();
-            let guarded = key == Key::History || c.expect.iter().any(|(k, _)| {
-                *k == key || (*k == Key::Leadership && key == Key::Timelines)
-            });
-            assert!(guarded || key == Key::Settings || key == Key::Timelines, "{key:?} is written blindly");
+            let guarded = key == Key::History
+                || c.expect
+                    .iter()
+                    .any(|(k, _)| *k == key || (*k == Key::Leadership && key == Key::Timelines));
+            assert!(
+                guarded || key == Key::Settings || key == Key::Timelines,
+                "{key:?} is written blindly"
+            );
         }
     }
 }
