@@ -101,6 +101,8 @@ pub enum Command {
     Drill(drill::DrillArgs),
     /// Run the agent beside one PostgreSQL
     Node(DaemonArgs),
+    /// Run the proxy
+    Proxy(DaemonArgs),
     /// Run the fence of one PostgreSQL (the agent does)
     #[command(hide = true)]
     Fence {
@@ -226,6 +228,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Supervise => wait_for(supervise::run(&dir)),
         Command::Fence { board } => daemons::fence(&board),
         Command::Node(args) => daemons::node(&args),
+        Command::Proxy(args) => daemons::proxy(&args),
         Command::Status(args) => wait_for(status::run(&access()?, &args, json)),
         Command::Explain { member } => wait_for(explain::run(&access()?, member, json)),
         Command::Switchover { to } => wait_for(change::switchover(&access()?, to, json)),

@@ -104,3 +104,10 @@ pub fn fence(board: &Path) -> anyhow::Result<u8> {
     craton_fence::run(board).with_context(|| format!("the fence of {} failed", board.display()))?;
     Ok(exit::OK)
 }
+
+/// `craton proxy`
+pub fn proxy(args: &DaemonArgs) -> anyhow::Result<u8> {
+    let _lock = lock(args)?;
+    let settings: craton_proxy::ProxyConfig = config::load(args, "proxy")?;
+    run(|stopped| craton_proxy::run(settings, stopped))
+}

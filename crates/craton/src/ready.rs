@@ -18,6 +18,9 @@ const READY_TIMEOUT: Duration = Duration::from_secs(300);
 /// How often is looked.
 const POLL: Duration = Duration::from_millis(100);
 
+/// How long one look at the proxy may take.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// After this long without progress it is said what is waited for.
 const QUIET_FOR: Duration = Duration::from_secs(10);
 
@@ -102,7 +105,13 @@ async fn look(stage: Stage, layout: &Layout, access: &Access, login: &Login) -> 
         },
         Stage::Proxy => {
             for port in [layout.proxy_port(), layout.proxy_read_port()] {
-                let answer = async { value(&login.connect(port).await?, "SELECT 1").await };
+                let asked = async { value(&login.connect(port).await?, "SELECT 1").await };
+                let late = |_| Err(anyhow::anyhow!("no answer in time"));
+                let answer = async {
+                    tokio::time::timeout(LOOK_TIMEOUT, asked)
+                        .await
+                        .unwrap_or_else(late)
+                };
                 if let Err(error) = answer.await {
                     return (
                         false,

@@ -25,8 +25,22 @@ pub fn write_all(layout: &Layout) -> anyhow::Result<()> {
             &agent(layout, member)?,
         )?;
     }
+    config::write(&layout.conf_of(&Daemon::Proxy), "proxy", &proxy(layout))?;
     config::write(&layout.conf_of(&Daemon::Backup), "backup", &backup(layout))?;
     Ok(())
+}
+
+/// The `[proxy]` table.
+fn proxy(layout: &Layout) -> craton_proxy::ProxyConfig {
+    craton_proxy::ProxyConfig {
+        listen: address(layout.proxy_port()),
+        listen_read: Some(address(layout.proxy_read_port())),
+        http: address(layout.proxy_http_port()),
+        agents: layout.api_addresses(),
+        agent_token_file: Some(layout.secret(names::API_TOKEN)),
+        auth_password_file: Some(layout.secret(names::PROXY)),
+        ..craton_proxy::ProxyConfig::default()
+    }
 }
 
 /// The `[backup]` table.

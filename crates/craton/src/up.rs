@@ -23,6 +23,9 @@ const CLUSTER_NAME: &str = "local";
 /// How long the supervisor may take to appear.
 const SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long loading the map may hold up a command that found the cluster up.
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Runs the command.
 pub fn run(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
     if let Some(account) = owner::successor(dir)? {
@@ -64,6 +67,7 @@ async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
     let outcome = tokio::select! {
         outcome = bring_up(&layout) => outcome,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
+        _ = terminated() => Err(anyhow::anyhow!("told to stop")),
     };
     match outcome {
         Ok(()) => {
@@ -86,11 +90,27 @@ async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
     }
 }
 
+/// SIGTERM, as from a service manager or `timeout`. Without a handler it would leave half a cluster.
+async fn terminated() {
+    match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate()) {
+        Ok(mut terminate) => {
+            terminate.recv().await;
+        }
+        Err(_) => std::future::pending().await,
+    }
+}
+
 async fn already_up(layout: &Layout) -> anyhow::Result<u8> {
     output::line(format!(
         "the cluster in {} is up already",
         layout.root.display()
     ));
+    // An earlier start may have been cut off before it came to the map.
+    if layout.cluster.sample
+        && let Ok(Err(error)) = tokio::time::timeout(SAMPLE_TIMEOUT, sample::load(layout)).await
+    {
+        output::note(format!("warning: {error:#}"));
+    }
     match Access::local(layout)?.status().await {
         Ok(view) => output::line(summary(layout, &view)),
         Err(error) => output::note(format!("but {error:#}")),
