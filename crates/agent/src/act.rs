@@ -428,6 +428,7 @@ impl Actor {
             .instance
             .enforce_sync(&process, &self.server.control, &config, SYNC_MAX)
             .await?;
+        self.server.look_again().await?;
         self.server.set_in_force(Some(set));
         Ok(())
     }

@@ -130,6 +130,24 @@ impl LocalServer {
         self.poke();
     }
 
+    /// A look that begins now; what an earlier one still brings is dropped. A sync set is in force from the end
+    /// of its proof on, so the flush position that goes with it must have been read after that: commits
+    /// up to then may have been acknowledged under the former set (failover protocol, 3.2).
+    pub async fn look_again(&self) -> Result<(), craton_pg::PgError> {
+        let epoch = {
+            let mut k = self.known();
+            k.epoch = k.epoch.wrapping_add(1);
+            k.epoch
+        };
+        let sample = self.control.sample(SAMPLE_TIMEOUT).await?;
+        let mut k = self.known();
+        if k.epoch == epoch {
+            k.epoch = k.epoch.wrapping_add(1);
+            k.sample = Some((sample, clock::now()));
+        }
+        Ok(())
+    }
+
     /// It may accept writes from now on.
     pub fn set_maybe_primary(&self) {
         self.known().maybe_primary = true;
