@@ -30,6 +30,8 @@ const TICK: Duration = Duration::from_millis(50);
 const RETRY_MIN: Duration = Duration::from_millis(200);
 /// Longest pause after a failed task.
 const RETRY_MAX: Duration = Duration::from_secs(10);
+/// At the agent's end a task gets this long.
+const TASK_END_MAX: Duration = Duration::from_secs(20);
 /// After a committed transaction the local copy of the store is waited for this long at most.
 const ECHO_MAX: Duration = Duration::from_millis(500);
 
@@ -118,7 +120,8 @@ impl Agent {
         }
     }
 
-    /// Runs until `shutdown` turns true. PostgreSQL is left running: a restarted agent takes it over.
+    /// Runs until `shutdown` turns true. PostgreSQL is left running: a restarted agent takes it over. No task
+    /// outlives this: one that did could start a primary that nobody guards.
     pub async fn run(mut self, mut shutdown: watch::Receiver<bool>) {
         let mut store = self.coordinator.watch();
         let mut presence = self.coordinator.presence();
@@ -134,6 +137,26 @@ impl Agent {
                 () = server.changed.notified() => {}
                 () = tokio::time::sleep(TICK) => {}
             }
+        }
+        self.end_task().await;
+    }
+
+    /// A start or a promotion is waited for; a copy is cut off, and made again some day.
+    async fn end_task(&mut self) {
+        let Some((view, mut handle)) = self.task.take() else {
+            return;
+        };
+        let kind = view.task.kind();
+        if kind == TaskKind::Clone {
+            handle.abort();
+        }
+        if tokio::time::timeout(TASK_END_MAX, &mut handle)
+            .await
+            .is_err()
+        {
+            tracing::warn!(?kind, "a task does not end; it is cut off");
+            handle.abort();
+            let _ = handle.await;
         }
     }
 

@@ -4,6 +4,7 @@
 //! (failover protocol, 2.3). A renewal that is slow does not hold up the next one.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -48,6 +49,9 @@ struct Shared {
     file: LeaseFile,
     sink: DeadlineSink,
     changed: watch::Sender<u64>,
+    /// The highest term that was given up; a renewal still on its way does not bring it back. Changed under
+    /// the lock of `lease` only.
+    given_up: AtomicU64,
 }
 
 /// The keeper's handle.
@@ -79,6 +83,7 @@ impl LeaseKeeper {
             file,
             sink,
             changed,
+            given_up: AtomicU64::new(0),
         });
         tokio::spawn(keep(coordinator, Arc::clone(&shared), wishes));
         Self { shared, wish }
@@ -107,6 +112,12 @@ impl LeaseKeeper {
         self.shared.changed.subscribe()
     }
 
+    /// Nothing of this term is held any more, here and for an agent that starts next; renewals of it end.
+    /// Comes before the coordinator is told.
+    pub fn give_up(&self, term: Term) {
+        self.shared.drop_lease(term);
+    }
+
     /// What to do from now on. A release takes effect here at once, before anybody is told.
     pub fn wish(&self, wish: LeaseWish, timing: LeaseTiming) {
         if let LeaseWish::Release(term) = wish {
@@ -124,6 +135,9 @@ impl LeaseKeeper {
 impl Shared {
     fn accept(&self, term: Term, until: BootTime) {
         let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        if term.0 <= self.given_up.load(Ordering::SeqCst) {
+            return;
+        }
         let newer = lease.is_none_or(|l| l.term < term || (l.term == term && l.until < until));
         if !newer {
             return;
@@ -138,6 +152,7 @@ impl Shared {
 
     fn drop_lease(&self, term: Term) {
         let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        self.given_up.fetch_max(term.0, Ordering::SeqCst);
         if lease.is_some_and(|l| l.term <= term) {
             *lease = None;
             (self.sink)(None);
@@ -166,7 +181,7 @@ async fn keep(
         let (wish, timing) = *wishes.borrow_and_update();
         while renewals.try_join_next().is_some() {}
         match wish {
-            LeaseWish::Hold(term) if term > released => {
+            LeaseWish::Hold(term) if term.0 > shared.given_up.load(Ordering::SeqCst) => {
                 if renewals.len() < RENEWALS_MAX {
                     renewals.spawn(renew(
                         Arc::clone(&coordinator),

@@ -179,7 +179,15 @@ async fn stop(
     coordinator: &Arc<dyn Coordinator>,
     fencing: &Fencing,
 ) {
-    if let Some(process) = server.process() {
+    let process = match server.process() {
+        Some(process) => Some(process),
+        // Started by a task that was cut off before it could say so.
+        None => server.instance.adopt().await.unwrap_or_else(|error| {
+            tracing::error!(%error, "cannot tell whether PostgreSQL runs");
+            None
+        }),
+    };
+    if let Some(process) = process {
         tracing::info!("stopping PostgreSQL");
         if let Err(error) = process.stop(StopMode::Fast, STOP_MAX).await {
             tracing::warn!(%error, "PostgreSQL did not stop cleanly; it is killed");
@@ -191,6 +199,8 @@ async fn stop(
         return;
     }
     if let Some(held) = lease.get() {
+        // First here: an agent that starts in a moment must not take over what others may have by then.
+        lease.give_up(held.term);
         let released =
             tokio::time::timeout(Duration::from_secs(1), coordinator.release(held.term)).await;
         if !matches!(released, Ok(Ok(()))) {
