@@ -20,6 +20,11 @@ use crate::clock;
 /// Renewals under way at once: more means that nothing answers, and another would not either.
 const RENEWALS_MAX: usize = 8;
 
+/// A decision to hold the lease that is older than this (or than two ttls) is not acted upon any more: the
+/// agent's loop hangs, for example because PostgreSQL's processes hang in a dead disk and cannot be killed.
+/// Then somebody else must be able to lead.
+const WISH_AGE_MAX: Duration = Duration::from_secs(5);
+
 /// Who is told of every new deadline before anybody else may act on it.
 pub type DeadlineSink = Arc<dyn Fn(Option<BootTime>) + Send + Sync>;
 
@@ -52,6 +57,8 @@ struct Shared {
     /// The highest term that was given up; a renewal still on its way does not bring it back. Changed under
     /// the lock of `lease` only.
     given_up: AtomicU64,
+    /// When the wish was last expressed, nanoseconds on the boot-time clock.
+    wished_at: AtomicU64,
 }
 
 /// The keeper's handle.
@@ -84,6 +91,7 @@ impl LeaseKeeper {
             sink,
             changed,
             given_up: AtomicU64::new(0),
+            wished_at: AtomicU64::new(clock::now().0),
         });
         tokio::spawn(keep(coordinator, Arc::clone(&shared), wishes));
         Self { shared, wish }
@@ -123,6 +131,9 @@ impl LeaseKeeper {
         if let LeaseWish::Release(term) = wish {
             self.shared.drop_lease(term);
         }
+        self.shared
+            .wished_at
+            .store(clock::now().0, Ordering::SeqCst);
         self.wish.send_if_modified(|now| {
             let next = (wish, timing);
             let differs = *now != next;
@@ -160,6 +171,12 @@ impl Shared {
         }
     }
 
+    /// The agent still decides.
+    fn is_wished(&self, timing: LeaseTiming, now: BootTime) -> bool {
+        let at = BootTime(self.wished_at.load(Ordering::SeqCst));
+        now.since(at) <= WISH_AGE_MAX.max(timing.ttl.saturating_mul(2))
+    }
+
     fn count(&self, ok: bool) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         if ok {
@@ -182,7 +199,9 @@ async fn keep(
         while renewals.try_join_next().is_some() {}
         match wish {
             LeaseWish::Hold(term) if term.0 > shared.given_up.load(Ordering::SeqCst) => {
-                if renewals.len() < RENEWALS_MAX {
+                if !shared.is_wished(timing, clock::now()) {
+                    tracing::warn!(%term, "the agent has not decided anything for too long: the lease is left to run out");
+                } else if renewals.len() < RENEWALS_MAX {
                     renewals.spawn(renew(
                         Arc::clone(&coordinator),
                         Arc::clone(&shared),
