@@ -100,6 +100,17 @@ impl Actor {
         Ok(file.set(next)?)
     }
 
+    /// A data directory whose agent forgot its state (the file was lost) promised nothing that is known: it
+    /// begins a new life, so that it neither seals nor acknowledges for the old one.
+    fn ensure_incarnation(&self, term: Term) -> Result<Incarnation, ActError> {
+        if let Some(incarnation) = self.state().incarnation {
+            return Ok(incarnation);
+        }
+        tracing::warn!("the member's state is lost: the data directory is a new incarnation");
+        self.reborn(term)?;
+        Ok(self.state().incarnation.unwrap_or_default())
+    }
+
     /// Every process of PostgreSQL ends now.
     pub async fn kill(&self) {
         loop {
@@ -166,8 +177,9 @@ impl Actor {
         let options = InitOptions {
             superuser_password: self.secrets.superuser.clone(),
         };
-        self.server.instance.initdb(&options).await?;
+        // Before there is data: a database without an incarnation could not be recorded.
         self.reborn(Term(0))?;
+        self.server.instance.initdb(&options).await?;
         self.server.data_changed();
         Ok(())
     }
@@ -234,6 +246,7 @@ impl Actor {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
+        self.ensure_incarnation(term)?;
         let upstream = self.upstream(leader, members, "craton_replication")?;
         // Never again a lower term: durable before the first byte can come from this one.
         self.raise_floor(term)?;
@@ -249,11 +262,7 @@ impl Actor {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
-        let Some(incarnation) = self.state().incarnation else {
-            return Err(ActError::Stale(
-                "the data directory has no incarnation".into(),
-            ));
-        };
+        let incarnation = self.ensure_incarnation(term)?;
         self.raise_floor(term)?;
         let config = self.server.managed(None, SyncNames::Nobody);
         self.server.set_upstream(None);
