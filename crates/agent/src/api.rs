@@ -157,7 +157,7 @@ async fn ask(
     };
     let change = Change {
         expect: vec![
-            (Key::Request, 0),
+            (Key::Request, view.revision_of(&Key::Request)),
             (Key::Leadership, view.revision_of(&Key::Leadership)),
         ],
         puts: vec![Record::Request(request)],
@@ -190,6 +190,8 @@ fn check(
             .leadership
             .as_ref()
             .is_some_and(|l| l.value.term == request.term)
+        // In a stuck election this is the only way out, whatever was asked before.
+        && !(allow_data_loss && !request.allow_data_loss && view.leader().is_none())
     {
         return Err(Refusal(
             StatusCode::CONFLICT,
@@ -219,7 +221,6 @@ fn check(
             "name another member, or none",
         ));
     }
-    let _ = allow_data_loss;
     Ok(())
 }
 
