@@ -336,7 +336,11 @@ impl Agent {
             heartbeat: settings.heartbeat(),
         };
         self.lease.wish(d.lease, timing);
-        if d.lease == LeaseWish::Leave && matches!(o.server, ServerView::Down) {
+        // Not while a task runs: it may have started a primary since the server was looked at.
+        if d.lease == LeaseWish::Leave
+            && matches!(o.server, ServerView::Down)
+            && self.task.is_none()
+        {
             self.fencing.rest();
         }
         self.server

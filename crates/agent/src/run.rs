@@ -104,13 +104,19 @@ pub async fn run_with(
     make_dir(&config.dir)?;
     let server = local_server(&config, &secrets)?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
-    if let Some(process) = server.instance.adopt().await? {
+    let adopted = server.instance.adopt().await?;
+    if let Some(process) = adopted.clone() {
         tracing::info!(pid = process.pid(), "took over the running PostgreSQL");
         // PostgreSQL removes standby.signal before it accepts its first write (xlog.c, StartupXLOG).
         let standby = server.instance.data_dir().join("standby.signal").exists();
         server.hold(process, !standby);
     }
     let lease = start_lease(&config, &coordinator, &fencing, lease_runtime);
+    if let Some(process) = adopted.filter(|_| server.is_maybe_primary()) {
+        // The former agent may have been killed between the start and the order. After the lease: the
+        // deadline must stand on the board before it is armed.
+        fencing.guard(&process);
+    }
     let (progress, _) = watch::channel(CloneProgress::default());
     let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
     let actor = Arc::new(Actor {

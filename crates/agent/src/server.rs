@@ -153,6 +153,11 @@ impl LocalServer {
         self.known().maybe_primary = true;
     }
 
+    /// See [`Self::set_maybe_primary`].
+    pub fn is_maybe_primary(&self) -> bool {
+        self.known().maybe_primary
+    }
+
     /// What PostgreSQL is known to enforce.
     pub fn set_in_force(&self, set: Option<SyncSet>) {
         self.known().in_force = set;
