@@ -114,8 +114,9 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
         return;
     }
     if l.open {
-        // Clients come back only when what was recovered is safe.
-        submit_open(
+        // Clients come back only when what was recovered is safe, and that is on record before there is a
+        // primary: a record that is lost on its way would leave the proxies' door open.
+        return submit_open(
             mind,
             view,
             l,

@@ -88,7 +88,15 @@ fn postgresql_dies_on_the_leader() {
     check(
         "nobody can",
         nobody,
-        "hold 1, write leadership+history, StartPrimary (1 of b, c) : restarting",
+        "hold 1, write leadership+history : restarting",
+    );
+    let closed = down()
+        .with(|o| o.peers.clear())
+        .leadership(|l| l.open = false);
+    check(
+        "it starts once that is on record",
+        closed,
+        "hold 1, StartPrimary (1 of b, c) : restarting",
     );
     let one = down().with(|o| {
         o.peers.remove(&id("c"));
@@ -96,7 +104,7 @@ fn postgresql_dies_on_the_leader() {
     check(
         "too few can",
         one,
-        "hold 1, write leadership+history, StartPrimary (1 of b, c) : restarting",
+        "hold 1, write leadership+history : restarting",
     );
     let reborn = down().with(|o| {
         o.peers.get_mut(&id("c")).unwrap().status.incarnation = Some(Incarnation(9));
@@ -104,7 +112,7 @@ fn postgresql_dies_on_the_leader() {
     check(
         "a reborn one does not count",
         reborn,
-        "hold 1, write leadership+history, StartPrimary (1 of b, c) : restarting",
+        "hold 1, write leadership+history : restarting",
     );
     let lapsed = down().with(|o| o.lease = None);
     check(
