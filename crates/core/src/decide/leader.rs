@@ -37,13 +37,12 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
 }
 
 /// PostgreSQL runs and does not answer: starting, recovering from a crash of a backend, or stuck. A leader
-/// that was open and is stuck for a ttl is worth replacing, if somebody can take over now.
+/// that is stuck for a ttl is worth replacing, if somebody can take over now.
 fn silent_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     mind.out.lease = super::LeaseWish::Hold(l.term);
     let now = mind.o.now;
     let since = *mind.out.memory.silent_since.get_or_insert(now);
-    if l.open
-        && mind.o.task.is_none()
+    if mind.o.task.is_none()
         && now.since(since) >= mind.settings.ttl()
         && can_hand_over(mind, view, l)
     {
@@ -90,13 +89,22 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
         return step_aside(mind, view, l, &cause);
     }
     if !was_primary {
+        if gives_up(mind, TaskKind::StartStandby) {
+            return step_aside(
+                mind,
+                view,
+                l,
+                "PostgreSQL does not start on the elected leader",
+            );
+        }
         mind.because(
             "starting",
             "elected, but PostgreSQL is down: starting it as a standby to promote it",
         );
         return mind.start(Task::StartStandby);
     }
-    if l.open && can_hand_over(mind, view, l) {
+    // Also when it is closed: PostgreSQL may fail to start in place for good, and others come back.
+    if can_hand_over(mind, view, l) {
         mind.because(
             "handing_over",
             "PostgreSQL died here and another member can be promoted now",
@@ -128,6 +136,21 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
     mind.start(Task::StartPrimary {
         sync: l.sync.clone(),
     });
+}
+
+/// So many failures in a row are enough for an elected leader to let another try.
+const FAILURES_MAX: u32 = 3;
+
+/// Elected, and what has to be done fails again and again: a new election, in which it may well have a seal
+/// too, is better than a term that never opens. At most once a ttl.
+fn gives_up(mind: &mut Mind<'_>, kind: TaskKind) -> bool {
+    let failed = |f: &crate::observe::TaskFailure| f.kind == kind && f.count >= FAILURES_MAX;
+    let hopeless = mind.o.task.is_none() && mind.o.failures.iter().any(failed) && mind.is_settled();
+    if hopeless {
+        let text = format!("{kind:?} failed {FAILURES_MAX} times or more: a new election decides");
+        mind.because("gives_up", text);
+    }
+    hopeless
 }
 
 /// Enough of V is alive to give the seals, and one of them may lead.
@@ -198,6 +221,9 @@ fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Se
     mind.out.lease = super::LeaseWish::Hold(l.term);
     if !mind.lease_runs(l.term) {
         return lease_rule(mind, view, l);
+    }
+    if gives_up(mind, TaskKind::Promote) {
+        return step_aside(mind, view, l, "the elected leader cannot be promoted");
     }
     mind.because("promoting", format!("promoting to timeline {}", l.timeline));
     mind.start(Task::Promote {

@@ -114,6 +114,31 @@ fn postgresql_dies_on_the_leader() {
         reborn,
         "hold 1, write leadership+history : restarting",
     );
+    let back = down().leadership(|l| l.open = false);
+    check(
+        "others are back while it fails to start in place",
+        back,
+        "release 1, elect-after 1 : handing_over",
+    );
+    let hopeless = elected().lease(2).with(|o| {
+        o.server = ServerView::Down;
+        o.failures = vec![TaskFailure {
+            kind: TaskKind::StartStandby,
+            error: "disk".into(),
+            count: 3,
+            retry_at: START,
+        }];
+    });
+    check(
+        "elected, and it does not start: tried for a ttl",
+        hopeless.clone(),
+        "hold 2, StartStandby : starting",
+    );
+    check(
+        "then another may",
+        hopeless.after(2050),
+        "release 2, elect-after 2 : gives_up",
+    );
     let lapsed = down().with(|o| o.lease = None);
     check(
         "the lease ran out",
