@@ -59,7 +59,6 @@ pub(super) fn election_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leaders
     }
     let opened = format!("the election of term {} is open: {}", l.term, l.cause);
     mind.because("election", opened);
-    operator_override(mind, view, l);
     match &mind.o.server {
         ServerView::Down => {
             mind.because(
@@ -108,7 +107,7 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
         max_lag_bytes: mind.settings.max_lag_bytes,
     }
     .tally();
-    if l.durability == Durability::Async && !l.allow_data_loss && !async_ready(mind, view, l) {
+    if (l.durability == Durability::Async || l.allow_data_loss) && !all_heard(mind, view, l) {
         return mind.because(
             "collecting",
             "waiting a moment for the other members' seals",
@@ -130,6 +129,9 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
             "no_winner",
             format!("nobody can be promoted: {}", tally.why),
         );
+        if all_heard(mind, view, l) {
+            operator_override(mind, view, l);
+        }
     }
 }
 
@@ -139,18 +141,24 @@ fn leader_lsn(mind: &Mind<'_>, l: &Leadership) -> Option<Lsn> {
     mind.o.peers.get(&previous.member)?.status.lsn
 }
 
-/// In `async` any seal may win, so all that are alive get a moment to give theirs.
-fn async_ready(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> bool {
+/// In `async`, or when the operator accepts a loss, any seal may win: all that are alive get a moment to give
+/// theirs, so that no more is lost than must be.
+fn all_heard(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> bool {
     let all = view
         .members
         .keys()
         .filter(|m| mind.is_alive(m))
         .all(|m| view.seals.get(m).is_some_and(|s| s.value.term == l.term));
+    let patience = if l.durability == Durability::Async && !l.allow_data_loss {
+        mind.settings.heartbeat()
+    } else {
+        mind.settings.ttl()
+    };
     let waited = mind
         .out
         .memory
         .election_since
-        .is_some_and(|(_, t)| mind.o.now.since(t) >= mind.settings.heartbeat());
+        .is_some_and(|(_, t)| mind.o.now.since(t) >= patience);
     all || waited
 }
 
@@ -235,7 +243,7 @@ fn next_sync(l: &Leadership, winner: &MemberRef) -> SyncSet {
     }
 }
 
-/// `craton failover --allow-data-loss` while an election is stuck.
+/// `craton failover --allow-data-loss` while an election is stuck: nobody can win otherwise.
 fn operator_override(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     let Some(request) = view.request.as_ref().map(|r| &r.value) else {
         return;

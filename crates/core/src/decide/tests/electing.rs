@@ -160,17 +160,32 @@ fn the_operator_may_accept_a_loss() {
     );
     scene.view().request.as_mut().unwrap().value.allow_data_loss = true;
     check(
-        "may lose",
+        "c may still give its seal",
         scene.clone(),
-        "write leadership+history : election override no_winner",
+        " : election no_winner",
+    );
+    check(
+        "may lose",
+        scene.clone().after(2050),
+        "write leadership+history : election no_winner override",
+    );
+    check(
+        "nothing needs to be lost",
+        scene.clone().sealed(&[("c", 1, 900)]).after(2050),
+        "write leadership+timelines+history, delete request : election won",
     );
     let scene = scene.leadership(|l| {
         l.allow_data_loss = true;
         l.preferred = Some(id("b"));
     });
     check(
+        "the rest is waited for",
+        scene.clone(),
+        " : election collecting",
+    );
+    check(
         "then wins",
-        scene,
+        scene.after(2050),
         "write leadership+timelines+history, delete request : election won",
     );
 }
