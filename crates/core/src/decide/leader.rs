@@ -260,7 +260,10 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
         mind.out.memory.leading_since = Some((l.term, now));
         mind.out.memory.healthy.clear();
     }
-    if mind.out.memory.barrier.as_ref().map(|(set, _)| set) != Some(&s.sync_configured) {
+    // Another set may have been in force in between, if only for a moment.
+    if !s.sync_in_force
+        || mind.out.memory.barrier.as_ref().map(|(set, _)| set) != Some(&s.sync_configured)
+    {
         mind.out.memory.barrier = None;
     }
     if s.sync_in_force && mind.out.memory.barrier.is_none() {
