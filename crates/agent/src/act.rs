@@ -29,6 +29,8 @@ const PROMOTE_MAX: Duration = Duration::from_secs(30);
 const SEAL_MAX: Duration = Duration::from_secs(30);
 /// How long one attempt to prove a sync set may take.
 const SYNC_MAX: Duration = Duration::from_secs(5);
+/// A checkpoint under load.
+const CHECKPOINT_MAX: Duration = Duration::from_secs(300);
 /// A query of the agent's own.
 const QUERY_MAX: Duration = Duration::from_secs(10);
 /// Until a started server answers.
@@ -150,11 +152,7 @@ impl Actor {
             Task::Clone { from, term } => self.clone_from(&from, term, members).await,
             Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
             Task::SetSync(set) => self.set_sync(set).await,
-            Task::Checkpoint => Ok(self
-                .server
-                .control
-                .checkpoint(Duration::from_secs(60))
-                .await?),
+            Task::Checkpoint => Ok(self.server.control.checkpoint(CHECKPOINT_MAX).await?),
         }
     }
 
@@ -328,7 +326,7 @@ impl Actor {
         self.fencing.guard(&process);
         let got = self.server.control.promote(PROMOTE_MAX).await?;
         tracing::info!(%term, timeline = %got, "promoted");
-        self.server.data_changed();
+        self.checkpoint_soon();
         // A look that began before the end of recovery must not be taken for a fall back into it.
         self.server.forget_sample();
         self.server.set_in_force(Some(sync));
@@ -337,6 +335,20 @@ impl Actor {
             .remove_reserved_history_files(got)
             .await?;
         Ok(())
+    }
+
+    /// The first checkpoint on a new timeline: until then pg_rewind on the others sees the old one.
+    fn checkpoint_soon(&self) {
+        let server = Arc::clone(&self.server);
+        tokio::spawn(async move {
+            match server.control.checkpoint(CHECKPOINT_MAX).await {
+                Ok(()) => server.data_changed(),
+                Err(error) => {
+                    tracing::warn!(%error, "the first checkpoint on the new timeline failed")
+                }
+            }
+            server.poke();
+        });
     }
 
     async fn bootstrap(&self) -> Result<(), ActError> {

@@ -239,6 +239,7 @@ impl Agent {
         let pause = RETRY_MIN
             .saturating_mul(1 << count.saturating_sub(1).min(10))
             .min(RETRY_MAX);
+        let error = in_short(&error);
         let failure = TaskFailure {
             kind,
             error,
@@ -500,4 +501,17 @@ fn report(error: &CoordinatorError, what: &str) {
 /// Shared by the API: the newest observation.
 pub fn newest(seen: &watch::Receiver<Option<Seen>>) -> Option<Seen> {
     seen.borrow().clone()
+}
+
+/// The first line, and the last that says what was fatal: the log has the rest.
+fn in_short(error: &str) -> String {
+    let first = error.lines().next().unwrap_or_default();
+    let fatal = error
+        .lines()
+        .rev()
+        .find(|l| (l.contains("FATAL") && !l.contains("starting up")) || l.contains("PANIC"));
+    match fatal {
+        Some(fatal) if fatal != first => format!("{first} {fatal}"),
+        _ => first.to_owned(),
+    }
 }

@@ -35,6 +35,10 @@ struct Known {
     maybe_primary: bool,
     upstream: Option<(MemberId, Term)>,
     in_force: Option<SyncSet>,
+    /// When `in_force` was proven.
+    in_force_at: BootTime,
+    /// When the look that brought `sample` began.
+    sample_begun: BootTime,
     sealed: Option<Seal>,
     active_transactions: Option<u32>,
     busy: bool,
@@ -160,7 +164,10 @@ impl LocalServer {
 
     /// What PostgreSQL is known to enforce.
     pub fn set_in_force(&self, set: Option<SyncSet>) {
-        self.known().in_force = set;
+        let mut k = self.known();
+        k.in_force = set;
+        k.in_force_at = clock::now();
+        drop(k);
         self.poke();
     }
 
@@ -267,7 +274,10 @@ impl LocalServer {
             end_is_exact: end_is_exact(s),
             upstream: k.upstream.clone(),
             streaming: s.is_streaming(),
-            sync_in_force: k.in_force.as_ref() == Some(&configured),
+            // The decision takes the end of WAL in this sample for one that all commits acknowledged under the
+            // older set lie below: it must have been read after the newer was proven.
+            sync_in_force: k.in_force.as_ref() == Some(&configured)
+                && k.sample_begun > k.in_force_at,
             sync_configured: configured,
             standbys: standbys(s),
             active_transactions: k.active_transactions,
@@ -334,6 +344,7 @@ impl LocalServer {
             let k = self.known();
             (k.count_transactions, k.epoch)
         };
+        let begun = clock::now();
         let sample = self.control.sample(SAMPLE_TIMEOUT).await;
         let active = if count {
             self.control
@@ -350,6 +361,7 @@ impl LocalServer {
         if let Ok(sample) = sample {
             k.maybe_primary = !sample.in_recovery || k.maybe_primary && k.busy;
             k.sample = Some((sample, clock::now()));
+            k.sample_begun = begun;
         }
         if count {
             k.active_transactions = active.map(|n| u32::try_from(n).unwrap_or(u32::MAX));

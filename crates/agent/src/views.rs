@@ -7,7 +7,7 @@ use craton_console::views::{
     SyncView,
 };
 use craton_core::decide::Decision;
-use craton_core::observe::{MemberStatus, Observation, ServerView};
+use craton_core::observe::{DataView, MemberStatus, Observation, ServerView};
 use craton_core::records::{ClusterView, RequestPhase};
 use craton_core::settings::Durability;
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
@@ -38,6 +38,10 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
             .last()
             .map(|r| r.text.clone())
             .unwrap_or_default(),
+        checkpoint_timeline: match &o.data {
+            DataView::Present { timeline, .. } => Some(*timeline),
+            _ => None,
+        },
         slots: BTreeMap::new(),
     };
     match &o.server {

@@ -172,6 +172,8 @@ pub struct Memory {
     proposed: Option<(u64, Vec<SyncSet>)>,
     /// The sync set in force in PostgreSQL, and the flush position when that was first seen.
     barrier: Option<(SyncSet, Lsn)>,
+    /// Since when no sync set is proven in force.
+    unproven_since: Option<BootTime>,
     /// When each standby was last seen healthy by the leader, with its flush position then.
     healthy: BTreeMap<MemberId, (Lsn, BootTime)>,
     /// Since when this member leads and is a primary.
@@ -213,6 +215,10 @@ pub struct Decision {
 const INITIALIZER_SILENT_MAX: Duration = Duration::from_secs(20);
 /// How long a standby may try to stream in vain from a leader that is open before it is cloned anew.
 const NOT_STREAMING_MAX: Duration = Duration::from_secs(20);
+/// How long a proof of the sync set may take to be seen before it is made again.
+const PROOF_SEEN_MAX: Duration = Duration::from_secs(1);
+/// How often a start as a standby may fail before the leader's history is asked for help.
+const STARTS_MAX: u32 = 3;
 /// How long a standby may read local WAL without answering before it is given an upstream: a rewound data
 /// directory becomes consistent only with WAL from the leader.
 const SILENT_MAX: Duration = Duration::from_secs(5);

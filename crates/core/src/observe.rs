@@ -143,6 +143,9 @@ pub struct MemberStatus {
     pub streaming: bool,
     /// What it is doing, in words.
     pub doing: String,
+    /// The timeline of its last checkpoint: pg_rewind goes by the leader's (PostgreSQL before 16).
+    #[serde(default)]
+    pub checkpoint_timeline: Option<TimelineId>,
     /// The leader's replication slots and from where each keeps WAL, so that the standbys' copies of
     /// them can follow.
     #[serde(default)]

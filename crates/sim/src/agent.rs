@@ -142,6 +142,7 @@ impl World {
             timeline: pg.and(db).map(|d| d.timeline()),
             lsn: pg.and(db).map(|d| d.end()),
             streaming,
+            checkpoint: db.map(|d| d.checkpoint),
         })
     }
 
@@ -518,8 +519,8 @@ impl World {
             return;
         };
         agent.submission = Some((id, changes));
-        let odd = if self.rng.chance(2) {
-            self.rng.between(0, SECOND)
+        let odd = if self.rng.chance(4) {
+            self.rng.between(0, 3 * SECOND)
         } else {
             0
         };

@@ -18,6 +18,8 @@ pub struct Own {
     pub lsn: Option<Lsn>,
     /// It streams from its upstream.
     pub streaming: bool,
+    /// The timeline of its last checkpoint.
+    pub checkpoint: Option<TimelineId>,
 }
 
 /// As the others hear it.
@@ -31,6 +33,7 @@ pub fn announcement(own: &Own) -> MemberStatus {
         replay_lsn: own.lsn,
         streaming: own.streaming,
         doing: String::new(),
+        checkpoint_timeline: own.checkpoint,
         slots: std::collections::BTreeMap::new(),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Mind, StopHow, Task, TaskKind, standby};
+use super::{Mind, PROOF_SEEN_MAX, StopHow, Task, TaskKind, standby};
 use crate::observe::{DataView, Server, ServerView};
 use crate::records::{
     Change, ClusterRecord, ClusterView, Key, Leadership, Record, Request, RequestKind, RequestPhase,
@@ -18,7 +18,9 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
         DataView::Present { timeline, .. } => *timeline,
         _ => return,
     };
-    let was_primary = data_timeline == l.timeline;
+    // pg_control names the timeline of the last checkpoint, which comes some time after a promotion; who was
+    // open for clients in this term was primary in it.
+    let was_primary = l.open || data_timeline == l.timeline;
     let served =
         l.open || (was_primary && view.cluster.as_ref().is_some_and(|c| c.value.bootstrapped));
     match &mind.o.server {
@@ -393,6 +395,15 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
             "sync_pending",
             "waiting for every WAL sender to follow the new sync set",
         );
+        if mind.o.task.is_some() {
+            mind.out.memory.unproven_since = None;
+            return;
+        }
+        let now = mind.o.now;
+        let since = *mind.out.memory.unproven_since.get_or_insert(now);
+        if now.since(since) < PROOF_SEEN_MAX {
+            return;
+        }
         // The proof failed, or was lost with the agent that made it: it is made again, for what is configured
         // where that is known to keep the invariant.
         let known = s.sync_configured.k
@@ -407,6 +418,7 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
         }
         return mind.start(Task::SetSync(set.clone()));
     }
+    mind.out.memory.unproven_since = None;
     let barrier = mind
         .out
         .memory

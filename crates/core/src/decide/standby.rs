@@ -1,6 +1,6 @@
 //! A member that does not lead: clone, follow, rewind, and notice that the leader is gone.
 
-use super::{Mind, NOT_STREAMING_MAX, SILENT_MAX, StopHow, Task};
+use super::{Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind};
 use crate::observe::{LeaseSeen, Server, ServerView};
 use crate::records::{ClusterView, Leadership, MemberRef, RequestKind};
 use crate::settings::Durability;
@@ -27,7 +27,7 @@ pub(super) fn clone_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership
         .o
         .failures
         .iter()
-        .find(|f| f.kind == super::TaskKind::Clone)
+        .find(|f| f.kind == TaskKind::Clone)
         .map_or(0, |f| f.count);
     // A standby spares the leader; after a failure the leader itself is asked.
     let standby = mind.o.peers.iter().find(|(m, p)| {
@@ -55,10 +55,7 @@ pub(super) fn standby_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
     watch_lease(mind, view, l, leader);
     match &mind.o.server {
         _ if fenced => {}
-        ServerView::Down => {
-            mind.because("starting", "starting as a standby");
-            mind.start(Task::StartStandby);
-        }
+        ServerView::Down => down_rule(mind, l, leader),
         ServerView::Silent { .. } => silent_rule(mind, l, leader),
         ServerView::Running(s) => follow_rule(mind, view, l, leader, s),
     }
@@ -102,6 +99,35 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
         }
         _ => {}
     }
+}
+
+/// Down: start; where PostgreSQL refuses to start again and again, its data directory is at odds with a
+/// history that it has seen, and only the leader can help.
+fn down_rule(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberRef) {
+    let failed = mind
+        .o
+        .failures
+        .iter()
+        .find(|f| f.kind == TaskKind::StartStandby)
+        .map_or(0, |f| f.count);
+    if failed >= STARTS_MAX
+        && l.open
+        && l.term >= mind.o.me.floor
+        && serves(mind, l, &leader.member)
+    {
+        let text = format!(
+            "PostgreSQL did not start {failed} times: rewinding to {}, or cloning anew",
+            leader.member
+        );
+        mind.because("cannot_start", text);
+        return mind.start(Task::Rewind {
+            from: leader.member.clone(),
+            fork: None,
+            term: l.term,
+        });
+    }
+    mind.because("starting", "starting as a standby");
+    mind.start(Task::StartStandby);
 }
 
 /// Started, and not answering yet: reading WAL, or in need of the leader's to become consistent. Following
@@ -203,6 +229,22 @@ fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, re
         return mind.because(
             "waiting_for_leader",
             format!("waiting for {leader} to be open"),
+        );
+    }
+    // Until its first checkpoint the leader's control file still names the old timeline, and pg_rewind would
+    // see nothing to do.
+    let checkpointed = mind
+        .o
+        .peers
+        .get(leader)
+        .and_then(|p| p.status.checkpoint_timeline);
+    if checkpointed != Some(l.timeline) {
+        return mind.because(
+            "waiting_for_checkpoint",
+            format!(
+                "waiting for {leader}'s first checkpoint on timeline {}",
+                l.timeline
+            ),
         );
     }
     mind.start(Task::Rewind {

@@ -64,6 +64,7 @@ fn status(name: &str) -> MemberStatus {
         replay_lsn: None,
         streaming: true,
         doing: String::new(),
+        checkpoint_timeline: Some(TimelineId(1)),
         slots: BTreeMap::new(),
     }
 }
@@ -214,6 +215,8 @@ impl Scene {
     fn leads(mut self, name: &str, term: u64) -> Self {
         let status = &mut self.o.peers.get_mut(&id(name)).unwrap().status;
         (status.role, status.term) = (MemberRole::Leader, Term(term));
+        // In these scenes the leader of term t runs timeline t.
+        status.checkpoint_timeline = u32::try_from(term).ok().map(TimelineId);
         self
     }
 

@@ -228,7 +228,13 @@ fn former_leader(fork: u64) -> Scene {
         timeline(2, Some(1), fork),
     ]));
     s.o.server = ServerView::Running(running(true));
-    s.leads("c", 2)
+    let mut s = s.leads("c", 2);
+    s.o.peers
+        .get_mut(&id("c"))
+        .unwrap()
+        .status
+        .checkpoint_timeline = Some(TimelineId(2));
+    s
 }
 
 #[test]
@@ -242,6 +248,31 @@ fn a_member_that_comes_back() {
         "with more than the cluster has",
         former_leader(999),
         "Rewind c 2 : diverged",
+    );
+    let no_checkpoint = former_leader(999).with(|o| {
+        o.peers
+            .get_mut(&id("c"))
+            .unwrap()
+            .status
+            .checkpoint_timeline = Some(TimelineId(1));
+    });
+    check(
+        "not before the leader's checkpoint",
+        no_checkpoint,
+        " : diverged waiting_for_checkpoint",
+    );
+    // pg_rewind goes by the source's control file, and would see one timeline and nothing to do.
+    let early = former_leader(999).with(|o| {
+        o.peers
+            .get_mut(&id("c"))
+            .unwrap()
+            .status
+            .checkpoint_timeline = Some(TimelineId(1));
+    });
+    check(
+        "not before the leader's first checkpoint",
+        early,
+        " : diverged waiting_for_checkpoint",
     );
     let closed = former_leader(999).leadership(|l| l.open = false);
     check(

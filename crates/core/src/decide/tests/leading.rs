@@ -219,8 +219,13 @@ fn the_sync_set_follows_the_standbys() {
     let unproven = Scene::leader().server(|s| s.sync_in_force = false);
     // The agent was restarted, or the proof failed: found by the simulator, seed 30.
     check(
+        "not seen proven yet",
+        unproven.clone(),
+        "hold 1 : leading sync_pending",
+    );
+    check(
         "not proven",
-        unproven,
+        unproven.after(1050),
         "hold 1, SetSync (1 of b, c) : leading sync_pending",
     );
     let gone = Scene::leader()
