@@ -25,8 +25,6 @@ impl Traits {
     pub const SET_OTHER: Self = Self(1 << 5);
     /// `set_config` that may be for the session.
     pub const SET_CONFIG: Self = Self(1 << 6);
-    /// `true` follows `set_config`.
-    const TRUE: Self = Self(1 << 7);
 
     /// True when all of `other` is in here.
     pub fn has(self, other: Self) -> bool {
@@ -58,8 +56,13 @@ const WORD_MAX: usize = 32;
 pub struct Inspector {
     word: [u8; WORD_MAX],
     len: usize,
+    /// The byte in front of the word.
+    before: u8,
+    last: u8,
     traits: u16,
     after: After,
+    /// Calls of `set_config` that were not followed by a bare `true` yet: those may be for the session.
+    set_configs: u32,
 }
 
 /// What the last words were.
@@ -69,7 +72,6 @@ enum After {
     Nothing,
     Set,
     SetTime,
-    SetConfig,
 }
 
 impl Inspector {
@@ -77,33 +79,36 @@ impl Inspector {
     pub fn feed(&mut self, text: &[u8]) {
         for byte in text {
             if byte.is_ascii_alphanumeric() || *byte == b'_' || *byte >= 0x80 {
+                if self.len == 0 {
+                    self.before = self.last;
+                }
                 if let Some(place) = self.word.get_mut(self.len) {
                     *place = byte.to_ascii_lowercase();
                 }
                 self.len += 1;
             } else if self.len > 0 {
-                self.end_word();
+                self.end_word(*byte);
             }
+            self.last = *byte;
         }
     }
 
     /// What was found until now.
     pub fn finish(&mut self) -> Traits {
         if self.len > 0 {
-            self.end_word();
+            self.end_word(b' ');
         }
-        let mut found = Traits(self.traits);
-        if found.has(Traits::SET_CONFIG.and(Traits::TRUE)) {
-            found.0 &= !(Traits::SET_CONFIG.0 | Traits::TRUE.0);
+        if self.set_configs > 0 {
+            self.found(Traits::SET_CONFIG);
         }
-        found
+        Traits(self.traits)
     }
 
     fn found(&mut self, traits: Traits) {
         self.traits |= traits.0;
     }
 
-    fn end_word(&mut self) {
+    fn end_word(&mut self, next: u8) {
         let buffer = self.word;
         let word = buffer.get(..self.len).unwrap_or_default();
         self.len = 0;
@@ -122,21 +127,15 @@ impl Inspector {
             (After::Set, _) if followed => self.found(Traits::SET_FOLLOWED),
             (After::SetTime, b"zone") => self.found(Traits::SET_FOLLOWED),
             (After::Set | After::SetTime, _) => self.found(Traits::SET_OTHER),
-            (After::SetConfig, b"true") => self.found(Traits::TRUE),
             _ => {}
         }
-        if self.after != After::SetConfig {
-            self.after = After::Nothing;
-        }
+        self.after = After::Nothing;
         match word {
             b"set" => self.after = After::Set,
-            b"set_config" => {
-                // A second call in the same text cannot be told from the first one's arguments.
-                if self.traits & Traits::SET_CONFIG.0 != 0 {
-                    self.found(Traits::SET_OTHER);
-                }
-                self.found(Traits::SET_CONFIG);
-                self.after = After::SetConfig;
+            b"set_config" => self.set_configs += 1,
+            // As a whole argument: neither a text's content nor part of an expression.
+            b"true" if self.before != b'\'' && matches!(next, b')' | b' ') => {
+                self.set_configs = self.set_configs.saturating_sub(1);
             }
             b"temp" | b"temporary" | b"pg_temp" => self.found(Traits::TEMPORARY),
             b"create" | b"into" => self.found(Traits::CREATES),
@@ -250,6 +249,7 @@ mod tests {
                 "select set_config('a.b', '1', true), set_config('a.b', '1', false)",
             ),
             ("SELECT 1", "SELECT set_config($1, $2, $3)"),
+            ("SELECT 1", "SELECT set_config('a.b', 'true', false)"),
             ("SELECT 1", "SELECT pg_advisory_lock(1)"),
             ("SELECT 1", "SELECT 1 INTO TEMP x"),
             ("CREATE TABLE", "create temporary table x ()"),
@@ -270,6 +270,10 @@ mod tests {
             ("SET", "SET NAMES 'UTF8'"),
             ("UPDATE 1", "UPDATE t SET temp = 1"),
             ("SELECT 1", "SELECT set_config('a.b', $1, true)"),
+            (
+                "SELECT 1",
+                "select set_config('a.b', '1', true), set_config('a.c', '1', true)",
+            ),
             ("SELECT 1", "SELECT pg_advisory_xact_lock(1)"),
             ("DECLARE CURSOR", "DECLARE c CURSOR FOR SELECT 1"),
             ("INSERT 0 1", "INSERT INTO t VALUES (1)"),
