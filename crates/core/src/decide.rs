@@ -184,6 +184,8 @@ pub struct Memory {
     holding: Option<(u64, BootTime)>,
     /// Since when a configured upstream has not streamed.
     not_streaming_since: Option<BootTime>,
+    /// The term whose leadership this member gives up, and why.
+    stepping_aside: Option<(Term, String)>,
     /// Since when PostgreSQL runs without answering.
     silent_since: Option<BootTime>,
     /// Since when the initializer is silent.

@@ -62,13 +62,19 @@ fn silent_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
 /// Gives the lease up and opens the next election, in which this member's own seal is proof enough.
 fn step_aside(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, cause: &str) {
     mind.out.lease = super::LeaseWish::Release(l.term);
+    // The first reason counts: the lease, for one, is gone because it was given up.
+    let cause = match &mind.out.memory.stepping_aside {
+        Some((term, first)) if *term == l.term => first.clone(),
+        _ => cause.to_owned(),
+    };
+    mind.out.memory.stepping_aside = Some((l.term, cause.clone()));
     let request = view
         .request
         .as_ref()
         .map(|r| &r.value)
         .filter(|r| r.term == l.term);
     let preferred = request.and_then(|r| r.to.clone());
-    mind.open_election(view, l, preferred, false, cause);
+    mind.open_election(view, l, preferred, false, &cause);
 }
 
 /// PostgreSQL is down on the leader: hand over if another can be promoted now, else restart in place.
