@@ -302,6 +302,48 @@ impl LeaseFile {
 mod tests {
     use super::*;
 
+    fn shared(dir: &Path) -> Shared {
+        Shared {
+            lease: Mutex::new(None),
+            counts: Mutex::new(LeaseCounts::default()),
+            file: LeaseFile {
+                path: dir.join("lease"),
+            },
+            sink: Arc::new(|_| {}),
+            changed: watch::channel(0).0,
+            given_up: AtomicU64::new(0),
+            wished_at: AtomicU64::new(0),
+        }
+    }
+
+    #[test]
+    fn a_late_renewal_does_not_bring_back_what_was_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(dir.path());
+        shared.accept(Term(4), BootTime(99));
+        assert!(shared.file.read().is_some());
+        shared.drop_lease(Term(4));
+        shared.accept(Term(4), BootTime(100));
+        assert_eq!(*shared.lease.lock().unwrap(), None);
+        assert_eq!(shared.file.read(), None, "nor for the next agent");
+        shared.accept(Term(5), BootTime(101));
+        assert_eq!(shared.file.read().map(|l| l.term), Some(Term(5)));
+    }
+
+    #[test]
+    fn an_old_wish_is_not_acted_upon() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(dir.path());
+        let timing = LeaseTiming {
+            ttl: Duration::from_secs(2),
+            margin: Duration::from_millis(200),
+            heartbeat: Duration::from_millis(300),
+        };
+        let at = |seconds| BootTime(0).after(Duration::from_secs(seconds));
+        assert!(shared.is_wished(timing, at(4)));
+        assert!(!shared.is_wished(timing, at(6)));
+    }
+
     #[test]
     fn a_lease_is_inherited_within_the_same_boot_only() {
         let dir = tempfile::tempdir().unwrap();
