@@ -90,13 +90,6 @@ pub enum ProxyError {
     Workers(#[source] io::Error),
 }
 
-/// The metrics that a proxy serves, for the reference.
-pub fn metrics_catalogue() -> Vec<craton_console::metrics::MetricDoc> {
-    let mut registry = Metrics::new();
-    ProxyMetrics::register(&mut registry);
-    registry.catalogue().to_vec()
-}
-
 /// Runs the proxy until `shutdown` turns true or its sender is gone. Clients between transactions are then asked to go;
 /// the others may finish their transaction within `drain_ms`.
 pub async fn run(
