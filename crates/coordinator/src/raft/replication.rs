@@ -160,6 +160,8 @@ impl Raft {
             self.send_entries(&peer.from);
         }
         self.readmit_if_due(&peer.from, peer.birth);
+        // It may have become a voter since it acknowledged.
+        self.advance_commit();
         self.confirm_reads();
     }
 

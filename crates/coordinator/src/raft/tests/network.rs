@@ -1,4 +1,5 @@
-//! Seeds. A failing one is replayed with `CRATON_RAFT_SEED=<seed> cargo test -p craton-coordinator raft`.
+//! Seeds. A failing one is replayed with `CRATON_RAFT_SEED=<seed> cargo test -p craton-coordinator raft`;
+//! `CRATON_RAFT_SEEDS=<n>` runs that many of each kind.
 
 use std::time::Duration;
 
@@ -65,9 +66,9 @@ fn run(seed: u64, nodes: usize, faults: Faults) -> World {
 }
 
 fn seeds(name: &str, count: u64, nodes: usize, faults: Faults) {
-    let one = std::env::var("CRATON_RAFT_SEED")
-        .ok()
-        .and_then(|s| s.parse::<u64>().ok());
+    let number = |name| std::env::var(name).ok().and_then(|s| s.parse::<u64>().ok());
+    let one = number("CRATON_RAFT_SEED");
+    let count = number("CRATON_RAFT_SEEDS").unwrap_or(count);
     let range = one.map_or(0..count, |s| s..s + 1);
     let (mut completed, mut reads, mut wipes) = (0, 0, 0);
     for seed in range.clone() {

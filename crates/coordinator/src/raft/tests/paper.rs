@@ -495,12 +495,39 @@ fn entries_of_former_terms_are_not_committed_by_counting() {
         ),
     );
     assert!(n.is_leader());
+    flush(&mut n);
     n.step(at(5001), message(1, 0, 3, Body::Appended { matched: 1 }));
-    assert_eq!(n.commit, 0, "entry 1 is of term 1");
+    assert_eq!(n.commit, 0, "entry 1 is on two disks, but it is of term 1");
     n.step(at(5002), message(1, 0, 3, Body::Appended { matched: 2 }));
+    assert_eq!(n.commit, 2);
+}
+
+#[test]
+fn the_leader_counts_its_own_copy_only_once_it_is_on_its_disk() {
+    let mut n = voter(vec![]);
+    n.tick(at(5000));
+    n.step(
+        at(5000),
+        message(1, 0, 2, Body::PreVoteReply { granted: true }),
+    );
+    flush(&mut n);
+    n.step(
+        at(5000),
+        message(
+            1,
+            0,
+            2,
+            Body::VoteReply {
+                granted: true,
+                candidate: 1,
+            },
+        ),
+    );
+    assert!(n.is_leader());
+    n.step(at(5001), message(1, 0, 2, Body::Appended { matched: 1 }));
     assert_eq!(n.commit, 0, "only one copy is known to be on a disk");
     flush(&mut n);
-    assert_eq!(n.commit, 2);
+    assert_eq!(n.commit, 1);
 }
 
 #[test]

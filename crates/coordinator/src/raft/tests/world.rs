@@ -278,10 +278,12 @@ impl World {
     fn describe(&self) -> String {
         let line = |(n, node): (&MemberId, &Node)| {
             let status = node.raft.as_ref().map(Raft::status);
-            format!(
-                "{n}: {status:?} births {:?}",
-                node.raft.as_ref().map(|r| &r.births)
-            )
+            let role = node.raft.as_ref().map(|r| &r.role);
+            let births = node
+                .raft
+                .as_ref()
+                .map(|r| (r.hard.birth, r.unwritten(), r.verified, &r.births));
+            format!("{n}: {status:?} {role:?} {births:?}")
         };
         self.nodes.iter().map(line).collect::<Vec<_>>().join("\n")
     }
