@@ -47,8 +47,8 @@ fix: setup ## format, apply what clippy knows, write the reference pages again
 test: setup ## everything CI runs: all tests, on real PostgreSQL with PostGIS
 	$(CARGO) test --locked --workspace
 
-sim: setup ## the simulator: SEEDS=20000 (one seed: FIRST=seed SEEDS=1)
-	$(CARGO) run --release --locked -p craton-sim -- --seeds $(or $(SEEDS),20000) --first $(or $(FIRST),0)
+sim: setup ## the simulator: SEEDS=0..20000, or one seed with its trace: SEED=17
+	$(CARGO) run --release --locked -p craton-sim -- $(if $(SEED),--seed $(SEED) --trace,--seeds $(or $(SEEDS),0..20000)) $(ARGS)
 
 bench: build ## outages and losses, measured by drills (long)
 	benches/drills.sh $(CRATON) $(RUNS)

@@ -101,7 +101,11 @@ fn metrics() -> String {
     craton_agent::metrics::AgentMetrics::register(&mut agent);
     let mut backup = Metrics::new();
     craton_backup::metrics::BackupMetrics::register(&mut backup);
-    render_reference(&[("Agent", agent.catalogue()), ("Backup", backup.catalogue())])
+    render_reference(&[
+        ("Agent", agent.catalogue()),
+        ("Backup", backup.catalogue()),
+        ("Proxy", &craton_proxy::metrics_catalogue()),
+    ])
 }
 
 /// The settings are read from the source: a struct's fields, their types, their documentation.

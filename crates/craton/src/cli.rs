@@ -114,6 +114,12 @@ pub enum Command {
     Supervise,
 }
 
+/// Members of a local cluster.
+pub const MEMBERS_DEFAULT: u8 = 3;
+
+/// The first port of a local cluster.
+pub const BASE_PORT_DEFAULT: u16 = 6430;
+
 /// How many copies a commit waits for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Durability {
@@ -137,7 +143,7 @@ impl Durability {
 #[derive(Args, Debug)]
 pub struct UpArgs {
     /// How many members
-    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=i64::from(layout::MEMBERS_MAX)))]
+    #[arg(long, default_value_t = MEMBERS_DEFAULT, value_parser = clap::value_parser!(u8).range(1..=i64::from(layout::MEMBERS_MAX)))]
     pub members: u8,
     /// When a commit is acknowledged
     #[arg(long, value_enum, default_value_t = Durability::Quorum)]
@@ -146,7 +152,7 @@ pub struct UpArgs {
     #[arg(long)]
     pub no_sample: bool,
     /// First of the ports: the proxy gets this + 2 for writes and + 3 for reads
-    #[arg(long, default_value_t = 6430, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1024..=65000))]
+    #[arg(long, default_value_t = BASE_PORT_DEFAULT, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1024..=65000))]
     pub base_port: u16,
 }
 

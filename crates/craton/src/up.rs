@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use tokio::time::{Instant, sleep};
 
 use crate::access::Access;
-use crate::cli::UpArgs;
+use crate::cli::{BASE_PORT_DEFAULT, Durability, MEMBERS_DEFAULT, UpArgs};
 use crate::exit::{self, NOT_IN_TIME, Problem};
 use crate::layout::{CLUSTER_FILE, ClusterFile, FORMAT, Layout, member_names};
 use crate::output::{self, Colour, paint};
@@ -67,7 +67,7 @@ async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
     let outcome = tokio::select! {
         outcome = bring_up(&layout) => outcome,
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("interrupted")),
-        _ = terminated() => Err(anyhow::anyhow!("told to stop")),
+        () = terminated() => Err(anyhow::anyhow!("told to stop")),
     };
     match outcome {
         Ok(()) => {
@@ -121,10 +121,13 @@ async fn already_up(layout: &Layout) -> anyhow::Result<u8> {
 /// Checks before a cluster that exists is started again.
 fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
     let cluster = &layout.cluster;
-    if usize::from(args.members) != cluster.members.len()
-        || args.durability.as_str() != cluster.durability
-        || args.base_port != cluster.base_port
-    {
+    // What was not typed has its default, and says nothing.
+    let other = [
+        args.members != MEMBERS_DEFAULT && usize::from(args.members) != cluster.members.len(),
+        args.durability != Durability::Quorum && args.durability.as_str() != cluster.durability,
+        args.base_port != BASE_PORT_DEFAULT && args.base_port != cluster.base_port,
+    ];
+    if other.contains(&true) {
         output::note(format!(
             "the cluster in {} has {} members, durability {} and base port {}; it is started as it is",
             layout.root.display(),
