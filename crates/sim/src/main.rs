@@ -105,11 +105,7 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
         more.push_str(" --flaw ");
         more.push_str(flaw.name());
     }
-    writeln!(
-        out,
-        "replay: make sim SEED={} ARGS=\"{more} --trace\"",
-        o.seed
-    )
+    writeln!(out, "replay: make sim SEED={} ARGS=\"{more}\"", o.seed)
 }
 
 fn simulate(out: &mut impl io::Write, args: &Args) -> io::Result<bool> {

@@ -113,6 +113,12 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
             "waiting a moment for the other members' seals",
         );
     }
+    if let Some(wanted) = awaited(mind, view, l, &alive) {
+        return mind.because(
+            "collecting",
+            format!("waiting a moment for the seal of {wanted}, which a switchover wants"),
+        );
+    }
     if tally.winner.as_ref() == Some(&me) {
         mind.because(
             "won",
@@ -139,6 +145,24 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
 fn leader_lsn(mind: &Mind<'_>, l: &Leadership) -> Option<Lsn> {
     let previous = l.previous.as_ref()?;
     mind.o.peers.get(&previous.member)?.status.lsn
+}
+
+/// The member that a switchover wants, while it lives and has not sealed: where fewer seals are needed than
+/// there are members, another could win before it is heard. Waited for at most a ttl.
+fn awaited(
+    mind: &Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    alive: &BTreeSet<MemberId>,
+) -> Option<MemberId> {
+    let wanted = l.preferred.as_ref().filter(|p| alive.contains(*p))?;
+    let sealed = view
+        .seals
+        .get(wanted)
+        .is_some_and(|s| s.value.term == l.term);
+    let (_, since) = mind.out.memory.election_since?;
+    let in_time = mind.o.now.since(since) < mind.settings.ttl();
+    (in_time && !sealed).then(|| wanted.clone())
 }
 
 /// In `async`, or when the operator accepts a loss, any seal may win: all that are alive get a moment to give

@@ -189,3 +189,34 @@ fn the_operator_may_accept_a_loss() {
         "write leadership+timelines+history, delete request : election won",
     );
 }
+
+#[test]
+fn a_switchover_waits_for_the_one_it_wants() {
+    let c_first = || {
+        Scene::election("c")
+            .leadership(|l| {
+                l.sync = set(2, &["b", "c"]);
+                l.preferred = Some(id("b"));
+            })
+            .sealed(&[("c", 1, 1000)])
+    };
+    check("its seal is missing", c_first(), " : election collecting");
+    check(
+        "for too long",
+        c_first().after(2100),
+        "write leadership+timelines+history : election won",
+    );
+    check(
+        "it has sealed",
+        c_first().sealed(&[("b", 1, 1000)]),
+        " : election yields",
+    );
+    let dead = c_first().with(|o| {
+        o.peers.remove(&id("b"));
+    });
+    check(
+        "it is dead",
+        dead,
+        "write leadership+timelines+history : election won",
+    );
+}
