@@ -310,7 +310,6 @@ impl Drills {
         let before = self.access.status().await?;
         let target = self.target(fault, &before)?;
         let replaced = self.replaced_by(fault, &target);
-        let first_id = self.recorder.next_id();
         let began = Instant::now();
         faults::inflict(fault, &self.layout, &self.access, &target, self.times).await?;
         let healed = self.healed(began, &replaced).await;
@@ -321,7 +320,7 @@ impl Drills {
             .writes
             .iter()
             .copied()
-            .filter(|w| w.id >= first_id)
+            .filter(|w| w.ended >= began)
             .collect();
         let verdict = match (&healed, writes.is_empty()) {
             (Ok(_), false) => Some(self.verdict_on_leader(&writes).await?),

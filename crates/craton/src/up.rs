@@ -323,7 +323,7 @@ fn summary(layout: &Layout, view: &craton_console::views::StatusView) -> String 
     let tries = if layout.cluster.sample {
         [
             (
-                "the cities of the largest countries",
+                "the countries with the most cities",
                 format!(
                     "{me} psql -c \"SELECT c.name, count(*) AS cities FROM countries c JOIN cities t ON ST_Contains(c.geom, t.geom) GROUP BY c.name ORDER BY 2 DESC LIMIT 5\""
                 ),

@@ -98,7 +98,6 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct Recorder {
     log: Arc<Mutex<Log>>,
-    next_id: Arc<AtomicU64>,
     stop: watch::Sender<bool>,
     clients: JoinSet<()>,
 }
@@ -119,17 +118,7 @@ impl Recorder {
             ));
         }
         clients.spawn(read_on(plan.clone(), Arc::clone(&log), stopped));
-        Self {
-            log,
-            next_id,
-            stop,
-            clients,
-        }
-    }
-
-    /// The number that the next write gets.
-    pub fn next_id(&self) -> u64 {
-        self.next_id.load(Ordering::SeqCst)
+        Self { log, stop, clients }
     }
 
     /// What is recorded by now.
