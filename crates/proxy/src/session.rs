@@ -91,7 +91,7 @@ enum Owed {
     /// CloseComplete.
     Close,
     /// CloseComplete that only the proxy waits for.
-    Evict,
+    Evict { id: u64 },
     /// Not owed by the server: an empty message of this type that the proxy sends in its turn.
     Own(u8),
 }

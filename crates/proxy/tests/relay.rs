@@ -27,6 +27,16 @@ async fn pid(client: &Client) -> i32 {
         .get(0)
 }
 
+async fn show(client: &Client, name: &str) -> String {
+    let sql = format!("SELECT current_setting('{name}')");
+    let messages = client.simple_query(&sql).await.unwrap();
+    let found = messages.into_iter().find_map(|m| match m {
+        SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
+        _ => None,
+    });
+    found.unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn logins() {
     let root = directory();
@@ -245,17 +255,6 @@ async fn state_of_a_session_stays_with_it() {
         .await
         .unwrap();
     let other = proxy.ann().await;
-    let show = |client: &Client, name: &str| {
-        let sql = format!("SELECT current_setting('{name}')");
-        let row = client.simple_query(&sql);
-        async move {
-            let found = row.await.unwrap().into_iter().find_map(|m| match m {
-                SimpleQueryMessage::Row(row) => row.get(0).map(str::to_owned),
-                _ => None,
-            });
-            found.unwrap()
-        }
-    };
     assert_ne!(show(&other, "timezone").await, "Asia/Tokyo");
     assert_eq!(show(&zoned, "timezone").await, "Asia/Tokyo");
     assert_eq!(show(&zoned, "application_name").await, "map");
@@ -508,7 +507,7 @@ async fn messages_one_by_one() {
     let (_root, _server, proxy) = trusting().await;
     let mut raw = Raw::trusted(proxy.port).await;
     assert!(raw.tags().await.ends_with('Z'));
-    let mut say = |raw: &mut Raw, build: &dyn Fn(&mut Vec<u8>)| {
+    let say = |raw: &mut Raw, build: &dyn Fn(&mut Vec<u8>)| {
         let mut out = Vec::new();
         build(&mut out);
         // Byte by byte is what the slowest network does.

@@ -89,7 +89,7 @@ impl Session {
             Ok(None)
         };
         let swallow = match (found.tag, self.owed.front()) {
-            (b'1', Some(Owed::Prepare { .. })) | (b'3', Some(Owed::Evict)) => true,
+            (b'1', Some(Owed::Prepare { .. })) | (b'3', Some(Owed::Evict { .. })) => true,
             (b'N', _) => self.is_unconfirmed_commit(),
             (b'Z' | b'S' | b'A' | b'E', _) => false,
             _ => self.hushed,
@@ -139,7 +139,7 @@ impl Session {
                 b'1',
                 Some(Owed::Parse { .. } | Owed::ParsePlain | Owed::Prepare { .. })
             ) | (b'2', Some(Owed::Bind))
-                | (b'3', Some(Owed::Close | Owed::Evict))
+                | (b'3', Some(Owed::Close | Owed::Evict { .. }))
         )
     }
 
@@ -222,6 +222,12 @@ impl Session {
                     self.forget_on_server(id);
                 }
                 Some(Owed::Prepare { id }) => self.forget_on_server(id),
+                // It was not closed, so it is still there.
+                Some(Owed::Evict { id }) => {
+                    if let Some(link) = &mut self.link {
+                        link.server.facts.statements.touch(id);
+                    }
+                }
                 Some(Owed::ParsePlain) => {
                     self.unnamed.id = 0;
                     self.forget_on_server(0);

@@ -479,7 +479,7 @@ impl Session {
                 b'C',
                 Statement::server_name(old).as_bytes(),
             );
-            self.owed.push_back(Owed::Evict);
+            self.owed.push_back(Owed::Evict { id: old });
         }
     }
 
