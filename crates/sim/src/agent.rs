@@ -139,8 +139,8 @@ impl World {
             incarnation: member.incarnation,
             role,
             term,
-            timeline: pg.and(db).map(|d| d.timeline()),
-            lsn: pg.and(db).map(|d| d.end()),
+            timeline: pg.and(db).map(crate::wal::Database::timeline),
+            lsn: pg.and(db).map(crate::wal::Database::end),
             streaming,
             checkpoint: db.map(|d| d.checkpoint),
         })
@@ -526,6 +526,7 @@ impl World {
         };
         let delay = self.latency() + odd;
         let change = Box::new(change);
+        self.submitted += 1;
         self.after(
             delay,
             Event::Submit {
@@ -548,6 +549,7 @@ impl World {
 
     /// A transaction arrives at the store, if a majority can be reached.
     pub fn submit_arrives(&mut self, m: usize, life: u64, id: u64, change: &Change) {
+        self.submitted = self.submitted.saturating_sub(1);
         if !self.has_majority(m) {
             return;
         }

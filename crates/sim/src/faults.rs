@@ -146,8 +146,8 @@ impl World {
             10 => Fault::SlowDisk(m),
             11 => Fault::Loss,
             12 => Fault::SlowNet,
-            13 if !self.faults.disk_lost && self.is_whole() => Fault::LoseDisk(m),
-            13 => Fault::CrashHost(m),
+            // Out of a cluster that is not whole it is a crash.
+            13 => Fault::LoseDisk(m),
             14 => Fault::LagWal(m),
             15 => Fault::DeafVoters,
             16 | 17 => Fault::Ambush,
@@ -181,7 +181,8 @@ impl World {
             }
             Fault::LoseDisk(m) => {
                 // Two copies at once are more than k = 1 promises to survive: only out of a whole cluster.
-                if !self.faults.disk_lost && self.is_whole() {
+                // A leader on its way to going alone may be thought alone whether it was or not.
+                if !self.faults.disk_lost && self.is_whole() && self.submitted == 0 {
                     self.members[m].data = Data::Empty;
                     self.faults.disk_lost = true;
                 }

@@ -91,7 +91,7 @@ impl Flaw {
         };
         match self {
             Self::OneSealTooFew => {
-                each(d, &|set| set.k = set.k.min(before.sync.k.saturating_sub(1)))
+                each(d, &|set| set.k = set.k.min(before.sync.k.saturating_sub(1)));
             }
             Self::OldLeaderLeftOut => each(d, &|set| {
                 if let Some(old) = &before.previous {

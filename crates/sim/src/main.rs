@@ -58,7 +58,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
                 }
             }
             "--sync" => {
-                parsed.options.sync_standbys = u32::try_from(number(value()?)?.max(1)).unwrap_or(1)
+                parsed.options.sync_standbys = u32::try_from(number(value()?)?.max(1)).unwrap_or(1);
             }
             "--fault-seconds" => parsed.options.fault_seconds = number(value()?)?,
             "--async" => parsed.options.durability = Durability::Async,

@@ -26,7 +26,7 @@ impl World {
     }
 
     /// Starts PostgreSQL. Recovery reads what a crash has left and makes it durable.
-    pub fn pg_start(&mut self, m: usize, primary: Option<SyncSet>, upstream: Option<usize>) {
+    pub fn pg_start(&mut self, m: usize, primary: Option<&SyncSet>, upstream: Option<usize>) {
         let run = self.id();
         let incarnation = self.members[m].incarnation.unwrap_or_default();
         let Some(db) = self.members[m].data.database_mut() else {
@@ -39,7 +39,7 @@ impl World {
         for (at, rec) in recovered {
             self.check.flushed(m, at, rec);
         }
-        let configured = primary.clone().unwrap_or_else(nobody);
+        let configured = primary.cloned().unwrap_or_else(nobody);
         self.members[m].pg = Some(Postgres {
             run,
             ready: false,
@@ -137,14 +137,13 @@ impl World {
         let Some(pg) = self.members[m].pg.take() else {
             return;
         };
-        let spare = self.rng.next();
+        let unflushed = self.members[m]
+            .data
+            .database()
+            .map_or(0, |d| d.wal.len() - d.flushed);
+        let spare = self.rng.below(unflushed + 1);
         if let Some(db) = self.members[m].data.database_mut() {
-            let unflushed = db.wal.len() - db.flushed;
-            let keep = if host_lost {
-                0
-            } else {
-                spare as usize % (unflushed + 1)
-            };
+            let keep = if host_lost { 0 } else { spare };
             db.wal.truncate(db.flushed + keep);
         }
         // What is under way still arrives.
@@ -296,17 +295,17 @@ impl World {
             return;
         };
         if up {
-            self.at_upstream(conn, msg);
+            self.at_upstream(conn, &msg);
         } else {
             self.at_standby(conn, msg);
         }
     }
 
-    fn at_upstream(&mut self, conn: u64, msg: WalMsg) {
+    fn at_upstream(&mut self, conn: u64, msg: &WalMsg) {
         let Some(c) = self.conns.get(&conn) else {
             return;
         };
-        let ((m, run), (standby, _)) = (c.up, c.down);
+        let (m, run) = c.up;
         let now = self.now;
         if self.pg(m, run).is_none() {
             return;
@@ -316,7 +315,7 @@ impl World {
                 from,
                 timeline,
                 incarnation,
-            } => self.accept(conn, from, timeline, incarnation),
+            } => self.accept(conn, *from, *timeline, *incarnation),
             WalMsg::Ack(flush) => {
                 let name = |i: usize| self.members[i].id.clone();
                 let Some(pg) = &self.members[m].pg else {
@@ -324,7 +323,7 @@ impl World {
                 };
                 let mut pg = pg.clone();
                 for s in pg.senders.iter_mut().filter(|s| s.conn == conn) {
-                    s.flush = s.flush.max(flush);
+                    s.flush = s.flush.max(*flush);
                     s.heard = now;
                 }
                 let released = pg.released_by(conn, name);
@@ -333,7 +332,6 @@ impl World {
                 if let Some(upto) = released.filter(|_| primary) {
                     self.release(m, upto);
                 }
-                let _ = standby;
             }
             _ => {}
         }

@@ -41,19 +41,19 @@ impl Store {
 }
 
 fn put(view: &mut ClusterView, record: Record, revision: u64) {
-    fn at<T>(revision: u64, value: T) -> Option<At<T>> {
-        Some(At { revision, value })
+    fn at<T>(revision: u64, value: T) -> At<T> {
+        At { revision, value }
     }
     fn insert<K: Ord, T>(map: &mut BTreeMap<K, At<T>>, key: K, revision: u64, value: T) {
-        map.insert(key, At { revision, value });
+        map.insert(key, at(revision, value));
     }
     match record {
-        Record::Cluster(r) => view.cluster = at(revision, r),
-        Record::Settings(r) => view.settings = at(revision, r),
-        Record::Leadership(r) => view.leadership = at(revision, r),
-        Record::Timelines(r) => view.timelines = at(revision, r),
-        Record::Request(r) => view.request = at(revision, r),
-        Record::History(r) => view.history = at(revision, r),
+        Record::Cluster(r) => view.cluster = Some(at(revision, r)),
+        Record::Settings(r) => view.settings = Some(at(revision, r)),
+        Record::Leadership(r) => view.leadership = Some(at(revision, r)),
+        Record::Timelines(r) => view.timelines = Some(at(revision, r)),
+        Record::Request(r) => view.request = Some(at(revision, r)),
+        Record::History(r) => view.history = Some(at(revision, r)),
         Record::Member(m, r) => insert(&mut view.members, m, revision, r),
         Record::Seal(m, r) => insert(&mut view.seals, m, revision, r),
     }

@@ -106,7 +106,7 @@ impl World {
             Task::StartStandby => self.start_standby(m, r, None),
             Task::StartPrimary { sync } => {
                 if r.stage == 0 {
-                    self.pg_start(m, Some(sync.clone()), None);
+                    self.pg_start(m, Some(sync), None);
                     if let Some(a) = &mut self.members[m].agent {
                         a.in_force = true;
                     }

@@ -67,6 +67,8 @@ pub struct World {
     pub check: Checker,
     /// Faults that run.
     pub faults: Faults,
+    /// Transactions on their way to the store.
+    pub submitted: usize,
     /// Client writes acknowledged since the faults ended.
     pub acknowledged_calm: u64,
     /// What happened, in words.
@@ -113,6 +115,7 @@ impl World {
             conns: BTreeMap::new(),
             check,
             faults: Faults::default(),
+            submitted: 0,
             acknowledged_calm: 0,
             trace: String::new(),
             over: false,

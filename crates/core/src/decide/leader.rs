@@ -401,28 +401,7 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
             "sync_pending",
             "waiting for every WAL sender to follow the new sync set",
         );
-        if mind.o.task.is_some() {
-            mind.out.memory.unproven_since = None;
-            return;
-        }
-        let now = mind.o.now;
-        let since = *mind.out.memory.unproven_since.get_or_insert(now);
-        if now.since(since) < PROOF_SEEN_MAX {
-            return;
-        }
-        // The proof failed, or was lost with the agent that made it: it is made again, for what is configured
-        // where that is known to keep the invariant.
-        let known = s.sync_configured.k
-            <= u32::try_from(s.sync_configured.members.len()).unwrap_or(u32::MAX);
-        let set = if known && s.sync_configured.covers(&l.sync) {
-            &s.sync_configured
-        } else {
-            &l.sync
-        };
-        if !is_settled_for(mind, view, l, set) {
-            return;
-        }
-        return mind.start(Task::SetSync(set.clone()));
+        return prove_again(mind, view, l, s);
     }
     mind.out.memory.unproven_since = None;
     let barrier = mind
@@ -472,6 +451,34 @@ fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
     }
 }
 
+/// The proof failed, or was lost with the agent that made it: it is made again, for what is configured where
+/// that is known to keep the invariant.
+fn prove_again(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    if mind.o.task.is_some() {
+        mind.out.memory.unproven_since = None;
+        return;
+    }
+    let now = mind.o.now;
+    let since = *mind.out.memory.unproven_since.get_or_insert(now);
+    if now.since(since) < PROOF_SEEN_MAX {
+        return;
+    }
+    let known =
+        s.sync_configured.k <= u32::try_from(s.sync_configured.members.len()).unwrap_or(u32::MAX);
+    let set = if known && s.sync_configured.covers(&l.sync) {
+        &s.sync_configured
+    } else {
+        &l.sync
+    };
+    if !is_settled_for(mind, view, l, set) {
+        return;
+    }
+    mind.start(Task::SetSync(set.clone()));
+}
+
+/// More proposals without an answer than this are not told apart.
+const PROPOSED_MAX: usize = 16;
+
 /// Remembers what is proposed to the coordinator: it may be written at any time from now on.
 fn propose(mind: &mut Mind<'_>, view: &ClusterView, set: &SyncSet) {
     let revision = view.revision_of(&Key::Leadership);
@@ -479,6 +486,11 @@ fn propose(mind: &mut Mind<'_>, view: &ClusterView, set: &SyncSet) {
     let mut sets = proposed.map(|(_, sets)| sets).unwrap_or_default();
     if !sets.contains(set) {
         sets.push(set.clone());
+    }
+    if sets.len() > PROPOSED_MAX {
+        // As after a restart: anything may have been proposed.
+        mind.out.memory.first_revision = Some(revision);
+        sets.clear();
     }
     mind.out.memory.proposed = Some((revision, sets));
 }

@@ -367,6 +367,7 @@ fn line(d: &Decision) -> String {
 
 /// One case: the decision, or for what is not said in one line a part of it.
 #[track_caller]
+#[allow(clippy::needless_pass_by_value, reason = "tables read better")]
 fn check(what: &str, scene: Scene, expected: &str) {
     let got = line(&decide(&scene.o, &scene.memory));
     assert_eq!(got, expected, "{what}");

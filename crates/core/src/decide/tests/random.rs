@@ -256,7 +256,7 @@ fn never_wrong(o: &Observation, d: &Decision) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 5000, ..ProptestConfig::default() })]
 
     #[test]
     fn total_deterministic_and_never_a_primary_without_a_lease(seed: u64) {
