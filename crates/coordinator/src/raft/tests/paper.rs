@@ -581,6 +581,72 @@ fn a_lost_disk_has_no_say_until_the_others_agree() {
 }
 
 #[test]
+fn a_node_that_is_not_a_voter_votes_for_nobody() {
+    for standing in [Standing::Fresh, Standing::Recovering] {
+        let mut n = voter(vec![]);
+        n.hard.standing = standing;
+        let (last_index, last_term) = (9, 9);
+        n.step(
+            at(5000),
+            message(
+                1,
+                0,
+                2,
+                Body::PreVote {
+                    last_index,
+                    last_term,
+                },
+            ),
+        );
+        assert_eq!(flush(&mut n).0, vec![Body::PreVoteReply { granted: false }]);
+        n.step(
+            at(5000),
+            message(
+                1,
+                0,
+                2,
+                Body::Vote {
+                    last_index,
+                    last_term,
+                },
+            ),
+        );
+        let (before, after) = flush(&mut n);
+        assert_eq!(
+            [before, after].concat(),
+            vec![Body::VoteReply {
+                granted: false,
+                candidate: 9
+            }]
+        );
+        n.tick(at(60_000));
+        assert_eq!(n.elections, 0, "nor does it campaign");
+    }
+}
+
+#[test]
+fn an_empty_disk_that_the_others_know_otherwise_is_a_lost_one() {
+    let mut n = voter(vec![]);
+    (n.hard.standing, n.hard.birth) = (Standing::Fresh, 77);
+    n.births.clear();
+    let births: Births = (0..3).map(|i| (id(i), i as u64 + 1)).collect();
+    n.step(
+        at(1),
+        message(
+            1,
+            0,
+            1,
+            Body::Census {
+                standing: Standing::Voter,
+                births,
+                ask: false,
+            },
+        ),
+    );
+    assert_eq!(n.status().standing, Standing::Recovering);
+}
+
+#[test]
 fn a_majority_of_lost_disks_stops_everything() {
     let (mut world, leader) = settled(6);
     assert!(world.propose(&leader));
