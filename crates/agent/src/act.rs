@@ -8,8 +8,8 @@ use craton_core::records::{At, MemberRecord, Seal, Timelines};
 use craton_core::sync::{SyncSet, application_name};
 use craton_core::{Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
-    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RewindFailure, RolePasswords,
-    StartMode, StopMode, SyncNames, Upstream,
+    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RolePasswords, StartMode,
+    StopMode, SyncNames, Upstream,
 };
 use tokio::sync::watch;
 
@@ -344,7 +344,7 @@ impl Actor {
             match server.control.checkpoint(CHECKPOINT_MAX).await {
                 Ok(()) => server.data_changed(),
                 Err(error) => {
-                    tracing::warn!(%error, "the first checkpoint on the new timeline failed")
+                    tracing::warn!(%error, "the first checkpoint on the new timeline failed");
                 }
             }
             server.poke();
@@ -415,23 +415,27 @@ impl Actor {
         self.reborn(term)?;
         let source = self.upstream(from, members, "craton_rewind")?;
         self.server.data_changed();
-        match self.server.instance.rewind_from(&source).await {
-            Ok(()) => {}
-            Err(PgError::Rewind {
-                kind: RewindFailure::SourceUnavailable,
-                output,
-            }) => {
-                return Err(PgError::Rewind {
-                    kind: RewindFailure::SourceUnavailable,
-                    output,
-                }
-                .into());
+        let why = match self.server.instance.rewind_from(&source).await {
+            Ok(true) => None,
+            // The histories parted by nothing but a part of a record.
+            Ok(false) if fork.is_some() => None,
+            Ok(false) => {
+                Some("pg_rewind sees nothing to do, and yet it does not stream".to_owned())
             }
-            Err(error) => {
-                tracing::warn!(%error, "pg_rewind cannot bring this member back: cloning it anew");
-                self.server.instance.discard_data_dir().await?;
-                return self.clone_from(from, term, members).await;
+            Err(PgError::Rewind { kind, output }) if kind.worth_retrying() => {
+                return Err(PgError::Rewind { kind, output }.into());
             }
+            Err(PgError::Rewind { kind, output }) => Some(format!("{kind}: {output}")),
+            // A full disk, a time-out: no reason to throw the data away.
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(why) = why {
+            tracing::warn!(
+                why,
+                "pg_rewind cannot bring this member back: cloning it anew"
+            );
+            self.server.instance.discard_data_dir().await?;
+            return self.clone_from(from, term, members).await;
         }
         let upstream = self.upstream(from, members, "craton_replication")?;
         self.raise_floor(term)?;

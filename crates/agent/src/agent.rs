@@ -221,17 +221,17 @@ impl Agent {
             }
             Ok((_, Err(error))) => {
                 tracing::warn!(?kind, %error, "a task failed");
-                self.note_failure(kind, error.to_string());
+                self.note_failure(kind, &error.to_string());
             }
             Err(join) if join.is_cancelled() => {}
             Err(join) => {
                 tracing::error!(?kind, error = %join, "a task broke off");
-                self.note_failure(kind, join.to_string());
+                self.note_failure(kind, &join.to_string());
             }
         }
     }
 
-    fn note_failure(&mut self, kind: TaskKind, error: String) {
+    fn note_failure(&mut self, kind: TaskKind, error: &str) {
         let count = self
             .failures
             .get(&kind)
@@ -239,7 +239,7 @@ impl Agent {
         let pause = RETRY_MIN
             .saturating_mul(1 << count.saturating_sub(1).min(10))
             .min(RETRY_MAX);
-        let error = in_short(&error);
+        let error = in_short(error);
         let failure = TaskFailure {
             kind,
             error,

@@ -249,7 +249,7 @@ async fn renew(
             shared.count(false);
             match error {
                 CoordinatorError::Refused(why) => {
-                    tracing::warn!(%term, why, "the lease was refused")
+                    tracing::warn!(%term, why, "the lease was refused");
                 }
                 error => tracing::debug!(%term, %error, "a renewal failed"),
             }

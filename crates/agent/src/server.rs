@@ -18,7 +18,7 @@ use tokio::sync::Notify;
 use crate::clock;
 
 /// A look at the server that takes longer counts as no answer.
-const SAMPLE_TIMEOUT: Duration = Duration::from_millis(1000);
+const SAMPLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a server is looked at when nothing is going on.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 /// How often while it changes its role.
@@ -234,8 +234,7 @@ impl LocalServer {
             return data;
         }
         let view = match self.instance.data_dir_state().await {
-            Ok(DataDir::Empty | DataDir::HalfClone) => DataView::Empty,
-            Ok(DataDir::HalfRewind) => DataView::Empty,
+            Ok(DataDir::Empty | DataDir::HalfClone | DataDir::HalfRewind) => DataView::Empty,
             Ok(DataDir::Foreign(what)) => DataView::Foreign(what),
             Ok(DataDir::Cluster { control, .. }) => DataView::Present {
                 system_id: control.system_identifier.to_string(),
@@ -359,6 +358,9 @@ impl LocalServer {
             return;
         }
         if let Ok(sample) = sample {
+            if let Some(DataView::Present { timeline, .. }) = &mut k.data {
+                *timeline = sample.checkpoint_timeline;
+            }
             k.maybe_primary = !sample.in_recovery || k.maybe_primary && k.busy;
             k.sample = Some((sample, clock::now()));
             k.sample_begun = begun;

@@ -21,7 +21,8 @@ impl Instance {
     ///
     /// If it is cut off while it writes, the directory is [`crate::DataDir::HalfRewind`] and only a clone
     /// helps; [`RewindFailure`] tells the other cases apart.
-    pub async fn rewind_from(&self, source: &Upstream) -> Result<()> {
+    /// Returns true if something was rewound, false if pg_rewind saw nothing to do.
+    pub async fn rewind_from(&self, source: &Upstream) -> Result<bool> {
         if let Some(running) = self.adopt().await? {
             return Err(PgError::Running {
                 pid: running.pid(),
@@ -64,7 +65,7 @@ impl Instance {
             blocking(move || files::remove_durably(&marker)).await?;
         }
         match result {
-            Ok(_) => Ok(()),
+            Ok(_) => Ok(wrote),
             Err(PgError::Tool { output, .. }) => Err(PgError::Rewind {
                 kind: classify(&output, wrote),
                 output,

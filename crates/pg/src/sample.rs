@@ -77,6 +77,8 @@ pub struct ServerSample {
     pub in_recovery: bool,
     /// The timeline of [`Self::end_of_wal`].
     pub timeline: TimelineId,
+    /// The timeline of the last checkpoint, from the control file.
+    pub checkpoint_timeline: TimelineId,
     /// Flushed, on a primary.
     pub flush_lsn: Option<Lsn>,
     /// Received and flushed since its start, on a standby. After a start of streaming it begins at a segment's
@@ -200,6 +202,7 @@ impl Control {
         Ok(ServerSample {
             in_recovery: rest.in_recovery,
             timeline,
+            checkpoint_timeline: TimelineId(raw.checkpoint_timeline),
             flush_lsn: rest.flush_lsn,
             receive_lsn: rest.receive_lsn,
             replay_lsn: rest.replay_lsn,
@@ -243,6 +246,7 @@ mod tests {
         ServerSample {
             in_recovery: true,
             timeline: TimelineId(1),
+            checkpoint_timeline: TimelineId(1),
             flush_lsn: None,
             receive_lsn: receive.map(Lsn),
             replay_lsn: Some(Lsn(replay)),

@@ -101,23 +101,32 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
     }
 }
 
+/// What PostgreSQL says when the end of its WAL is not part of the newest timeline it knows of
+/// (xlogrecovery.c).
+const OTHER_HISTORY: [&str; 3] = [
+    "is not a child of this server's history",
+    "does not contain minimum recovery point",
+    "forked off current database system timeline",
+];
+
 /// Down: start; where PostgreSQL refuses to start again and again, its data directory is at odds with a
 /// history that it has seen, and only the leader can help.
 fn down_rule(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberRef) {
-    let failed = mind
+    let failure = mind
         .o
         .failures
         .iter()
-        .find(|f| f.kind == TaskKind::StartStandby)
-        .map_or(0, |f| f.count);
-    if failed >= STARTS_MAX
-        && l.open
-        && l.term >= mind.o.me.floor
-        && serves(mind, l, &leader.member)
+        .find(|f| f.kind == TaskKind::StartStandby);
+    // Only a data directory that is at odds with a history that it has seen: a busy port or a full disk is no
+    // reason to touch it.
+    let at_odds = failure
+        .filter(|f| f.count >= STARTS_MAX && OTHER_HISTORY.iter().any(|w| f.error.contains(w)));
+    if let Some(f) =
+        at_odds.filter(|_| l.open && l.term >= mind.o.me.floor && serves(mind, l, &leader.member))
     {
         let text = format!(
-            "PostgreSQL did not start {failed} times: rewinding to {}, or cloning anew",
-            leader.member
+            "PostgreSQL did not start {} times ({}): rewinding to {}, or cloning anew",
+            f.count, f.error, leader.member
         );
         mind.because("cannot_start", text);
         return mind.start(Task::Rewind {
@@ -290,6 +299,16 @@ fn streaming_rule(
         return rewind(mind, l, &leader.member, s, relation);
     }
     if now.since(since) >= NOT_STREAMING_MAX && serves(mind, l, &leader.member) {
+        // With its slot intact the leader has all the WAL this member needs: no copy would stream any better.
+        let slots = mind.o.peers.get(&leader.member).map(|p| &p.status.slots);
+        let kept = slots.and_then(|s| s.get(&mind.o.me.id.slot_name()));
+        if kept.is_some_and(|from| *from <= s.end) && relation == Relation::Prefix {
+            let text = format!(
+                "{} has the WAL and does not stream it; see {} in this member's directory for PostgreSQL's reason",
+                leader.member, "pg.log"
+            );
+            return mind.because("cannot_stream", text);
+        }
         let text = format!(
             "could not stream from {} for {} s although it is open: rewinding, or cloning anew",
             leader.member,
