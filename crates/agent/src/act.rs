@@ -443,6 +443,20 @@ impl Actor {
             .await
     }
 
+    /// Commits that waited while the sync set changed are released by a standby's next reply, and a standby
+    /// replies to new WAL: without any, they would wait for its status interval (a second).
+    async fn nudge_standbys(&self) {
+        let sql = "SELECT pg_logical_emit_message(true, 'craton', 'sync set')";
+        if let Err(error) = self
+            .server
+            .control
+            .query("nudge to the standbys", sql, QUERY_MAX)
+            .await
+        {
+            tracing::debug!(%error, "the standbys were not nudged; they reply within a second");
+        }
+    }
+
     async fn set_sync(&self, set: SyncSet) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
@@ -454,6 +468,7 @@ impl Actor {
             .enforce_sync(&process, &self.server.control, &config, SYNC_MAX)
             .await?;
         self.server.look_again().await?;
+        self.nudge_standbys().await;
         self.server.set_in_force(Some(set));
         Ok(())
     }
