@@ -347,7 +347,7 @@ impl World {
         let Some(c) = self.conns.get(&conn) else {
             return;
         };
-        let ((m, run), (standby, _)) = (c.up, c.down);
+        let ((m, run), (standby, standby_run)) = (c.up, c.down);
         let now = self.now;
         let serves = self.members[m]
             .data
@@ -369,9 +369,12 @@ impl World {
             config,
             heard: now,
         });
+        // A request that arrives after its sender has ended speaks of a data directory that may be another now.
+        let asks_still = self.pg(standby, standby_run).is_some();
         let theirs = self.members[standby].data.database();
         let ours = self.members[m].data.database();
         if let (Some(a), Some(b)) = (ours, theirs)
+            && asks_still
             && b.wal.len() >= from
             && a.wal.get(..from) != b.wal.get(..from)
         {
