@@ -181,7 +181,7 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
 }
 
 impl Dialog {
-    fn broken(&self, what: impl ToString) -> ConnectError {
+    fn broken(&self, what: impl std::fmt::Display) -> ConnectError {
         ConnectError::Protocol {
             address: self.address.clone(),
             what: what.to_string(),
@@ -358,10 +358,10 @@ impl Dialog {
             match self.next().await? {
                 (b'D', body) => {
                     let columns = data_row(&body).map_err(|e| self.broken(e))?;
-                    let text = |c: &Option<&[u8]>| {
+                    let text = |c: Option<&[u8]>| {
                         String::from_utf8_lossy(c.unwrap_or_default()).into_owned()
                     };
-                    rows.push(columns.iter().map(text).collect());
+                    rows.push(columns.into_iter().map(text).collect());
                 }
                 (b'Z', _) => return Ok(rows),
                 _ => {}

@@ -39,10 +39,10 @@ impl CancelTarget {
         match timeout(limit, work).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => {
-                tracing::debug!(%error, target = %self.target, "a cancel request did not arrive")
+                tracing::debug!(%error, target = %self.target, "a cancel request did not arrive");
             }
             Err(_) => {
-                tracing::debug!(target = %self.target, "a cancel request was not taken in time")
+                tracing::debug!(target = %self.target, "a cancel request was not taken in time");
             }
         }
     }

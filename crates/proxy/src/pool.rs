@@ -117,11 +117,10 @@ impl SharedPool {
         // A connection that cannot be moved is closed, and its place goes to the next.
         let parked = server.park().ok()?;
         match waiting.send(Grant::Server(Box::new(parked))) {
-            Ok(()) => None,
             Err(Grant::Server(parked)) => {
                 Server::unpark(*parked).ok().and_then(|s| self.hand_over(s))
             }
-            Err(Grant::Place(_)) => None,
+            Ok(()) | Err(Grant::Place(_)) => None,
         }
     }
 
@@ -148,13 +147,12 @@ impl SharedPool {
                 return;
             };
             match next.send(Grant::Place(Place(Some(Arc::clone(&shared))))) {
-                Ok(()) => return,
                 // Taken back without dropping it, which would come here again.
                 Err(Grant::Place(mut place)) => match place.0.take() {
                     Some(again) => shared = again,
                     None => return,
                 },
-                Err(Grant::Server(_)) => return,
+                Ok(()) | Err(Grant::Server(_)) => return,
             }
         }
     }

@@ -143,10 +143,9 @@ impl View {
                     port: server.port,
                     api: String::new(),
                     role: match answer {
-                        Answer::Primary(_) if writable == Some(index) => MemberRole::Leader,
-                        Answer::Silent if writable == Some(index) => MemberRole::Leader,
-                        Answer::Primary(_) | Answer::Silent => MemberRole::Down,
                         Answer::Standby { .. } => MemberRole::Standby,
+                        _ if writable == Some(index) => MemberRole::Leader,
+                        _ => MemberRole::Down,
                     },
                     timeline: timeline_of(index),
                     lsn: None,

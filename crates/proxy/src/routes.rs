@@ -127,7 +127,7 @@ impl Routes {
             let is_writable = topology.writable.as_ref() == Some(&member.id);
             match member.role {
                 MemberRole::Standby if member.streaming && !is_writable => {
-                    standbys.push(target(member, None))
+                    standbys.push(target(member, None));
                 }
                 // A standby that is being promoted, or has lost its source, goes on with what it runs.
                 MemberRole::Standby | MemberRole::Transition | MemberRole::Leader => {
@@ -195,11 +195,10 @@ fn announce(current: &Routes, next: &Routes, topology: &Topology) {
         tracing::info!(target = %gone, primary = gone.is_primary(), "no longer used");
     }
     if current.primary.as_ref().map(|t| t.id) != next.primary.as_ref().map(|t| t.id) {
-        match &next.primary {
-            Some(primary) => {
-                tracing::info!(term = %topology.term, target = %primary, "writes go to this member")
-            }
-            None => tracing::warn!(term = %topology.term, "there is no primary; writes wait"),
+        if let Some(primary) = &next.primary {
+            tracing::info!(term = %topology.term, target = %primary, "writes go to this member");
+        } else {
+            tracing::warn!(term = %topology.term, "there is no primary; writes wait");
         }
     }
     if current.hold != next.hold {

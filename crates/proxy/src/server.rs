@@ -1,5 +1,6 @@
 //! A server connection between two transactions, and what is known of it.
 
+use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -14,7 +15,7 @@ use crate::cancel::CancelTarget;
 use crate::metrics::ProxyMetrics;
 use crate::pool::Place;
 use crate::routes::Target;
-use crate::sql::FOLLOWED;
+use crate::sql::{FOLLOWED, Made, difference};
 use crate::statements::OnServer;
 
 /// The most bytes that a server may say on its own while nobody uses the connection.
@@ -44,6 +45,8 @@ pub struct Facts {
     pub cancel: CancelTarget,
     /// Settings that are in force on it.
     pub values: Values,
+    /// Settings that were made on it and are not reported.
+    pub made: Arc<Made>,
     /// Prepared statements that it has.
     pub statements: OnServer,
     /// The number of its unnamed statement; 0: it has none that anybody knows.
@@ -168,20 +171,25 @@ impl Server {
 
     /// Sets what differs from `wanted`. What the server makes of a value is written back, so that it compares equal
     /// the next time. The error is the server's, or the socket's.
-    pub async fn apply(&mut self, wanted: &mut Values) -> Result<(), ApplyError> {
+    pub async fn apply(&mut self, wanted: &mut Values, made: &Arc<Made>) -> Result<(), ApplyError> {
         let mut sql = String::new();
         for ((name, wanted), value) in FOLLOWED.iter().zip(wanted.iter()).zip(&self.facts.values) {
             if wanted != value {
                 let text = String::from_utf8_lossy(wanted)
                     .replace('\\', "\\\\")
                     .replace('\'', "''");
-                sql.push_str(&format!("SET {name} TO E'{text}';"));
+                // Writing to a String cannot fail.
+                let _ = write!(sql, "SET {name} TO E'{text}';");
             }
+        }
+        if self.facts.made != *made {
+            sql.push_str(&difference(&self.facts.made, made));
         }
         if sql.is_empty() {
             return Ok(());
         }
         self.set(&sql).await?;
+        self.facts.made = Arc::clone(made);
         wanted.clone_from(&self.facts.values);
         Ok(())
     }

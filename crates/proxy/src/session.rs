@@ -27,7 +27,7 @@ use crate::metrics::Tally;
 use crate::pool::LocalPool;
 use crate::routes::{Endpoint, Routes};
 use crate::server::{ApplyError, Server, Values};
-use crate::sql::{FOLLOWED, Inspector, Traits};
+use crate::sql::{Change, FOLLOWED, Inspector, Made, Traits};
 use crate::statements::Statement;
 use crate::worker::{AcquireError, Who, Worker};
 
@@ -72,8 +72,8 @@ impl From<std::io::Error> for Gone {
 /// An answer that the server owes.
 #[derive(Debug, PartialEq, Eq)]
 enum Owed {
-    /// Everything up to the ReadyForQuery of a simple query or function call.
-    Query,
+    /// Everything up to the ReadyForQuery of a simple query or function call; the setting that it changes.
+    Query(Option<Box<Change>>),
     /// The ReadyForQuery of a Sync.
     Sync,
     /// ParseComplete of a named statement; the client's name of it.
@@ -86,8 +86,8 @@ enum Owed {
     Bind,
     /// RowDescription or NoData.
     Describe,
-    /// CommandComplete, EmptyQueryResponse or PortalSuspended.
-    Execute,
+    /// CommandComplete, EmptyQueryResponse or PortalSuspended; the setting that is changed.
+    Execute(Option<Box<Change>>),
     /// CloseComplete.
     Close,
     /// CloseComplete that only the proxy waits for.
@@ -108,6 +108,7 @@ struct Unnamed {
     id: u64,
     rest: Vec<u8>,
     traits: Traits,
+    change: Option<Change>,
 }
 
 /// A client.
@@ -141,6 +142,12 @@ pub struct Session {
     /// What the texts of the current transaction tell.
     traits: Traits,
     inspector: Option<Inspector>,
+    /// Settings that the session made and no server reports; they are made again on every server that it uses.
+    made: Arc<Made>,
+    /// Changes of them that the server has confirmed in the transaction that runs.
+    confirmed: Vec<Change>,
+    /// The change that the portal bound last makes.
+    bound: Option<Change>,
     statements: HashMap<Box<[u8]>, Rc<Statement>>,
     unnamed: Unnamed,
 }
@@ -187,6 +194,9 @@ impl Session {
             lost: None,
             traits: Traits::NONE,
             inspector: None,
+            made: Arc::default(),
+            confirmed: Vec::new(),
+            bound: None,
             statements: HashMap::new(),
             unnamed: Unnamed::default(),
         }
@@ -344,10 +354,7 @@ impl Session {
             ready = self.client.ready(client.unwrap_or(Interest::ERROR)), if client.is_some() => {
                 ready?;
             }
-            ready = ready(link, server), if link.is_some() => {
-                // A failure shows when the socket is used.
-                let _ = ready;
-            }
+            () = ready(link, server), if link.is_some() => {}
             _ = self.routes.changed(), if link.is_some() => {}
             _ = self.stopping.changed() => {}
             () = sleep(Duration::from_millis(idle_ms)), if may_time_out => return self.say_idle(),
@@ -425,17 +432,17 @@ impl Session {
 
     /// Takes a server connection into use. False when it could not be brought to the session's settings.
     async fn adopt(&mut self, mut server: Server, pool: Rc<LocalPool>) -> bool {
-        if server.facts.values != self.settings.values {
+        if server.facts.values != self.settings.values || server.facts.made != self.made {
             let before = self.settings.values.clone();
             let limit = self.worker.shared.config.connect_timeout();
-            match timeout(limit, server.apply(&mut self.settings.values)).await {
+            match timeout(limit, server.apply(&mut self.settings.values, &self.made)).await {
                 Ok(Ok(())) => self.report_values(&before),
                 Ok(Err(ApplyError::Refused { code, message })) => {
                     pool.give(server);
                     self.refuse(
                         &code,
                         &message,
-                        "The session asked for this setting when it began.",
+                        "The session asked for a setting that this server does not take.",
                     );
                     return true;
                 }

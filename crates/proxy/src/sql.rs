@@ -4,6 +4,8 @@
 //! that says less could give one client's state to another. Which kind of statement ran is known from the server's
 //! command tags; the text only adds what tags do not tell.
 
+use std::fmt::Write as _;
+
 /// What was found, as a set.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Traits(u16);
@@ -122,7 +124,7 @@ impl Inspector {
                 return;
             }
             (After::Set, b"local" | b"transaction" | b"constraints" | b"names") => {
-                self.found(Traits::SET_FOLLOWED)
+                self.found(Traits::SET_FOLLOWED);
             }
             (After::Set, _) if followed => self.found(Traits::SET_FOLLOWED),
             (After::SetTime, b"zone") => self.found(Traits::SET_FOLLOWED),
@@ -156,6 +158,104 @@ pub fn inspect(text: &[u8]) -> Traits {
     let mut inspector = Inspector::default();
     inspector.feed(text);
     inspector.finish()
+}
+
+/// The longest SET that is remembered, in bytes.
+const SET_BYTES_MAX: usize = 1024;
+
+/// A statement that changes a setting and does nothing else, so that it can be repeated on another server.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Change {
+    /// `SET name`, and its text.
+    Set(Box<str>, Box<str>),
+    /// `RESET name`.
+    Reset(Box<str>),
+    /// `RESET ALL`.
+    ResetAll,
+}
+
+/// Settings that a session has made and that no server reports: names and texts, in the order in which they were made.
+pub type Made = Vec<(Box<str>, Box<str>)>;
+
+/// Settings of this kind that a session may have.
+const MADE_MAX: usize = 64;
+
+impl Change {
+    /// Reads a text that is one SET or RESET and nothing else. `None` for everything that is not surely that.
+    pub fn read(text: &[u8]) -> Option<Self> {
+        let first = text.trim_ascii_start().first()?;
+        if !matches!(first, b's' | b'S' | b'r' | b'R') || text.len() > SET_BYTES_MAX {
+            return None;
+        }
+        let text = std::str::from_utf8(text).ok()?.trim();
+        let text = text.strip_suffix(';').unwrap_or(text).trim_end();
+        if text.contains(';') || text.contains("--") || text.contains("/*") {
+            return None;
+        }
+        let (verb, rest) = text.split_once(|c: char| c.is_ascii_whitespace())?;
+        let rest = rest.trim_start();
+        if verb.eq_ignore_ascii_case("reset") {
+            let name = setting_name(rest).filter(|(_, after)| after.is_empty())?.0;
+            return Some(if &*name == "all" {
+                Self::ResetAll
+            } else {
+                Self::Reset(name)
+            });
+        }
+        if !verb.eq_ignore_ascii_case("set") {
+            return None;
+        }
+        let (mut name, mut after) = setting_name(rest)?;
+        if &*name == "session" {
+            (name, after) = setting_name(after)?;
+        }
+        let assigns = after.starts_with('=')
+            || after.get(..3).is_some_and(|to| {
+                to.eq_ignore_ascii_case("to ") || to.eq_ignore_ascii_case("to\t")
+            });
+        let followed = FOLLOWED.iter().any(|f| f.eq_ignore_ascii_case(&name));
+        (!followed && (assigns || &*name == "role")).then(|| Self::Set(name, text.into()))
+    }
+
+    /// What is made after this. `None` when that is too much to be remembered.
+    pub fn apply(self, made: &mut Made) -> Option<()> {
+        match self {
+            Self::Set(name, text) => {
+                made.retain(|(n, _)| *n != name);
+                made.push((name, text));
+            }
+            Self::Reset(name) => made.retain(|(n, _)| *n != name),
+            Self::ResetAll => made.clear(),
+        }
+        (made.len() <= MADE_MAX).then_some(())
+    }
+}
+
+/// A parameter's name in lower case, and what follows it.
+fn setting_name(text: &str) -> Option<(Box<str>, &str)> {
+    let end = text
+        .find(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '.'))
+        .unwrap_or(text.len());
+    let (name, after) = text
+        .split_at_checked(end)
+        .filter(|(name, _)| !name.is_empty())?;
+    Some((name.to_ascii_lowercase().into(), after.trim_start()))
+}
+
+/// What brings a server connection from the settings that others made to those that a session made.
+pub fn difference(is: &Made, wanted: &Made) -> String {
+    let mut sql = String::new();
+    for (name, _) in is
+        .iter()
+        .filter(|(name, _)| !wanted.iter().any(|(n, _)| n == name))
+    {
+        // Writing to a String cannot fail.
+        let _ = write!(sql, "RESET {name};");
+    }
+    for (_, text) in wanted {
+        let _ = write!(sql, "{text};");
+    }
+    sql
 }
 
 /// What a completed command means for the connection that it ran on.
@@ -283,6 +383,62 @@ mod tests {
             assert_eq!(judge(tag, text), Effect::None, "{text}");
         }
         assert_eq!(judge("DISCARD ALL", "DISCARD ALL"), Effect::Discards);
+    }
+
+    #[test]
+    fn settings_that_can_be_repeated() {
+        let set = |name: &str, text: &str| Some(Change::Set(name.into(), text.into()));
+        let read = |text: &str| Change::read(text.as_bytes());
+        assert_eq!(
+            read(" SET search_path TO a, \"B\" ; "),
+            set("search_path", "SET search_path TO a, \"B\"")
+        );
+        assert_eq!(
+            read("set session Work_Mem='1MB'"),
+            set("work_mem", "set session Work_Mem='1MB'")
+        );
+        assert_eq!(
+            read("SET app.tenant = 'x'"),
+            set("app.tenant", "SET app.tenant = 'x'")
+        );
+        assert_eq!(read("SET ROLE ann"), set("role", "SET ROLE ann"));
+        assert_eq!(
+            read("RESET work_mem"),
+            Some(Change::Reset("work_mem".into()))
+        );
+        assert_eq!(read("RESET ALL;"), Some(Change::ResetAll));
+        for not in [
+            "SET LOCAL work_mem = '1MB'",
+            "SET TIME ZONE 'UTC'",
+            "SET timezone TO 'UTC'",
+            "SET SESSION AUTHORIZATION ann",
+            "SET TRANSACTION READ ONLY",
+            "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY",
+            "SET a.b = 1; SELECT 1",
+            "SET a.b = 1 -- why",
+            "SELECT 1",
+            "RESET SESSION AUTHORIZATION",
+            "SET",
+            "",
+        ] {
+            assert_eq!(read(not), None, "{not}");
+        }
+    }
+
+    #[test]
+    fn differences_of_settings() {
+        let mut made = Made::new();
+        for text in ["SET a.x = 1", "SET a.y = 1", "SET a.x = 2", "RESET a.y"] {
+            Change::read(text.as_bytes())
+                .unwrap()
+                .apply(&mut made)
+                .unwrap();
+        }
+        assert_eq!(difference(&Made::new(), &made), "SET a.x = 2;");
+        assert_eq!(difference(&made, &Made::new()), "RESET a.x;");
+        let full = (0..=MADE_MAX)
+            .map(|n| Change::Set(format!("a.x{n}").into(), "".into()).apply(&mut made));
+        assert_eq!(full.last(), Some(None));
     }
 
     #[test]

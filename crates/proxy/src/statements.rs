@@ -8,7 +8,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::sql::{Traits, inspect};
+use craton_wire::frame::take_cstr;
+
+use crate::sql::{Change, Traits, inspect};
 
 /// Texts that may be unused before they are looked for.
 const SWEEP_MIN: usize = 1024;
@@ -22,6 +24,8 @@ pub struct Statement {
     pub rest: Box<[u8]>,
     /// What its text tells.
     pub traits: Traits,
+    /// The setting that it changes, if that is all it does.
+    pub change: Option<Change>,
 }
 
 impl Statement {
@@ -29,6 +33,11 @@ impl Statement {
     pub fn server_name(id: u64) -> String {
         format!("craton_{id}")
     }
+}
+
+/// The setting that a prepared text changes.
+pub fn change_of(rest: &[u8]) -> Option<Change> {
+    Change::read(take_cstr(rest)?.0)
 }
 
 /// Numbers for statements, the same for all workers because server connections can change the worker.
@@ -73,6 +82,7 @@ impl Registry {
             id: self.ids.next(),
             rest: rest.into(),
             traits: inspect(rest),
+            change: change_of(rest),
         });
         self.by_text.insert(rest.into(), Rc::clone(&statement));
         statement

@@ -36,7 +36,7 @@ const TALLY_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Pause before a server that could not be reached is tried again: at first, and at most.
 const RETRY_MIN: Duration = Duration::from_millis(20);
-const RETRY_MAX: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_millis(100);
 
 /// Logins whose greeting is remembered.
 const WELCOMES_MAX: usize = 10_000;
@@ -410,6 +410,7 @@ impl Worker {
             target: Arc::clone(target),
             cancel,
             values,
+            made: Arc::default(),
             statements: OnServer::default(),
             unnamed: 0,
             tainted: false,

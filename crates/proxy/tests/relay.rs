@@ -79,7 +79,7 @@ async fn logins() {
         code(connect(proxy.port, "ann", "nowhere").await.map(drop)),
         "3D000"
     );
-    assert_eq!(proxy.metric("craton_proxy_auth_failures_total").await, 4.0);
+    assert_eq!(proxy.metric("craton_proxy_auth_failures_total").await, 4);
 
     // A new password counts at once for whoever has it, and the old one ends with the cache.
     let admin = server.superuser().await;
@@ -132,7 +132,7 @@ async fn one_server_connection_serves_many() {
     a.batch_execute("BEGIN").await.unwrap();
     let waiting = tokio::spawn(async move { pid(&b).await });
     until("one waits", || async {
-        proxy.metric("craton_proxy_waiting").await >= 1.0
+        proxy.metric("craton_proxy_waiting").await >= 1
     })
     .await;
     a.batch_execute("COMMIT").await.unwrap();
@@ -261,7 +261,7 @@ async fn state_of_a_session_stays_with_it() {
     assert_eq!(show(&other, "application_name").await, "");
     assert_eq!(
         proxy.metric("craton_proxy_pinned").await,
-        0.0,
+        0,
         "followed settings pin nobody"
     );
 
@@ -274,8 +274,21 @@ async fn state_of_a_session_stays_with_it() {
     path.batch_execute("SET search_path TO pg_temp, public")
         .await
         .unwrap();
-    assert_eq!(proxy.metric("craton_proxy_pinned").await, 2.0);
+    let role = proxy.ann().await;
+    role.batch_execute("BEGIN; SET LOCAL work_mem TO '7MB'; ROLLBACK")
+        .await
+        .unwrap();
+    assert_eq!(show(&role, "work_mem").await, "4MB");
+    role.query("SET work_mem TO '9MB'", &[]).await.unwrap();
+    assert_eq!(
+        proxy.metric("craton_proxy_pinned").await,
+        1,
+        "the temporary table alone"
+    );
     for _ in 0..3 {
+        assert_eq!(show(&other, "search_path").await, "\"$user\", public");
+        assert_eq!(show(&other, "work_mem").await, "4MB");
+        assert_eq!(show(&role, "work_mem").await, "9MB");
         other.batch_execute("SELECT 1").await.unwrap();
         assert_eq!(show(&path, "search_path").await, "pg_temp, public");
         tables
@@ -283,10 +296,11 @@ async fn state_of_a_session_stays_with_it() {
             .await
             .unwrap();
     }
-    assert_ne!(show(&other, "search_path").await, "pg_temp, public");
+    path.batch_execute("RESET search_path").await.unwrap();
+    assert_eq!(show(&path, "search_path").await, "\"$user\", public");
     drop((tables, path));
     until("pins end with their clients", || async {
-        proxy.metric("craton_proxy_pinned").await == 0.0
+        proxy.metric("craton_proxy_pinned").await == 0
     })
     .await;
     assert_eq!(
@@ -294,7 +308,15 @@ async fn state_of_a_session_stays_with_it() {
         "42P01"
     );
 
-    // LISTEN.
+    proxy.end().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn listen_and_notify() {
+    let root = directory();
+    let server = Postgres::primary(root.path()).await;
+    let proxy = Proxy::of(&[&server], |_| {}).await;
+    let other = proxy.ann().await;
     let to = format!(
         "host=127.0.0.1 port={} user=ann dbname=postgres password='it\\'s a secret'",
         proxy.port
@@ -444,6 +466,12 @@ impl Raw {
     }
 }
 
+fn say(raw: &mut Raw, build: &dyn Fn(&mut Vec<u8>)) {
+    let mut out = Vec::new();
+    build(&mut out);
+    assert_eq!(raw.stream.try_write(&out).unwrap(), out.len());
+}
+
 /// A server that trusts the proxy, so that raw clients need no login.
 async fn trusting() -> (tempfile::TempDir, Postgres, Proxy) {
     let root = directory();
@@ -492,13 +520,13 @@ async fn large_values_pass_without_being_held() {
     // The other way, with a text that is longer than any buffer, and a pin at its end.
     out.clear();
     let text = format!(
-        "SELECT length('{}'); SET work_mem TO '1MB'",
+        "SELECT length('{}'); SELECT 1 INTO TEMP pinned",
         "y".repeat(8 * 1024 * 1024)
     );
     frontend::put_query(&mut out, &text);
     raw.stream.write_all(&out).await.unwrap();
     assert_eq!(raw.tags().await, "TDCCZ");
-    assert_eq!(proxy.metric("craton_proxy_pinned").await, 1.0);
+    assert_eq!(proxy.metric("craton_proxy_pinned").await, 1);
     proxy.end().await.unwrap();
 }
 
@@ -507,14 +535,6 @@ async fn messages_one_by_one() {
     let (_root, _server, proxy) = trusting().await;
     let mut raw = Raw::trusted(proxy.port).await;
     assert!(raw.tags().await.ends_with('Z'));
-    let say = |raw: &mut Raw, build: &dyn Fn(&mut Vec<u8>)| {
-        let mut out = Vec::new();
-        build(&mut out);
-        // Byte by byte is what the slowest network does.
-        let bytes = out.clone();
-        let sent = raw.stream.try_write(&bytes).unwrap();
-        assert_eq!(sent, bytes.len());
-    };
     // A Sync and a Close alone need no server.
     say(&mut raw, &|o| frontend::put_sync(o));
     assert_eq!(raw.tags().await, "Z");
@@ -574,7 +594,18 @@ async fn messages_one_by_one() {
     assert_eq!(raw.tags().await, "2DCZ");
     assert_eq!(raw.tags().await, "3Z");
     assert_eq!(raw.tags().await, "EZ");
-    // COPY with a Sync sent ahead, as libpq does.
+    proxy.end().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sync_sent_ahead_of_copy() {
+    let (_root, _server, proxy) = trusting().await;
+    let (mut raw, mut other) = (
+        Raw::trusted(proxy.port).await,
+        Raw::trusted(proxy.port).await,
+    );
+    assert!(raw.tags().await.ends_with('Z') && other.tags().await.ends_with('Z'));
+    // As libpq does.
     say(&mut raw, &|o| {
         frontend::put_parse(o, "", "COPY notes (note) FROM STDIN");
         frontend::put_bind_text(o, "", &[]);
@@ -591,7 +622,7 @@ async fn messages_one_by_one() {
     });
     assert_eq!(raw.tags().await, "CZ");
     say(&mut other, &|o| {
-        frontend::put_query(o, "SELECT count(*) FROM notes")
+        frontend::put_query(o, "SELECT count(*) FROM notes");
     });
     assert_eq!(other.tags().await, "TDCZ", "the server was given back");
     proxy.end().await.unwrap();
@@ -644,7 +675,7 @@ async fn hostile_bytes_hurt_nobody_else() {
     assert_eq!(giant.next().await.map(|m| m.0), Some(b'E'));
     assert_eq!(giant.next().await, None);
     until("all are gone", || async {
-        proxy.metric("craton_proxy_clients").await <= 1.0
+        proxy.metric("craton_proxy_clients").await <= 1
     })
     .await;
     soon(

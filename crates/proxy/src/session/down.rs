@@ -1,5 +1,7 @@
 //! What the server says.
 
+use std::sync::Arc;
+
 use craton_wire::backend::{
     Fields, Report, TransactionStatus, command_tag, parameter_status, put_empty, put_error,
 };
@@ -10,7 +12,7 @@ use crate::buffer::CAPACITY;
 use crate::metrics::Tally;
 use crate::routes::Endpoint;
 use crate::server::followed_index;
-use crate::sql::{Effect, Traits, effect};
+use crate::sql::{Effect, Made, Traits, effect};
 
 /// Bytes of an error or a notice that are looked at; code, severity and message come first.
 const REPORT_PREFIX: usize = 8 * 1024;
@@ -101,23 +103,26 @@ impl Session {
             b'Z' => return self.on_ready(found),
             b'E' => return self.on_error(found),
             b'N' if swallow => self.tell_unconfirmed(),
-            b'N' | b'A' | b't' | b'H' | b'c' | b'V' => {}
+            b'N' | b'A' | b't' | b'H' | b'c' | b'V' | b'D' | b'd' => {}
             b'S' => self.on_parameter(),
             b'C' => self.on_complete(),
-            b'I' | b's' => self.pop_if(&Owed::Execute),
+            b'I' | b's' => self.pop_execute(),
             b'1' | b'2' | b'3' => {
                 if !self.is_due(found.tag) {
                     return self.broken(found.tag);
                 }
                 self.owed.pop_front();
             }
-            b'T' | b'n' => self.pop_if(&Owed::Describe),
+            b'T' | b'n' => {
+                if self.owed.front() == Some(&Owed::Describe) {
+                    self.owed.pop_front();
+                }
+            }
             b'G' => {
                 self.copy_in = true;
                 // Syncs that were sent ahead are ignored by a server in COPY (postgres.c, copyfromparse.c).
                 self.owed.retain(|o| *o != Owed::Sync);
             }
-            b'D' | b'd' => {}
             other => return self.broken(other),
         }
         if swallow {
@@ -143,8 +148,8 @@ impl Session {
         )
     }
 
-    fn pop_if(&mut self, due: &Owed) {
-        if self.owed.front() == Some(due) {
+    fn pop_execute(&mut self) {
+        if matches!(self.owed.front(), Some(Owed::Execute(_))) {
             self.owed.pop_front();
         }
     }
@@ -161,12 +166,13 @@ impl Session {
         // Answers that were still owed in front of it will not come.
         loop {
             match self.owed.pop_front() {
-                Some(Owed::Query | Owed::Sync) => break,
+                Some(Owed::Query(_) | Owed::Sync) => break,
                 Some(_) => {}
                 None => return self.broken(found.tag),
             }
         }
         self.status = status;
+        self.keep_changes();
         self.hushed = false;
         self.copy_in = false;
         if status == TransactionStatus::Idle {
@@ -196,6 +202,8 @@ impl Session {
             link.server.facts.tainted = true;
         }
         self.copy_in = false;
+        // A failure undoes the settings of its transaction.
+        self.confirmed.clear();
         self.skip_to_sync();
         if self.hushed {
             self.down.drop_message(found.frame_len());
@@ -209,7 +217,7 @@ impl Session {
     fn skip_to_sync(&mut self) {
         loop {
             match self.owed.front() {
-                Some(Owed::Sync | Owed::Query) => return,
+                Some(Owed::Sync | Owed::Query(_)) => return,
                 None => {
                     self.server_skips = true;
                     return;
@@ -290,14 +298,24 @@ impl Session {
     }
 
     fn on_complete(&mut self) {
-        let found = effect(command_tag(self.server_body()), self.traits);
-        self.pop_if(&Owed::Execute);
+        let tag = command_tag(self.server_body());
+        let sets = matches!(tag, b"SET" | b"RESET");
+        let mut found = effect(tag, self.traits);
+        if let Some(Owed::Query(change) | Owed::Execute(change)) =
+            self.owed.front_mut().filter(|_| sets)
+            && let Some(change) = change.take()
+        {
+            self.confirmed.push(*change);
+            found = effect(b"", self.traits);
+        }
+        self.pop_execute();
         self.copy_in = false;
         match found {
             Effect::None => {}
             Effect::Pins => self.pin(),
             Effect::Discards => {
                 self.unpin();
+                self.set_made(Arc::default());
                 self.statements.clear();
                 self.forget_all_on_server();
             }
@@ -306,6 +324,37 @@ impl Session {
                 self.forget_all_on_server();
             }
         }
+    }
+
+    /// Settings last when their transaction has ended well. Inside of a block it is not known yet whether it will: then
+    /// the session stays where it is.
+    fn keep_changes(&mut self) {
+        if self.confirmed.is_empty() {
+            return;
+        }
+        let changes = std::mem::take(&mut self.confirmed);
+        if self.status != TransactionStatus::Idle {
+            self.pin();
+            return;
+        }
+        let mut made = Made::clone(&self.made);
+        if changes
+            .into_iter()
+            .try_for_each(|change| change.apply(&mut made))
+            .is_none()
+        {
+            self.pin();
+            return;
+        }
+        self.set_made(Arc::new(made));
+    }
+
+    /// What the session has made is what its server has.
+    fn set_made(&mut self, made: Arc<Made>) {
+        if let Some(link) = &mut self.link {
+            link.server.facts.made = Arc::clone(&made);
+        }
+        self.made = made;
     }
 
     fn forget_all_on_server(&mut self) {

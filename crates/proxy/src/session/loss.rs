@@ -30,7 +30,7 @@ pub(super) enum Loss {
 }
 
 impl Loss {
-    pub(super) fn closed(why: impl ToString) -> Self {
+    pub(super) fn closed(why: impl std::fmt::Display) -> Self {
         Self::Closed(why.to_string())
     }
 
@@ -110,6 +110,8 @@ impl Session {
         self.copy_in = false;
         self.sticky = false;
         self.inspector = None;
+        self.confirmed.clear();
+        self.bound = None;
         let pinned = self.unpin();
         if self.down.in_forwarded_message() {
             // Half of a message is with the client. Whatever came next would be taken for the other half.
@@ -141,7 +143,7 @@ impl Session {
     fn answer_owed(&mut self, loss: &Loss, mut told: bool, skipped: bool) {
         let mut open = skipped;
         for owed in std::mem::take(&mut self.owed) {
-            if matches!(owed, Owed::Sync | Owed::Query) {
+            if matches!(owed, Owed::Sync | Owed::Query(_)) {
                 if !told {
                     self.tell(loss);
                 }

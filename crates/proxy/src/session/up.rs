@@ -9,10 +9,10 @@ use craton_wire::frontend::{Named, bind_names, parse_name, put_parse_rest, put_s
 use super::{Gone, Loss, Owed, Session};
 use crate::buffer::CAPACITY;
 use crate::metrics::Tally;
-use crate::sql::{Inspector, deallocated_name, inspect, is_rollback};
-use crate::statements::Statement;
+use crate::sql::{Change, Inspector, deallocated_name, inspect, is_rollback};
+use crate::statements::{Statement, change_of};
 
-/// Bytes in which the names of a Bind have to end.
+/// Bytes of a long message in which the names of statement and portal have to end.
 const NAMES_BYTES_MAX: usize = 4 * 1024;
 
 /// What has to happen next.
@@ -53,7 +53,13 @@ impl Session {
                 Ok(None) => return Ok(Step::More),
                 Err(error) => return self.violation(&error.to_string()),
             };
-            if found.frame_len() <= CAPACITY && self.up.unseen().len() < found.frame_len() {
+            // Short messages are seen whole; of long ones the part that holds the names.
+            let wanted = if found.frame_len() <= CAPACITY {
+                found.frame_len()
+            } else {
+                NAMES_BYTES_MAX
+            };
+            if self.up.unseen().len() < wanted {
                 return Ok(Step::More);
             }
             if let Some(step) = self.on_client_message(found)? {
@@ -116,23 +122,23 @@ impl Session {
             }
         }
         if self.discards || (self.server_skips && tag != b'S') {
-            return self.discard(found);
+            return Ok(self.discard(found));
         }
         if begins {
             if self.failing {
-                return self.answer_with(found, &Self::pipelined_loss());
+                return Ok(self.answer_with(found, &Self::pipelined_loss()));
             }
             if let Some(loss) = self.lost.take() {
                 let wished = tag == b'Q'
                     && matches!(loss, Loss::InTransaction(_))
                     && is_rollback(self.text(found));
                 if !wished {
-                    return self.answer_with(found, &loss);
+                    return Ok(self.answer_with(found, &loss));
                 }
             }
         }
         if self.link.is_none() {
-            return self.unlinked(found);
+            return Ok(self.unlinked(found));
         }
         if begins
             && self.status == TransactionStatus::Idle
@@ -157,9 +163,10 @@ impl Session {
             }
             b'E' => {
                 Tally::add(&self.worker.tally.queries, 1);
-                self.pass(found, Some(Owed::Execute))
+                let change = self.bound.clone().map(Box::new);
+                self.pass(found, Some(Owed::Execute(change)))
             }
-            b'F' => self.pass(found, Some(Owed::Query)),
+            b'F' => self.pass(found, Some(Owed::Query(None))),
             b'c' | b'f' => {
                 self.copy_in = false;
                 self.pass(found, None)
@@ -168,6 +175,10 @@ impl Session {
         }
     }
 
+    #[expect(
+        clippy::unnecessary_wraps,
+        reason = "every way to decide on a message has this result"
+    )]
     fn pass(&mut self, found: Header, owed: Option<Owed>) -> Decided {
         self.owed.extend(owed);
         self.up.pass(found.frame_len());
@@ -197,25 +208,25 @@ impl Session {
         body.strip_suffix(&[0]).unwrap_or(body)
     }
 
-    fn discard(&mut self, found: Header) -> Decided {
+    fn discard(&mut self, found: Header) -> Option<Step> {
         if let Some(step) = self.drop_it(found) {
-            return Ok(Some(step));
+            return Some(step);
         }
         if found.tag == b'S' {
             self.discards = false;
             self.put_ready_idle();
         }
-        Ok(None)
+        None
     }
 
     /// Answers a statement with a loss instead of running it.
-    fn answer_with(&mut self, found: Header, loss: &Loss) -> Decided {
+    fn answer_with(&mut self, found: Header, loss: &Loss) -> Option<Step> {
         if let Some(step) = self.drop_it(found) {
-            return Ok(Some(step));
+            return Some(step);
         }
         self.tell(loss);
         self.end_statement(found.tag);
-        Ok(None)
+        None
     }
 
     /// After an error of the proxy's own: a simple query is over, everything else up to the next Sync is ignored.
@@ -251,60 +262,67 @@ impl Session {
     }
 
     /// Without a server connection: what needs none is answered here.
-    fn unlinked(&mut self, found: Header) -> Decided {
+    fn unlinked(&mut self, found: Header) -> Option<Step> {
         match found.tag {
             b'S' => {
                 if let Some(step) = self.drop_it(found) {
-                    return Ok(Some(step));
+                    return Some(step);
                 }
                 self.put_ready_idle();
-                Ok(None)
+                None
             }
             // A server ignores these outside of COPY, and a Flush has nothing to flush.
-            b'H' | b'd' | b'c' | b'f' => Ok(self.drop_it(found)),
-            b'Q' => Ok(self.deallocate(found).unwrap_or(Some(Step::Link))),
+            b'H' | b'd' | b'c' | b'f' => self.drop_it(found),
+            b'Q' => match self.deallocates(found) {
+                Some(name) => self.deallocate(found, &name),
+                None => Some(Step::Link),
+            },
             b'C' => match self.closes_followed(found) {
                 Some(name) => self.close_followed(found, &name),
-                None => Ok(Some(Step::Link)),
+                None => Some(Step::Link),
             },
-            _ => Ok(Some(Step::Link)),
+            _ => Some(Step::Link),
         }
     }
 
-    /// `DEALLOCATE` of a statement that the server knows under another name. `None` if it is not that.
-    fn deallocate(&mut self, found: Header) -> Option<Option<Step>> {
+    /// The name, if this is a `DEALLOCATE` of a statement that the server knows under another one.
+    fn deallocates(&self, found: Header) -> Option<Box<[u8]>> {
         if found.frame_len() > CAPACITY
             || !self.owed.is_empty()
             || self.status == TransactionStatus::Failed
         {
             return None;
         }
-        let name: Box<[u8]> = deallocated_name(self.text(found))
-            .filter(|n| self.statements.contains_key(*n))?
-            .into();
+        let name = deallocated_name(self.text(found))?;
+        self.statements.contains_key(name).then(|| name.into())
+    }
+
+    fn deallocate(&mut self, found: Header, name: &[u8]) -> Option<Step> {
         if let Some(step) = self.drop_it(found) {
-            return Some(Some(step));
+            return Some(step);
         }
-        self.statements.remove(&name);
+        self.statements.remove(name);
         put_command_complete(self.down.insert(), "DEALLOCATE");
         put_ready(self.down.insert(), self.status);
-        Some(None)
+        None
     }
 
     fn on_query(&mut self, found: Header) -> Decided {
-        if let Some(done) = self.deallocate(found) {
-            return Ok(done);
+        if let Some(name) = self.deallocates(found) {
+            return Ok(self.deallocate(found, &name));
         }
         Tally::add(&self.worker.tally.queries, 1);
+        let mut change = None;
         if found.frame_len() <= CAPACITY {
             self.traits = self.traits.and(inspect(self.text(found)));
+            change = Change::read(self.text(found)).map(Box::new);
         } else {
             self.inspect_rest(found);
         }
         // A simple query ends the unnamed statement (exec_simple_query).
         self.forget_unnamed();
         self.sticky = false;
-        self.pass(found, Some(Owed::Query))
+        self.pass(found, Some(Owed::Query(change)))
     }
 
     /// Looks at a message that is longer than the buffer while it passes.
@@ -338,7 +356,7 @@ impl Session {
             return self.on_named_parse(found, name, &rest);
         }
         let id = self.worker.statements.borrow().next_id();
-        let traits = inspect(rest);
+        let (traits, change) = (inspect(rest), change_of(rest));
         let mut kept = std::mem::take(&mut self.unnamed.rest);
         kept.clear();
         kept.extend_from_slice(rest);
@@ -346,6 +364,7 @@ impl Session {
             id,
             rest: kept,
             traits,
+            change,
         };
         self.sticky = false;
         self.traits = self.traits.and(traits);
@@ -485,10 +504,6 @@ impl Session {
 
     fn on_bind(&mut self, found: Header) -> Decided {
         let Some((portal, name, names_len)) = bind_names(self.body(found)) else {
-            let arrived = self.body(found).len();
-            if arrived < found.body_len && arrived < NAMES_BYTES_MAX {
-                return Ok(Some(Step::More));
-            }
             return self.violation("a malformed Bind message").map(Some);
         };
         if name.is_empty() {
@@ -496,9 +511,11 @@ impl Session {
             if !self.prepare_unnamed() {
                 return Ok(Some(Step::Flush));
             }
+            self.bound.clone_from(&self.unnamed.change);
             return self.pass(found, Some(Owed::Bind));
         }
         let Some(statement) = self.statements.get(name).map(Rc::clone) else {
+            self.bound = None;
             return self.pass(found, Some(Owed::Bind));
         };
         if !self.up.can_drop() {
@@ -506,6 +523,7 @@ impl Session {
         }
         let portal: Box<[u8]> = portal.into();
         self.prepare(&statement);
+        self.bound.clone_from(&statement.change);
         let server_name = Statement::server_name(statement.id);
         let rest = found.body_len - names_len;
         let announced = 4 + portal.len() + server_name.len() + 2 + rest;
@@ -530,7 +548,7 @@ impl Session {
         let statement = match self.named(found) {
             None => return self.violation("a malformed Describe message").map(Some),
             Some(Named::Portal(_)) => return self.pass(found, Some(Owed::Describe)),
-            Some(Named::Statement(name)) if name.is_empty() => {
+            Some(Named::Statement([])) => {
                 if !self.prepare_unnamed() {
                     return Ok(Some(Step::Flush));
                 }
@@ -564,22 +582,22 @@ impl Session {
     }
 
     /// Other clients may use the statement on the server: only the client's name of it goes.
-    fn close_followed(&mut self, found: Header, name: &[u8]) -> Decided {
+    fn close_followed(&mut self, found: Header, name: &[u8]) -> Option<Step> {
         if let Some(step) = self.drop_it(found) {
-            return Ok(Some(step));
+            return Some(step);
         }
         self.statements.remove(name);
         self.own_answer(b'3');
-        Ok(None)
+        None
     }
 
     fn on_close(&mut self, found: Header) -> Decided {
         if let Some(name) = self.closes_followed(found) {
-            return self.close_followed(found, &name);
+            return Ok(self.close_followed(found, &name));
         }
         match self.named(found) {
             None => return self.violation("a malformed Close message").map(Some),
-            Some(Named::Statement(name)) if name.is_empty() => self.forget_unnamed(),
+            Some(Named::Statement([])) => self.forget_unnamed(),
             Some(_) => {}
         }
         self.pass(found, Some(Owed::Close))

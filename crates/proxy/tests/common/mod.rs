@@ -2,6 +2,8 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 #![allow(
     clippy::unwrap_used,
+    clippy::panic,
+    clippy::expect_used,
     missing_docs,
     reason = "a test that cannot go on must say where"
 )]
@@ -401,7 +403,7 @@ impl Proxy {
     }
 
     /// The value of a metric.
-    pub async fn metric(&self, name: &str) -> f64 {
+    pub async fn metric(&self, name: &str) -> i64 {
         let client = craton_console::Client::new(None);
         let page = client
             .get_text(&format!("127.0.0.1:{}", self.http), "/metrics")
