@@ -419,6 +419,40 @@ async fn copy_both_ways_and_cancel() {
     proxy.end().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn pgbench_in_all_protocols() {
+    let root = directory();
+    let server = Postgres::primary(root.path()).await;
+    // Fewer server connections than clients on either worker: they change hands all the time.
+    let proxy = Proxy::of(&[&server], |c| (c.pool_size, c.workers) = (3, 2)).await;
+    let port = proxy.port;
+    let work = tokio::task::spawn_blocking(move || {
+        common::pgbench(port, &["-i", "-q", "-s", "1"]);
+        for protocol in ["simple", "extended", "prepared"] {
+            // A thread for each client: preparing blocks, and a thread that waits for one client in the pool must not
+            // keep another one from ending its transaction.
+            let common = ["-n", "-c", "16", "-j", "16", "-M", protocol];
+            common::pgbench(port, &[&common[..], &["-S", "-t", "100"]].concat());
+            let text = common::pgbench(port, &[&common[..], &["-t", "20"]].concat());
+            assert!(text.contains("processed: 320/320"), "{text}");
+        }
+    });
+    soon("all runs", work).await.unwrap();
+    let check = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(delta) FROM pgbench_history)";
+    assert!(
+        proxy
+            .ann()
+            .await
+            .query_one(check, &[])
+            .await
+            .unwrap()
+            .get::<_, bool>(0)
+    );
+    assert_eq!(proxy.metric("craton_proxy_pinned").await, 0);
+    assert!(proxy.metric("craton_proxy_servers").await <= 4);
+    proxy.end().await.unwrap();
+}
+
 /// A client that speaks bytes.
 struct Raw {
     stream: TcpStream,

@@ -96,6 +96,25 @@ fn program(name: &str) -> Command {
     command
 }
 
+/// pgbench as user ann; its output.
+pub fn pgbench(port: u16, arguments: &[&str]) -> String {
+    let port = port.to_string();
+    let connection = ["-h", "127.0.0.1", "-p", &port, "-U", "ann"];
+    let out = program("pgbench")
+        .args(connection)
+        .args(arguments)
+        .arg("postgres")
+        .output()
+        .unwrap();
+    let text = format!(
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    );
+    assert!(out.status.success(), "pgbench {arguments:?}: {text}");
+    text
+}
+
 fn run(command: &mut Command) {
     let out = command.output().unwrap();
     assert!(
