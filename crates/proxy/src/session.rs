@@ -356,7 +356,12 @@ impl Session {
             }
             () = ready(link, server), if link.is_some() => {}
             _ = self.routes.changed(), if link.is_some() => {}
-            _ = self.stopping.changed() => {}
+            told = self.stopping.changed() => {
+                // Without its owner the proxy has stopped as well.
+                if told.is_err() {
+                    return self.farewell();
+                }
+            }
             () = sleep(Duration::from_millis(idle_ms)), if may_time_out => return self.say_idle(),
         }
         Ok(())

@@ -79,7 +79,9 @@ impl Session {
         while let Some(Owed::Own(tag)) = self.owed.front() {
             let tag = *tag;
             self.owed.pop_front();
-            put_empty(self.down.insert(), tag);
+            if !self.hushed {
+                put_empty(self.down.insert(), tag);
+            }
         }
     }
 
