@@ -17,6 +17,7 @@ use crate::clock;
 use crate::config::Secrets;
 use crate::fencing::Fencing;
 use crate::server::{LocalServer, end_is_exact, sync_names};
+use crate::slots;
 use crate::state::{MemberState, StateFile};
 
 /// A clean stop that takes longer is ended by force.
@@ -29,6 +30,8 @@ const PROMOTE_MAX: Duration = Duration::from_secs(30);
 const SEAL_MAX: Duration = Duration::from_secs(30);
 /// How long one attempt to prove a sync set may take.
 const SYNC_MAX: Duration = Duration::from_secs(5);
+/// After a promotion the standbys' arrival is looked for this long, so that no commit waits for it.
+const LIVELY: Duration = Duration::from_secs(4);
 /// A checkpoint under load.
 const CHECKPOINT_MAX: Duration = Duration::from_secs(300);
 /// A query of the agent's own.
@@ -147,7 +150,7 @@ impl Actor {
                 timeline,
                 sync,
                 known,
-            } => self.promote(term, timeline, sync, &known).await,
+            } => self.promote(term, timeline, sync, &known, members).await,
             Task::Bootstrap => self.bootstrap().await,
             Task::Clone { from, term } => self.clone_from(&from, term, members).await,
             Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
@@ -300,6 +303,7 @@ impl Actor {
         timeline: TimelineId,
         sync: SyncSet,
         known: &Timelines,
+        members: &Members,
     ) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
@@ -323,10 +327,16 @@ impl Actor {
             .collect();
         self.server.instance.write_history_files(&taken).await?;
         self.server.set_maybe_primary();
+        self.server.look_often_for(LIVELY);
         self.fencing.guard(&process);
         let got = self.server.control.promote(PROMOTE_MAX).await?;
         tracing::info!(%term, timeline = %got, "promoted");
         self.checkpoint_soon();
+        // The others stream only from a server that has their slots; on a young cluster they may be missing.
+        let slots: Vec<String> = slots::of_others(&self.me, members.keys());
+        if let Err(error) = self.server.control.ensure_slots(&slots, QUERY_MAX).await {
+            tracing::warn!(%error, "replication slots are missing; they are made within seconds");
+        }
         // A look that began before the end of recovery must not be taken for a fall back into it.
         self.server.forget_sample();
         self.server.set_in_force(Some(sync));
@@ -443,20 +453,6 @@ impl Actor {
             .await
     }
 
-    /// Commits that waited while the sync set changed are released by a standby's next reply, and a standby
-    /// replies to new WAL: without any, they would wait for its status interval (a second).
-    async fn nudge_standbys(&self) {
-        let sql = "SELECT pg_logical_emit_message(true, 'craton', 'sync set')";
-        if let Err(error) = self
-            .server
-            .control
-            .query("nudge to the standbys", sql, QUERY_MAX)
-            .await
-        {
-            tracing::debug!(%error, "the standbys were not nudged; they reply within a second");
-        }
-    }
-
     async fn set_sync(&self, set: SyncSet) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
@@ -468,7 +464,7 @@ impl Actor {
             .enforce_sync(&process, &self.server.control, &config, SYNC_MAX)
             .await?;
         self.server.look_again().await?;
-        self.nudge_standbys().await;
+        self.server.nudge().await;
         self.server.set_in_force(Some(set));
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The local PostgreSQL as the agent holds it: process, newest sample, configuration.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -43,6 +43,10 @@ struct Known {
     active_transactions: Option<u32>,
     busy: bool,
     count_transactions: bool,
+    /// Look more often until then.
+    lively_until: BootTime,
+    /// The WAL senders that were seen to stream.
+    streaming: BTreeSet<i32>,
     /// Grows when what a look in progress will say is out of date.
     epoch: u64,
     /// When a new session was last let in (or refused in words).
@@ -55,6 +59,15 @@ const KNOCK_INTERVAL: Duration = Duration::from_millis(500);
 const KNOCK_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A primary that has let nobody in for this long does not answer.
 const KNOCK_AGE_MAX: Duration = Duration::from_millis(2500);
+
+/// What one look brought.
+struct Looked {
+    begun: BootTime,
+    epoch: u64,
+    sample: Option<ServerSample>,
+    active: Option<u64>,
+    count: bool,
+}
 
 /// The local PostgreSQL.
 pub struct LocalServer {
@@ -201,6 +214,27 @@ impl LocalServer {
         self.poke();
     }
 
+    /// Look more often for a while.
+    pub fn look_often_for(&self, time: Duration) {
+        self.known().lively_until = clock::now().after(time);
+        self.poke();
+    }
+
+    /// Makes the standbys reply now. PostgreSQL releases commits that wait for a standby when that standby
+    /// replies *while it streams* (syncrep.c, `SyncRepReleaseWaiters`); one that flushed them while it caught
+    /// up, or before a change of the sync set, replies again only to new WAL or after
+    /// `wal_receiver_status_interval` (a second), and with every writer waiting there is no new WAL.
+    pub async fn nudge(&self) {
+        let sql = "SELECT pg_logical_emit_message(true, 'craton', 'reply')";
+        if let Err(error) = self
+            .control
+            .query("nudge to the standbys", sql, SAMPLE_TIMEOUT)
+            .await
+        {
+            tracing::debug!(%error, "the standbys were not nudged; they reply within a second");
+        }
+    }
+
     /// Count clients' transactions with every sample.
     pub fn count_transactions(&self, on: bool) {
         let mut k = self.known();
@@ -290,10 +324,14 @@ impl LocalServer {
                 self.look.notified().await;
                 continue;
             };
-            let interval = if self.known().busy {
-                SAMPLE_INTERVAL_BUSY
-            } else {
-                SAMPLE_INTERVAL
+            let interval = {
+                let k = self.known();
+                let lively = k.busy || clock::now() < k.lively_until;
+                if lively {
+                    SAMPLE_INTERVAL_BUSY
+                } else {
+                    SAMPLE_INTERVAL
+                }
             };
             tokio::select! {
                 reason = process.exited() => self.after_exit(&process, &reason.to_string()).await,
@@ -338,6 +376,36 @@ impl LocalServer {
         self.gone();
     }
 
+    /// Keeps what a look brought. True if a standby began to stream since the last one.
+    fn take_in(&self, process: &Postmaster, looked: Looked) -> bool {
+        let mut k = self.known();
+        if k.epoch != looked.epoch || k.process.as_ref().map(Postmaster::pid) != Some(process.pid())
+        {
+            return false;
+        }
+        let mut arrived = false;
+        if let Some(sample) = looked.sample {
+            let streaming: BTreeSet<i32> = sample
+                .replication
+                .iter()
+                .filter(|r| r.state.as_deref() == Some("streaming"))
+                .map(|r| r.pid)
+                .collect();
+            arrived = !sample.in_recovery && !streaming.is_subset(&k.streaming);
+            k.streaming = streaming;
+            if let Some(DataView::Present { timeline, .. }) = &mut k.data {
+                *timeline = sample.checkpoint_timeline;
+            }
+            k.maybe_primary = !sample.in_recovery || k.maybe_primary && k.busy;
+            k.sample = Some((sample, clock::now()));
+            k.sample_begun = looked.begun;
+        }
+        if looked.count {
+            k.active_transactions = looked.active.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        }
+        arrived
+    }
+
     async fn look_once(&self, process: &Postmaster) {
         let (count, epoch) = {
             let k = self.known();
@@ -353,23 +421,18 @@ impl LocalServer {
         } else {
             None
         };
-        let mut k = self.known();
-        if k.epoch != epoch || k.process.as_ref().map(Postmaster::pid) != Some(process.pid()) {
-            return;
-        }
-        if let Ok(sample) = sample {
-            if let Some(DataView::Present { timeline, .. }) = &mut k.data {
-                *timeline = sample.checkpoint_timeline;
-            }
-            k.maybe_primary = !sample.in_recovery || k.maybe_primary && k.busy;
-            k.sample = Some((sample, clock::now()));
-            k.sample_begun = begun;
-        }
-        if count {
-            k.active_transactions = active.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
-        }
-        drop(k);
+        let looked = Looked {
+            begun,
+            epoch,
+            sample: sample.ok(),
+            active,
+            count,
+        };
+        let arrived = self.take_in(process, looked);
         self.changed.notify_one();
+        if arrived {
+            self.nudge().await;
+        }
     }
 
     /// The configuration for a role.

@@ -1,7 +1,6 @@
 //! One physical replication slot per member, kept on every member and advanced, so that whoever is
 //! promoted still has the WAL that the others (and the backup) need.
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -32,13 +31,20 @@ pub async fn keep(server: Arc<LocalServer>, seen: watch::Receiver<Option<Seen>>)
     }
 }
 
+/// The slots that a member keeps: one for each other member, and the backup's.
+pub fn of_others<'a>(me: &MemberId, members: impl Iterator<Item = &'a MemberId>) -> Vec<String> {
+    members
+        .filter(|m| *m != me)
+        .map(MemberId::slot_name)
+        .chain([BACKUP_SLOT.to_owned()])
+        .collect()
+}
+
 async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::PgError> {
     let (Some(view), ServerView::Running(s)) = (&o.view, &o.server) else {
         return Ok(());
     };
-    let others: BTreeSet<&MemberId> = view.members.keys().filter(|m| **m != o.me.id).collect();
-    let mut wanted: Vec<String> = others.iter().map(|m| m.slot_name()).collect();
-    wanted.push(BACKUP_SLOT.to_owned());
+    let wanted = of_others(&o.me.id, view.members.keys());
     if s.in_recovery && !s.streaming {
         return Ok(());
     }
