@@ -61,5 +61,8 @@ if ! command -v cargo >/dev/null; then
   curl --proto '=https' --tlsv1.2 -sSf --retry 3 https://sh.rustup.rs | sh -s -- -y --profile minimal --component clippy --component rustfmt >&2 \
     || die "Rust could not be installed; install it from https://rustup.rs and run this again"
 fi
-# rust-toolchain.toml or the workspace's rust-version says what is too old; cargo names it then.
-cargo --version >/dev/null || die "cargo does not run; see https://rustup.rs"
+version=$(cargo --version 2>/dev/null | sed -n 's/^cargo \([0-9]*\)\.\([0-9]*\).*/\1 \2/p')
+read -r rust_major rust_minor <<<"${version:-0 0}"
+if [ "$rust_major" -lt 1 ] || { [ "$rust_major" -eq 1 ] && [ "$rust_minor" -lt 90 ]; }; then
+  die "$(command -v cargo) is $(cargo --version 2>/dev/null || echo broken); 1.90 or newer is needed: install it from https://rustup.rs (or run 'rustup update')"
+fi

@@ -198,9 +198,9 @@ proptest! {
             }
         }
         let mut c = case(v, k);
-        for n in 1..=v {
+        for (n, lsn) in flushed.iter().enumerate().skip(1) {
             if sealed & (1 << n) != 0 {
-                c = c.seal(n, flushed[n]);
+                c = c.seal(n, *lsn);
             }
         }
         c.alive = (0..=v).filter(|n| alive & (1 << n) != 0).map(id).collect();
