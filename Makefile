@@ -35,7 +35,7 @@ check: setup ## the quick look before a commit, below five minutes
 verify: setup ## format, lints, documentation, tidy, licences: never writes to the tree
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --locked --workspace --no-deps --document-private-items
 	$(CARGO) test --locked -p craton --test tidy
 	@if command -v cargo-deny >/dev/null; then cargo deny check; else echo "cargo-deny is not installed: licences are checked by tidy, advisories are not checked here"; fi
 

@@ -100,7 +100,7 @@ pub fn write(out: &mut Vec<u8>, tag: u8, body: impl FnOnce(&mut Vec<u8>)) {
     write_untagged(out, body);
 }
 
-/// As [`write`], for the packets that have no tag (startup, cancel).
+/// As [`write()`], for the packets that have no tag (startup, cancel).
 pub fn write_untagged(out: &mut Vec<u8>, body: impl FnOnce(&mut Vec<u8>)) {
     let at = out.len();
     out.extend_from_slice(&[0; 4]);
