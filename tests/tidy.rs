@@ -23,7 +23,7 @@ const FUNCTION_LINES_MAX: usize = 80;
 
 /// Functions that are longer today. They may shrink and leave this list; nothing may be added or grow.
 const LONG_FUNCTIONS: &[(&str, &str, usize)] = &[
-    ("crates/core/src/decide/leader.rs", "sync_rule", 85),
+    ("crates/core/src/decide/sync_set.rs", "sync_rule", 85),
     (
         "crates/proxy/tests/failover.rs",
         "clients_outlive_the_primary",

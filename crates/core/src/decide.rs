@@ -6,7 +6,9 @@
 
 mod first_start;
 mod leader;
+mod request;
 mod standby;
+mod sync_set;
 mod vote;
 
 use std::collections::BTreeMap;

@@ -1,0 +1,175 @@
+//! A local cluster for tests of the finished binary: started, asked, purged when the test ends.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    reason = "every test file uses a part of it"
+)]
+
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+/// A cluster that is purged when the test ends, however it ends.
+pub struct Cluster {
+    pub dir: PathBuf,
+    pub base_port: u16,
+}
+
+impl Cluster {
+    /// Starts one. `extra` goes to `craton up`.
+    pub fn up(name: &str, extra: &[&str]) -> Self {
+        let cluster = Self {
+            dir: directory(name),
+            base_port: free_base_port(),
+        };
+        let base = cluster.base_port.to_string();
+        let out = cluster.craton(&[&["up", "--base-port", &base], extra].concat());
+        cluster.expect_ok(&out, "craton up");
+        cluster
+    }
+
+    pub fn craton(&self, args: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_craton"))
+            .arg("--dir")
+            .arg(&self.dir)
+            .args(args)
+            .env_remove("CRATON_DIR")
+            .output()
+            .expect("the binary runs")
+    }
+
+    pub fn json(&self, args: &[&str]) -> Value {
+        let out = self.craton(&[&["--json"], args].concat());
+        self.expect_ok(&out, &args.join(" "));
+        serde_json::from_slice(&out.stdout)
+            .unwrap_or_else(|e| panic!("{args:?}: {e}: {}", text(&out)))
+    }
+
+    pub fn sql(&self, args: &[&str]) -> String {
+        let out = self.craton(&[&["psql"], args].concat());
+        self.expect_ok(&out, "craton psql");
+        String::from_utf8_lossy(&out.stdout).trim().to_owned()
+    }
+
+    /// Fails with what is needed to understand it.
+    pub fn expect_ok(&self, out: &Output, what: &str) {
+        if !out.status.success() {
+            panic!("{what}: {}\n{}\n{}", out.status, text(out), self.logs());
+        }
+    }
+
+    /// The end of every log.
+    pub fn logs(&self) -> String {
+        let mut all = String::new();
+        let mut places = vec![self.dir.join("log")];
+        if let Ok(members) = std::fs::read_dir(self.dir.join("members")) {
+            places.extend(members.flatten().map(|m| m.path()));
+        }
+        for place in places {
+            let Ok(files) = std::fs::read_dir(&place) else {
+                continue;
+            };
+            for path in files
+                .flatten()
+                .map(|f| f.path())
+                .filter(|p| p.extension().is_some_and(|e| e == "log"))
+            {
+                let log = std::fs::read_to_string(&path).unwrap_or_default();
+                let tail: Vec<&str> = log.lines().rev().take(60).collect();
+                all.push_str(&format!("== {}\n", path.display()));
+                for line in tail.iter().rev() {
+                    all.push_str(line);
+                    all.push('\n');
+                }
+            }
+        }
+        all
+    }
+
+    /// Waits for a condition of `craton status`.
+    pub fn wait_status(&self, what: &str, limit: Duration, met: impl Fn(&Value) -> bool) -> Value {
+        let deadline = Instant::now() + limit;
+        loop {
+            let out = self.craton(&["--json", "status"]);
+            if let Ok(status) = serde_json::from_slice::<Value>(&out.stdout)
+                && met(&status)
+            {
+                return status;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "{what} not within {limit:?}: {}\n{}",
+                text(&out),
+                self.logs()
+            );
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let out = self.craton(&["down", "--purge"]);
+        if !out.status.success() && !std::thread::panicking() {
+            panic!("craton down --purge: {}", text(&out));
+        }
+    }
+}
+
+pub fn text(out: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    )
+}
+
+/// A path that does not exist yet, in a place that another user can reach, short enough for a socket.
+pub fn directory(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("craton-test-{name}-{}", std::process::id()))
+}
+
+/// Finds a base port whose whole range is free at this moment.
+pub fn free_base_port() -> u16 {
+    // The tests of this process look at ranges of their own: two that look at once would find the same one.
+    static TAKEN: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
+    let own = TAKEN.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 4;
+    for base in (20_000..60_000_u16)
+        .step_by(100)
+        .skip(own)
+        .step_by(4)
+        .skip(usize::from(std::process::id() as u16 % 50))
+    {
+        let free = (0..60).all(|offset| TcpListener::bind(("127.0.0.1", base + offset)).is_ok());
+        if free {
+            return base;
+        }
+    }
+    panic!("no free range of ports on this machine");
+}
+
+pub fn whole(status: &Value) -> bool {
+    let members = status["members"].as_array().map_or(&[][..], Vec::as_slice);
+    status["writable"] == true
+        && members.len() == 3
+        && members
+            .iter()
+            .all(|m| m["role"] == "leader" || m["streaming"] == true)
+        && status["sync"]["members"]
+            .as_array()
+            .is_some_and(|v| v.len() == 2)
+}
+
+pub fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files_below(&path, found);
+        } else {
+            found.push(path);
+        }
+    }
+}
