@@ -173,3 +173,13 @@ pub fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
         }
     }
 }
+
+/// As [`whole`], where nobody is waited for.
+pub fn whole_async(status: &Value) -> bool {
+    let members = status["members"].as_array().map_or(&[][..], Vec::as_slice);
+    status["writable"] == true
+        && members.len() == 3
+        && members
+            .iter()
+            .all(|m| m["role"] == "leader" || m["streaming"] == true)
+}

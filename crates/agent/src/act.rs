@@ -8,8 +8,8 @@ use craton_core::records::{At, MemberRecord, Seal, Timelines};
 use craton_core::sync::{SyncSet, application_name};
 use craton_core::{Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
-    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RolePasswords, StartMode,
-    StopMode, SyncNames, Upstream,
+    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RelationNames, RolePasswords,
+    StartMode, StopMode, SyncNames, Upstream,
 };
 use tokio::sync::watch;
 
@@ -409,6 +409,15 @@ impl Actor {
         members: &Members,
     ) -> Result<(), ActError> {
         let control = self.server.instance.control_data().await?;
+        // A relation that was made after the fork is soon known to nobody.
+        let names = match self.server.process() {
+            Some(_) => self.server.control.relation_names(QUERY_MAX).await,
+            None => Ok(RelationNames::new()),
+        };
+        let names = names.unwrap_or_else(|error| {
+            tracing::info!(%error, "the relations in the divergent WAL are listed by number");
+            RelationNames::new()
+        });
         self.stop(StopHow::Fast, "its WAL is not the cluster's")
             .await?;
         let (timeline, at) = fork.unwrap_or((control.timeline, control.redo_lsn));
@@ -419,9 +428,14 @@ impl Actor {
         let kept = self
             .server
             .instance
-            .keep_divergent_wal(&id, timeline, at)
+            .keep_divergent_wal(&id, timeline, at, names)
             .await?;
-        tracing::warn!(?kept, "kept the WAL that the cluster does not have");
+        tracing::warn!(
+            id = kept.id,
+            transactions = kept.commits,
+            bytes = kept.bytes,
+            "kept the WAL that the cluster does not have; see craton divergence show"
+        );
         self.reborn(term)?;
         let source = self.upstream(from, members, "craton_rewind")?;
         self.server.data_changed();

@@ -18,6 +18,7 @@ use tokio::sync::watch;
 
 use crate::agent::Seen;
 use crate::clock;
+use crate::server::LocalServer;
 use crate::store;
 use crate::views;
 
@@ -33,6 +34,8 @@ pub struct Api {
     pub topology: watch::Receiver<Arc<Topology>>,
     /// The coordinator.
     pub coordinator: Arc<dyn Coordinator>,
+    /// PostgreSQL.
+    pub server: Arc<LocalServer>,
 }
 
 /// The routes.
@@ -41,6 +44,7 @@ pub fn routes(api: Api) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/explain", get(explain))
         .route("/v1/history", get(history))
+        .route("/v1/divergence", get(divergence))
         .route("/v1/topology", get(topology))
         .route("/v1/topology/stream", get(stream))
         .route("/v1/switchover", post(switchover))
@@ -75,6 +79,27 @@ async fn explain(State(api): State<Api>) -> Response {
 
 async fn history(State(api): State<Api>) -> Response {
     api.answer(|seen| views::history(&seen.0))
+}
+
+/// What this member kept of WAL that the cluster does not have.
+async fn divergence(State(api): State<Api>) -> Response {
+    let member = api.seen.borrow().as_ref().map(|seen| seen.0.me.id.clone());
+    let Some(member) = member else {
+        return starting();
+    };
+    match api.server.instance.divergences().await {
+        Ok(kept) => Json(views::DivergenceView {
+            member,
+            directory: api.server.instance.divergence_dir(),
+            kept,
+        })
+        .into_response(),
+        Err(error) => failure(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            &error.to_string(),
+            Some("look at the member's directory divergence/"),
+        ),
+    }
 }
 
 async fn topology(State(api): State<Api>) -> Response {

@@ -132,6 +132,7 @@ pub async fn run_with(
     let metrics = serve_http(
         &config,
         &coordinator,
+        &server,
         seen.clone(),
         topology,
         token,
@@ -304,6 +305,7 @@ async fn start_coordinator(
 async fn serve_http(
     config: &AgentConfig,
     coordinator: &Arc<dyn Coordinator>,
+    server: &Arc<LocalServer>,
     seen: watch::Receiver<Option<Seen>>,
     topology: watch::Receiver<Arc<Topology>>,
     token: Token,
@@ -321,6 +323,7 @@ async fn serve_http(
         seen: seen.clone(),
         topology,
         coordinator: Arc::clone(coordinator),
+        server: Arc::clone(server),
     });
     let router = Service::new(Arc::new(metrics), move || health(&seen))
         .with_api(routes, token)

@@ -1,6 +1,7 @@
 //! What the agent tells others: announcements, topology, status.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use craton_console::views::{
     ElectionView, ExplainView, HistoryEvent, HistoryView, LeaseView, MemberView, StatusView,
@@ -12,6 +13,8 @@ use craton_core::records::{ClusterView, RequestPhase};
 use craton_core::settings::Durability;
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
 use craton_core::{Lsn, MemberId};
+use craton_pg::DivergenceSummary;
+use serde::{Deserialize, Serialize};
 
 /// A member is taken for away when it was not heard for this many heartbeats.
 const SILENT_HEARTBEATS: u64 = 7;
@@ -353,6 +356,17 @@ pub fn explain(o: &Observation, decision: &Decision) -> ExplainView {
             .collect(),
         waiting_for,
     }
+}
+
+/// `GET /v1/divergence`: what a member kept of WAL that the cluster does not have.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DivergenceView {
+    /// The member.
+    pub member: MemberId,
+    /// The directory on its host; each divergence is a directory in it.
+    pub directory: PathBuf,
+    /// The divergences, oldest first.
+    pub kept: Vec<DivergenceSummary>,
 }
 
 /// `GET /v1/history`.

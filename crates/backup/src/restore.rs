@@ -31,6 +31,19 @@ pub enum Target {
     Immediate,
 }
 
+/// WAL that a former leader had and the cluster has not; the member kept it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Divergence {
+    /// The segments are here; an absolute path.
+    pub directory: PathBuf,
+    /// Their timeline.
+    pub timeline: TimelineId,
+    /// Where the cluster went another way.
+    pub from: Lsn,
+    /// Where the last record begins.
+    pub until: Lsn,
+}
+
 /// How to restore.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Options {
@@ -41,6 +54,8 @@ pub struct Options {
     pub tablespaces: BTreeMap<String, PathBuf>,
     /// The `craton` program that PostgreSQL is to call for WAL; an absolute path.
     pub program: PathBuf,
+    /// Follow this divergent WAL instead of the cluster's.
+    pub divergence: Option<Divergence>,
 }
 
 /// How far a restore is.
@@ -88,7 +103,10 @@ pub fn restore(
 ) -> Result<RestoredView> {
     let directory =
         std::path::absolute(directory).map_err(crate::BackupError::io("resolve", directory))?;
-    let plan = plan(repository, target, options.backup.as_ref())?;
+    let plan = match &options.divergence {
+        Some(divergence) => plan::diverged(repository, divergence, options.backup.as_ref())?,
+        None => plan(repository, target, options.backup.as_ref())?,
+    };
     let places = write::places(&directory, &plan.manifest, &options.tablespaces)?;
     let mut undo = write::Undo::default();
     let written = write::files(repository, &plan.manifest, &places, &mut undo, progress)?;

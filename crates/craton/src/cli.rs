@@ -10,8 +10,8 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, change, daemons, down, drill, explain, history, layout, psql, restore, status,
-    supervise, up,
+    backup, change, daemons, divergence, down, drill, explain, history, layout, psql, restore,
+    status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -90,6 +90,9 @@ pub enum Command {
     },
     /// Changes of leadership, oldest first
     History,
+    /// WAL that members kept because the cluster does not have it
+    #[command(subcommand)]
+    Divergence(divergence::DivergenceCommand),
     /// psql through the proxy, with the password taken from the cluster's secrets
     Psql(PsqlArgs),
     /// Backups, the WAL archive, and the daemon that makes them
@@ -243,6 +246,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             allow_data_loss,
         } => wait_for(change::failover(&access()?, to, allow_data_loss, json)),
         Command::History => wait_for(history::run(&access()?, json)),
+        Command::Divergence(command) => wait_for(divergence::run(&access()?, command, json)),
         Command::Psql(args) => psql::run(&dir, args),
         Command::Backup(command) => backup::run(&dir, command, json),
         Command::Restore(args) => restore::run(&dir, &args, json),

@@ -19,6 +19,7 @@ pub mod change;
 pub mod cli;
 pub mod config;
 pub mod daemons;
+pub mod divergence;
 pub mod down;
 pub mod drill;
 pub mod exit;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::Args;
-use craton_backup::restore::{Options, Progress, RestoredView, Target, restore};
+use craton_backup::restore::{Divergence, Options, Progress, RestoredView, Target, restore};
 use craton_core::Lsn;
 use craton_repo::manifest::BackupId;
 use jiff::Timestamp;
@@ -43,6 +43,10 @@ pub struct RestoreArgs {
     /// Put a tablespace elsewhere; can be given several times
     #[arg(long, value_name = "OLD=NEW")]
     pub tablespace: Vec<String>,
+    /// Replay this divergent WAL on top, which a member kept (see `craton divergence show`): the
+    /// rows that only a former leader had
+    #[arg(long, value_name = "DIRECTORY", conflicts_with_all = ["to", "lsn", "immediate"])]
+    pub divergence: Option<PathBuf>,
     #[command(flatten)]
     repository: RepositoryArgs,
 }
@@ -63,6 +67,7 @@ pub fn run(dir: &Path, args: &RestoreArgs, json: bool) -> anyhow::Result<u8> {
             .map_err(|e| usage(format!("--backup: {e}")))?,
         tablespaces: tablespaces(&args.tablespace)?,
         program: program(dir)?,
+        divergence: args.divergence.as_deref().map(divergence).transpose()?,
     };
     let target = target(args)?;
     let repository = args.repository.open(dir)?;
@@ -132,6 +137,27 @@ fn usage(what: impl Into<String>) -> anyhow::Error {
         "`craton restore --help` shows what can be given",
     )
     .into()
+}
+
+/// What a member kept: its summary says where the histories parted.
+fn divergence(directory: &Path) -> anyhow::Result<Divergence> {
+    let directory = std::path::absolute(directory).context("--divergence")?;
+    let path = directory.join("summary.json");
+    let summary: craton_pg::DivergenceSummary = std::fs::read(&path)
+        .map_err(anyhow::Error::from)
+        .and_then(|text| Ok(serde_json::from_slice(&text)?))
+        .map_err(|e| {
+            usage(format!(
+                "{} is not what a member kept of divergent WAL: {e}",
+                directory.display()
+            ))
+        })?;
+    Ok(Divergence {
+        directory,
+        timeline: summary.timeline,
+        from: summary.from,
+        until: summary.last_record,
+    })
 }
 
 /// The program that the restored server calls for WAL: the cluster's copy, else this one.

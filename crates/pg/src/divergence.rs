@@ -1,13 +1,15 @@
 //! WAL that the cluster does not have: kept aside, with a summary, before a rewind throws it away.
 
+mod names;
+mod summary;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
+use std::io::BufReader;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use craton_core::{Lsn, TimelineId};
-use serde::{Deserialize, Serialize};
 
 use crate::disk;
 use crate::error::{PgError, Result};
@@ -15,43 +17,10 @@ use crate::files::{self, blocking};
 use crate::history::parse_segment_name;
 use crate::instance::{Instance, segment_of};
 
-/// At most this many WAL records are read for a summary.
-const RECORDS_MAX: u64 = 5_000_000;
-/// At most this many relations are listed in it.
-const RELATIONS_MAX: usize = 1000;
-/// A line of pg_waldump is cut here, in bytes.
-const LINE_BYTES_MAX: u64 = 64 << 10;
+pub use summary::{DivergenceSummary, DivergentTransaction, RowChanges};
 
-/// What the WAL after the fork did. Kept as `summary.json` beside the segments.
-#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
-pub struct DivergenceSummary {
-    /// The directory's name under `divergence/`.
-    pub id: String,
-    /// The timeline of the WAL.
-    pub timeline: TimelineId,
-    /// Where the cluster went another way.
-    pub from: Lsn,
-    /// Where the last readable record begins; `from` if there is none.
-    pub last_record: Lsn,
-    /// Kept segments.
-    pub segments: u64,
-    /// Their size in bytes.
-    pub bytes: u64,
-    /// Records after the fork.
-    pub records: u64,
-    /// Transactions committed after the fork, on this server.
-    pub commits: u64,
-    /// Transactions rolled back after the fork.
-    pub aborts: u64,
-    /// When the first was committed, in PostgreSQL's words.
-    pub first_commit: Option<String>,
-    /// When the last was committed.
-    pub last_commit: Option<String>,
-    /// Records per relation, named `tablespace/database/filenode`.
-    pub relations: BTreeMap<String, u64>,
-    /// True if a bound cut the summary short; the segments are complete all the same.
-    pub truncated: bool,
-}
+/// Names of relations by their `tablespace/database/filenode`.
+pub type RelationNames = BTreeMap<String, String>;
 
 impl Instance {
     /// Where divergent WAL is kept.
@@ -60,12 +29,14 @@ impl Instance {
     }
 
     /// Copies the WAL of `timeline` from the segment of `from` on, durably, and summarises what it did.
-    /// The server must be down. `id` names the directory; kept again under the same id, it is replaced.
+    /// The server must be down. `id` names the directory; kept again under the same id, it is replaced. `names`
+    /// are those of relations as this server knew them, as far as it could be asked.
     pub async fn keep_divergent_wal(
         &self,
         id: &str,
         timeline: TimelineId,
         from: Lsn,
+        names: RelationNames,
     ) -> Result<DivergenceSummary> {
         let fits = !id.is_empty()
             && id.len() <= 100
@@ -79,7 +50,7 @@ impl Instance {
             });
         }
         let (this, id) = (self.clone(), id.to_owned());
-        blocking(move || this.keep_blocking(&id, timeline, from)).await
+        blocking(move || this.keep_blocking(&id, timeline, from, &names)).await
     }
 
     fn keep_blocking(
@@ -87,6 +58,7 @@ impl Instance {
         id: &str,
         timeline: TimelineId,
         from: Lsn,
+        names: &RelationNames,
     ) -> Result<DivergenceSummary> {
         let control = self.read_control_data()?;
         let segments = self.segments_from(timeline, from, control.segment_size)?;
@@ -118,11 +90,13 @@ impl Instance {
             last_record: from,
             segments: segments.len() as u64,
             bytes,
+            kept_at_ms: now_ms(),
             ..Default::default()
         };
         if !segments.is_empty() {
             self.summarise(&making, &mut summary)?;
         }
+        summary.name_relations(names);
         let json = serde_json::to_vec_pretty(&summary).map_err(|e| PgError::Unintelligible {
             what: "divergence summary",
             detail: e.to_string(),
@@ -182,7 +156,7 @@ impl Instance {
             .spawn()
             .map_err(PgError::io("cannot run", Path::new("pg_waldump")))?;
         if let Some(stdout) = child.stdout.take() {
-            read_records(BufReader::new(stdout), summary);
+            summary::read_records(BufReader::new(stdout), summary);
         }
         // Ended by its end of WAL, or here when a bound was reached.
         let _ = child.kill();
@@ -209,71 +183,18 @@ impl Instance {
                     all.push(summary);
                 }
             }
-            all.sort_by(|a, b| a.id.cmp(&b.id));
+            all.sort_by(|a, b| (a.kept_at_ms, &a.id).cmp(&(b.kept_at_ms, &b.id)));
             Ok(all)
         })
         .await
     }
 }
 
-fn read_records(mut from: impl BufRead, summary: &mut DivergenceSummary) {
-    let mut line = Vec::new();
-    loop {
-        line.clear();
-        match from
-            .by_ref()
-            .take(LINE_BYTES_MAX)
-            .read_until(b'\n', &mut line)
-        {
-            Ok(0) | Err(_) => return,
-            Ok(_) => note_record(&String::from_utf8_lossy(&line), summary),
-        }
-        if summary.records >= RECORDS_MAX {
-            summary.truncated = true;
-            return;
-        }
-    }
-}
-
-/// One line: `rmgr: Heap len (rec/tot): 54/ 150, tx: 735, lsn: 0/01534128, prev …, desc: INSERT …, blkref #0: rel 1663/5/16384 blk 0`.
-fn note_record(line: &str, summary: &mut DivergenceSummary) {
-    let field = |name: &str| line.split(name).nth(1).map(str::trim_start);
-    let Some(lsn) = field("lsn: ")
-        .and_then(|l| l.split(',').next())
-        .and_then(|l| l.parse().ok())
-    else {
-        return;
-    };
-    if lsn < summary.from {
-        return;
-    }
-    summary.records += 1;
-    summary.last_record = lsn;
-    let description = field("desc: ").unwrap_or_default();
-    if line.starts_with("rmgr: Transaction") {
-        if let Some(rest) = description.strip_prefix("COMMIT ") {
-            summary.commits += 1;
-            let when = rest.split(';').next().unwrap_or_default().trim().to_owned();
-            summary.first_commit.get_or_insert_with(|| when.clone());
-            summary.last_commit = Some(when);
-        } else if description.starts_with("ABORT") {
-            summary.aborts += 1;
-        }
-    }
-    for block in line.split("blkref #").skip(1) {
-        let Some(relation) = block
-            .split("rel ")
-            .nth(1)
-            .and_then(|r| r.split_whitespace().next())
-        else {
-            continue;
-        };
-        if summary.relations.len() < RELATIONS_MAX || summary.relations.contains_key(relation) {
-            *summary.relations.entry(relation.to_owned()).or_default() += 1;
-        } else {
-            summary.truncated = true;
-        }
-    }
+/// The wall clock, for people.
+fn now_ms() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
 }
 
 fn copy_durably(source: &Path, directory: &Path) -> Result<()> {
@@ -285,38 +206,4 @@ fn copy_durably(source: &Path, directory: &Path) -> Result<()> {
     fs::File::open(&target)
         .and_then(|f| f.sync_all())
         .map_err(PgError::io("cannot flush", &target))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counts_commits_and_relations_after_the_fork_only() {
-        let text = "\
-rmgr: Heap        len (rec/tot):     54/   150, tx:        734, lsn: 0/01534000, prev 0/01533FF0, desc: INSERT off 3 flags 0x00, blkref #0: rel 1663/5/1 blk 0 FPW
-rmgr: Heap        len (rec/tot):     54/   150, tx:        735, lsn: 0/01534128, prev 0/015340F0, desc: INSERT off 3 flags 0x00, blkref #0: rel 1663/5/16384 blk 0 FPW
-rmgr: Transaction len (rec/tot):     34/    34, tx:        735, lsn: 0/01534200, prev 0/01534128, desc: COMMIT 2026-11-23 10:00:00.000001 UTC
-rmgr: Transaction len (rec/tot):     34/    34, tx:        736, lsn: 0/01534228, prev 0/01534200, desc: ABORT 2026-11-23 10:00:01.000001 UTC
-nonsense
-";
-        let mut summary = DivergenceSummary {
-            from: Lsn(0x153_4100),
-            ..Default::default()
-        };
-        read_records(text.as_bytes(), &mut summary);
-        assert_eq!(
-            (summary.records, summary.commits, summary.aborts),
-            (3, 1, 1)
-        );
-        assert_eq!(
-            summary.relations.into_iter().collect::<Vec<_>>(),
-            [("1663/5/16384".to_owned(), 1)]
-        );
-        assert_eq!(
-            summary.last_commit.as_deref(),
-            Some("2026-11-23 10:00:00.000001 UTC")
-        );
-        assert_eq!(summary.last_record, Lsn(0x153_4228));
-    }
 }

@@ -44,7 +44,7 @@ pub use config::{ConfigChange, HbaRule, ManagedConfig, Upstream};
 pub use control::Control;
 pub use control_data::{ClusterState, ControlData};
 pub use disk::DiskSpace;
-pub use divergence::DivergenceSummary;
+pub use divergence::{DivergenceSummary, RelationNames};
 pub use error::{PgError, Result, RewindFailure};
 pub use history::{HistoryEntry, KnownTimeline};
 pub use instance::{DataDir, InitOptions, Instance, InstanceConfig};

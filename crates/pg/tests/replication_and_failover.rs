@@ -250,6 +250,7 @@ async fn rewind(a: &mut Member, b: &Member) {
         matches!(running, Err(PgError::Running { .. })),
         "{running:?}"
     );
+    let names = a.control.relation_names(LIMIT).await.unwrap();
     a.control.disconnect().await;
     a.postmaster.take().unwrap().kill_all(LIMIT).await.unwrap();
 
@@ -260,7 +261,7 @@ async fn rewind(a: &mut Member, b: &Member) {
     let history = b.instance.local_history(TimelineId(4)).await.unwrap();
     let summary = a
         .instance
-        .keep_divergent_wal("t1-a", TimelineId(1), history[0].switch)
+        .keep_divergent_wal("t1-a", TimelineId(1), history[0].switch, names)
         .await
         .unwrap();
     assert!(
@@ -268,6 +269,13 @@ async fn rewind(a: &mut Member, b: &Member) {
         "{summary:?}"
     );
     assert!(!summary.relations.is_empty() && summary.first_commit.is_some());
+    let written = summary.rows.get("postgres.public.t");
+    assert!(
+        written.is_some_and(|rows| rows.inserted > 0),
+        "the rows that only this server has are told: {:?}",
+        summary.rows
+    );
+    assert!(!summary.transactions.is_empty());
     assert_eq!(a.instance.divergences().await.unwrap(), [summary]);
 
     let mut nowhere = source.clone();

@@ -5,7 +5,7 @@ use craton_repo::continuity::{self, Missing};
 use craton_repo::manifest::{BackupId, Manifest, Summary};
 use craton_repo::segment::SegmentId;
 
-use super::Target;
+use super::{Divergence, Target};
 use crate::catalog::{self, Reach};
 use crate::error::{BackupError, Result};
 use crate::store::{Repository, now_ms};
@@ -52,6 +52,57 @@ pub fn plan(repository: &Repository, target: Target, backup: Option<&BackupId>) 
         timeline: reach.history.timeline,
         wal_until: reach.coverage.reached,
         note,
+    })
+}
+
+/// Chooses a backup from before the fork, and proves that WAL leads from it to the divergent segments.
+pub(super) fn diverged(
+    repository: &Repository,
+    divergence: &Divergence,
+    backup: Option<&BackupId>,
+) -> Result<Plan> {
+    let history = repository.history(divergence.timeline)?;
+    let before = |s: &Summary| {
+        let end = history.end_of(s.stop_timeline);
+        let on_the_way =
+            s.stop_timeline == divergence.timeline || end.is_some_and(|end| end >= s.stop_lsn);
+        on_the_way && s.stop_lsn <= divergence.from
+    };
+    let (summaries, _) = repository.summaries()?;
+    let named = |s: &&Summary| backup.is_none_or(|id| *id == s.id);
+    let Some(chosen) = summaries.iter().rev().filter(named).find(|s| before(s)) else {
+        return Err(BackupError::Refused(format!(
+            "no backup{} ended before the histories parted on timeline {} at {}: the divergent WAL cannot be replayed on any",
+            backup.map_or(String::new(), |id| format!(" {id}")),
+            divergence.timeline,
+            divergence.from
+        )));
+    };
+    // The segment of the fork is among those that were kept, from its beginning.
+    let size = repository.segment_size();
+    let end = divergence.from.segment_start(size).max(chosen.start_lsn);
+    let coverage = continuity::prove(
+        &repository.inventory()?,
+        &history,
+        size,
+        chosen.start_lsn,
+        Some(end),
+    );
+    if let Some(gap) = coverage.missing.first().filter(|_| end > chosen.start_lsn) {
+        return Err(BackupError::Refused(format!(
+            "WAL is missing: timeline {} from {} to {} ({} segments), which the way from backup {} to the divergent WAL needs",
+            gap.timeline, gap.from, gap.to, gap.segments, chosen.id
+        )));
+    }
+    Ok(Plan {
+        manifest: repository.manifest(&chosen.id)?,
+        target: Target::Latest,
+        timeline: divergence.timeline,
+        wal_until: divergence.until,
+        note: Some(format!(
+            "the divergent WAL in {} is replayed; it must stay there until the server has started",
+            divergence.directory.display()
+        )),
     })
 }
 

@@ -92,6 +92,11 @@ fn recovery(
         shell(&options.program)?,
         shell(&root)?
     );
+    let command = match &options.divergence {
+        // What was kept comes first: of the segment in which the histories parted the archive has the cluster's.
+        Some(d) => format!("cp {}/%f %p 2>/dev/null || {command}", shell(&d.directory)?),
+        None => command,
+    };
     let mut settings = vec![
         ("restore_command", command),
         ("recovery_target_timeline", plan.timeline.to_string()),

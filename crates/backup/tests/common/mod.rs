@@ -448,6 +448,7 @@ pub fn options(root: &Path) -> Options {
         backup: None,
         tablespaces: BTreeMap::new(),
         program: fetch_program(root),
+        divergence: None,
     }
 }
 
