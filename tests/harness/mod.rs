@@ -3,7 +3,9 @@
     dead_code,
     unreachable_pub,
     missing_docs,
-    reason = "every test file uses a part of it"
+    clippy::manual_assert,
+    clippy::format_push_string,
+    reason = "every test file uses a part of it, and a test may fail at any line"
 )]
 
 use std::net::TcpListener;
