@@ -105,7 +105,7 @@ fn have_back(c: &Cluster, wal: &Path) {
     let path = target.0.to_str().unwrap();
     let out = c.craton(&["restore", path, "--divergence", wal.to_str().unwrap()]);
     c.expect_ok(&out, "craton restore --divergence");
-    let started = target.postgres(&format!(
+    let started = Restored::postgres(&format!(
         "pg_ctl -D {path} -o '-p 5499 -k {path} -c listen_addresses= ' -l {path}/start.log -w -t 60 start"
     ));
     assert!(
@@ -116,7 +116,7 @@ fn have_back(c: &Cluster, wal: &Path) {
     );
     let database = c.sql(&["-At", "-c", "SELECT current_database()"]);
     let count = |sql: &str| {
-        let out = target.postgres(&format!(
+        let out = Restored::postgres(&format!(
             "psql -h {path} -p 5499 -d {database} -At -c \"{sql}\""
         ));
         text(&out).trim().to_owned()
@@ -145,7 +145,7 @@ struct Restored(PathBuf);
 
 impl Restored {
     /// Runs a command line as the directory's owner.
-    fn postgres(&self, line: &str) -> Output {
+    fn postgres(line: &str) -> Output {
         let line =
             format!("PATH=$(ls -d /usr/lib/postgresql/*/bin | sort -V | tail -1):$PATH {line}");
         let mut command = if rustix::process::geteuid().is_root() {
@@ -164,7 +164,7 @@ impl Restored {
 impl Drop for Restored {
     fn drop(&mut self) {
         let path = self.0.display();
-        self.postgres(&format!("pg_ctl -D {path} -m immediate stop"));
+        Self::postgres(&format!("pg_ctl -D {path} -m immediate stop"));
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

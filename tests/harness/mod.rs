@@ -5,6 +5,13 @@
     missing_docs,
     clippy::manual_assert,
     clippy::format_push_string,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_types,
+    clippy::cast_possible_truncation,
+    clippy::case_sensitive_file_extension_comparisons,
     reason = "every test file uses a part of it, and a test may fail at any line"
 )]
 
