@@ -8,7 +8,7 @@ use crate::error::Result;
 
 /// Streams WAL: standbys and the backup daemon.
 pub const REPLICATION_ROLE: &str = "craton_replication";
-/// Looks up clients' password verifiers, and nothing else.
+/// Looks up clients' password verifiers and who waits for standbys, and nothing else.
 pub const PROXY_ROLE: &str = "craton_proxy";
 /// May call the functions that pg_rewind needs, and nothing else.
 pub const REWIND_ROLE: &str = "craton_rewind";
@@ -76,7 +76,8 @@ impl Control {
     }
 }
 
-/// The proxy reads verifiers through this function only; an expired password is no password.
+/// The proxy reads verifiers through this function only; an expired password is no password. And it must know
+/// whether a commit waits for standbys before it passes a cancel on (failover protocol, 3.3).
 const LOOKUP: &str = "\
 CREATE SCHEMA IF NOT EXISTS craton;
 REVOKE ALL ON SCHEMA craton FROM PUBLIC;
@@ -87,4 +88,9 @@ CREATE OR REPLACE FUNCTION craton.user_lookup(name text) RETURNS TABLE (usename 
     WHERE s.usename = $1::name AND (s.valuntil IS NULL OR s.valuntil > now()) $fn$;
 REVOKE ALL ON FUNCTION craton.user_lookup(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION craton.user_lookup(text) TO craton_proxy;
+CREATE OR REPLACE FUNCTION craton.waits_for_standbys(pid integer) RETURNS boolean
+  LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog AS $fn$
+    SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity AS a WHERE a.pid = $1 AND a.wait_event = 'SyncRep') $fn$;
+REVOKE ALL ON FUNCTION craton.waits_for_standbys(integer) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION craton.waits_for_standbys(integer) TO craton_proxy;
 ";

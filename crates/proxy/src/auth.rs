@@ -231,6 +231,32 @@ async fn look_up(
     Err(LookupError::NoServer(last))
 }
 
+/// Whether a server process waits for standbys to confirm what it has committed already. Where the server cannot
+/// be asked, or does not have the function, the answer is no.
+pub(crate) async fn waits_for_standbys(
+    config: &ProxyConfig,
+    login: &Login,
+    target: &Target,
+    process: i32,
+) -> bool {
+    let asked = async {
+        let mut dialog = introduce(config, login, target).await?;
+        let sql = "SELECT craton.waits_for_standbys($1::integer)::text";
+        dialog.ask(sql, &[&process.to_string()]).await
+    };
+    match tokio::time::timeout(config.connect_timeout(), asked).await {
+        Ok(Ok(rows)) => rows
+            .first()
+            .and_then(|r| r.first())
+            .is_some_and(|w| w == "true"),
+        Ok(Err(error)) => {
+            tracing::debug!(%error, "cannot ask whether a commit waits for standbys");
+            false
+        }
+        Err(_) => false,
+    }
+}
+
 async fn introduce(
     config: &ProxyConfig,
     login: &Login,

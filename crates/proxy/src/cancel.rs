@@ -2,6 +2,10 @@
 //!
 //! A cancel hits whatever the server runs when it arrives. So a server connection towards which one is under way is
 //! not given to another client.
+//!
+//! A statement that waits for standbys is committed already: a cancel would only end the wait, and show a commit that
+//! a failover may still undo (failover protocol, 3.3). So such a cancel is not passed on. One that arrives there
+//! in the instant between question and cancel is found in the server's warning, and the client told 08007.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -76,6 +80,17 @@ impl Slot {
     }
 }
 
+/// What became of a cancel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The key is wrong, or nothing runs.
+    Nobody,
+    /// What runs is committed and waits for standbys.
+    Withheld,
+    /// The server was told.
+    PassedOn,
+}
+
 /// All clients' keys.
 #[derive(Debug, Default)]
 pub struct Cancels(Mutex<BTreeMap<i32, (i32, Arc<Slot>)>>);
@@ -102,25 +117,36 @@ impl Cancels {
             .remove(&process);
     }
 
-    /// Passes a cancel on, if the key is right and the client is being served. True if so.
-    pub async fn cancel(&self, process: i32, key: &[u8], limit: Duration) -> bool {
+    /// Passes a cancel on, if the key is right, the client is being served, and `withheld` does not forbid it.
+    pub async fn cancel<W: Future<Output = bool>>(
+        &self,
+        process: i32,
+        key: &[u8],
+        limit: Duration,
+        withheld: impl FnOnce(CancelTarget) -> W,
+    ) -> Outcome {
         let slot = {
             let keys = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             match keys.get(&process) {
                 Some((secret, slot)) if secret.to_be_bytes() == key => Arc::clone(slot),
-                _ => return false,
+                _ => return Outcome::Nobody,
             }
         };
         let target = {
             let mut state = slot.lock();
             let Some(target) = state.now.clone() else {
-                return false;
+                return Outcome::Nobody;
             };
             state.under_way += 1;
             target
         };
-        target.send(limit).await;
+        let outcome = if withheld(target.clone()).await {
+            Outcome::Withheld
+        } else {
+            target.send(limit).await;
+            Outcome::PassedOn
+        };
         slot.lock().under_way -= 1;
-        true
+        outcome
     }
 }

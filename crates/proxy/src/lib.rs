@@ -114,12 +114,13 @@ pub async fn run(
     tasks.spawn(routes::follow(topologies, publish));
     tasks.spawn(show_routes(routes.clone(), Arc::clone(&metrics)));
 
-    let verifiers = Verifiers::start(Arc::clone(&config), auth_login, routes.clone());
+    let verifiers = Verifiers::start(Arc::clone(&config), auth_login.clone(), routes.clone());
     let count = worker_count(&config);
     let shared = Arc::new(Shared::new(
         Arc::clone(&config),
         Arc::clone(&metrics),
         verifiers,
+        auth_login,
         count,
     ));
     let (stop, stopping) = watch::channel(false);

@@ -16,8 +16,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
 
-use crate::auth::Secret;
+use crate::auth::{Secret, waits_for_standbys};
 use crate::backend::{ConnectError, Login, tune};
+use crate::cancel::{CancelTarget, Outcome};
 use crate::config::PoolMode;
 use crate::routes::Endpoint;
 use crate::server::{Values, followed_index};
@@ -224,10 +225,7 @@ impl Door<'_> {
                     self.send().await?;
                 }
                 FirstPacket::Cancel { process, key } => {
-                    let limit = self.worker.shared.config.connect_timeout();
-                    if self.worker.shared.cancels.cancel(process, key, limit).await {
-                        self.worker.shared.metrics.cancels.inc();
-                    }
+                    self.cancel(process, key).await;
                     return Err(Failed::Gone);
                 }
                 FirstPacket::Startup(startup) => {
@@ -237,6 +235,19 @@ impl Door<'_> {
                 }
             }
         }
+    }
+
+    async fn cancel(&self, process: i32, key: &[u8]) {
+        let shared = &self.worker.shared;
+        let limit = shared.config.connect_timeout();
+        let withheld = async |to: CancelTarget| {
+            waits_for_standbys(&shared.config, &shared.own_login, &to.target, to.process).await
+        };
+        match shared.cancels.cancel(process, key, limit, withheld).await {
+            Outcome::PassedOn => shared.metrics.cancels.inc(),
+            Outcome::Withheld => shared.metrics.cancels_withheld.inc(),
+            Outcome::Nobody => 0,
+        };
     }
 
     /// The body of the next `p` message.

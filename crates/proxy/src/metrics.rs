@@ -49,6 +49,8 @@ pub struct ProxyMetrics {
     pub auth_failures: Counter,
     /// Cancel requests passed on.
     pub cancels: Counter,
+    /// Cancel requests that would have ended a wait for standbys.
+    pub cancels_withheld: Counter,
     /// 1 while there is a primary.
     pub primary_known: Gauge,
     /// Standbys that take reads.
@@ -94,6 +96,7 @@ impl ProxyMetrics {
             pinned: m.gauge("craton_proxy_pinned", "Sessions that are pinned to their server connection."),
             auth_failures: m.counter("craton_proxy_auth_failures", "Logins of clients that failed."),
             cancels: m.counter("craton_proxy_cancels", "Cancel requests passed on to servers."),
+            cancels_withheld: m.counter("craton_proxy_cancels_withheld", "Cancel requests not passed on: what runs is committed and waits for standbys."),
             primary_known: m.gauge("craton_proxy_primary_known", "1 while there is a primary for writes, else 0."),
             standbys: m.gauge("craton_proxy_standbys", "Standbys that take new read transactions."),
         }

@@ -63,6 +63,8 @@ pub struct Shared {
     pub metrics: Arc<ProxyMetrics>,
     /// Users' verifiers.
     pub verifiers: Arc<Verifiers>,
+    /// The proxy's own, for questions to servers.
+    pub own_login: Login,
     /// Addresses that guess.
     pub guessers: Guessers,
     /// Clients' keys.
@@ -83,12 +85,14 @@ impl Shared {
         config: Arc<ProxyConfig>,
         metrics: Arc<ProxyMetrics>,
         verifiers: Arc<Verifiers>,
+        own_login: Login,
         workers: usize,
     ) -> Self {
         Self {
             config,
             metrics,
             verifiers,
+            own_login,
             guessers: Guessers::default(),
             cancels: Arc::default(),
             clients: AtomicUsize::new(0),

@@ -9,7 +9,7 @@ mod common;
 use std::time::Duration;
 
 use common::{Agent, Postgres, Proxy, code, connect, directory, soon, until};
-use tokio_postgres::Client;
+use tokio_postgres::{Client, NoTls};
 
 async fn pid(client: &Client) -> i32 {
     client
@@ -323,6 +323,46 @@ async fn a_commit_that_no_standby_confirmed_is_not_reported_as_done() {
         ["unconfirmed"; 2],
         "committed here all the same: that is why it is unknown"
     );
+    proxy.end().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_does_not_end_the_wait_for_standbys() {
+    let root = directory();
+    let server = Postgres::primary(root.path()).await;
+    let admin = server.superuser().await;
+    let names = async |value: &str| {
+        let sql = format!("ALTER SYSTEM SET synchronous_standby_names = '{value}'");
+        admin.batch_execute(&sql).await.unwrap();
+        admin
+            .batch_execute("SELECT pg_reload_conf()")
+            .await
+            .unwrap();
+    };
+    names("nobody").await;
+    let proxy = Proxy::of(&[&server], |_| {}).await;
+    let client = proxy.ann().await;
+    let token = client.cancel_token();
+    let commit = tokio::spawn(async move {
+        let sql = "INSERT INTO notes (note) VALUES ('waits')";
+        (client.batch_execute(sql).await, client)
+    });
+    let waits = async || {
+        let sql = "SELECT FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        !admin.query(sql, &[]).await.unwrap().is_empty()
+    };
+    until("it waits for standbys", &waits).await;
+    token.cancel_query(NoTls).await.unwrap();
+    until("the cancel is withheld", || async {
+        proxy.metric("craton_proxy_cancels_withheld_total").await == 1
+    })
+    .await;
+    assert!(waits().await, "it waits as before");
+    assert_eq!(proxy.metric("craton_proxy_cancels_total").await, 0);
+    names("").await;
+    let (result, client) = soon("the commit", commit).await.unwrap();
+    result.unwrap();
+    assert_eq!(notes(&client).await, ["waits"]);
     proxy.end().await.unwrap();
 }
 

@@ -43,6 +43,11 @@ const ROLES: &str = "
     CREATE ROLE craton_proxy LOGIN PASSWORD 'it''s a secret';
     GRANT USAGE ON SCHEMA craton TO craton_proxy;
     GRANT EXECUTE ON FUNCTION craton.user_lookup(text) TO craton_proxy;
+    CREATE FUNCTION craton.waits_for_standbys(pid integer) RETURNS boolean
+        LANGUAGE sql STABLE SECURITY DEFINER SET search_path = pg_catalog
+        AS $$ SELECT EXISTS (SELECT FROM pg_catalog.pg_stat_activity a WHERE a.pid = $1 AND a.wait_event = 'SyncRep') $$;
+    REVOKE ALL ON FUNCTION craton.waits_for_standbys(integer) FROM PUBLIC;
+    GRANT EXECUTE ON FUNCTION craton.waits_for_standbys(integer) TO craton_proxy;
     CREATE ROLE ann LOGIN PASSWORD 'it''s a secret';
     CREATE ROLE bob LOGIN;
     SET password_encryption = 'md5';
