@@ -9,10 +9,10 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO := cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build up down check verify fix test sim bench fuzz images
+.PHONY: help setup build up down check verify fix test test-hosts sim bench fuzz images
 
 help: ## this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what is missing: PostgreSQL, PostGIS, compiler, Rust
 	@scripts/setup.sh
@@ -46,6 +46,9 @@ fix: setup ## format, apply what clippy knows, write the reference pages again
 
 test: setup ## everything CI runs: all tests, on real PostgreSQL with PostGIS
 	$(CARGO) test --locked --workspace
+
+test-hosts: setup ## every real fault on hosts in network namespaces (root; LONG=1: rolling kills for 20 minutes)
+	CI=true CRATON_TEST_ROLLING_MINUTES=$(if $(LONG),20,2) $(CARGO) test --locked -p craton --test hosts -- --include-ignored --nocapture
 
 sim: setup ## the simulator: SEEDS=0..20000, or one seed with its trace: SEED=17
 	$(CARGO) run --release --locked -p craton-sim -- $(if $(SEED),--seed $(SEED) --trace,--seeds $(or $(SEEDS),0..20000)) $(ARGS)

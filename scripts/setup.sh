@@ -26,6 +26,13 @@ command -v cc >/dev/null || missing+=(gcc libc6-dev)
 command -v make >/dev/null || missing+=(make)
 command -v curl >/dev/null || missing+=(curl ca-certificates)
 command -v psql >/dev/null || missing+=(postgresql-client)
+# Tests on hosts of their own (network namespaces) are for root.
+if [ "$(id -u)" = 0 ]; then
+  command -v ip >/dev/null || missing+=(iproute2)
+  command -v nft >/dev/null || missing+=(nftables)
+  command -v mkfs.ext4 >/dev/null || missing+=(e2fsprogs)
+  [ -e /usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1 ] || [ "$(uname -m)" != x86_64 ] || missing+=(libfaketime)
+fi
 major=$(server_major)
 [ -n "$major" ] || missing+=(postgresql)
 if [ -n "$major" ] && ! postgis_there "$major"; then

@@ -28,7 +28,7 @@ pub mod report;
 pub mod verify;
 
 use faults::{Fault, Times};
-use recorder::{Plan, Recorder};
+use recorder::{Patience, Plan, Recorder};
 use report::{DrillResult, Summary};
 
 /// How often the cluster's state is looked at while it heals.
@@ -43,10 +43,14 @@ const WARM_UP_WRITES: usize = 100;
 /// How long the warm-up may take.
 const WARM_UP_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// A write that takes longer is given up; its outcome is unknown.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Writes that a recording keeps in memory at most.
 const WRITES_MAX: u64 = 5_000_000;
 
-const SCHEMA: &str = "
+/// The table that recordings write to.
+pub const SCHEMA: &str = "
 CREATE SCHEMA IF NOT EXISTS craton_drill;
 CREATE TABLE IF NOT EXISTS craton_drill.writes (
   run bigint, id bigint, at timestamptz NOT NULL DEFAULT clock_timestamp(), PRIMARY KEY (run, id))";
@@ -153,12 +157,13 @@ async fn break_and_measure(layout: Layout, args: DrillArgs, json: bool) -> anyho
     )
     .unwrap_or(i64::MAX);
     let plan = Plan {
-        login: login.clone(),
-        write_port: layout.proxy_port(),
-        read_port: layout.proxy_read_port(),
+        write: login.at(layout.proxy_port()),
+        read: Some(login.at(layout.proxy_read_port())),
+        patience: Patience::Drop(STATEMENT_TIMEOUT),
         writers: args.writers,
         pause: Duration::from_millis(args.pause_ms),
         run,
+        first_id: 1,
         writes_max: WRITES_MAX,
     };
     let freeze = args.freeze_for.map_or(

@@ -47,23 +47,56 @@ impl Login {
 
     /// Connects to a port on loopback. The session ends when the client is dropped.
     pub async fn connect(&self, port: u16) -> Result<Client, SessionError> {
+        self.at(port).connect().await
+    }
+
+    /// A port on loopback as an endpoint.
+    pub fn at(&self, port: u16) -> Endpoint {
         let mut config = self.config.clone();
         config.port(port);
-        let connected = tokio::time::timeout(CONNECT_TIMEOUT, config.connect(NoTls)).await;
-        let (client, connection) = connected
-            .map_err(|_| SessionError::TimedOut)?
-            .map_err(SessionError::Failed)?;
-        // The task ends with the client; its error reaches every request as well.
-        tokio::spawn(connection);
-        Ok(client)
+        Endpoint::new(vec![config], CONNECT_TIMEOUT)
+    }
+}
+
+/// Where sessions are made: one server or proxy, or several of which the first counts that answers as wished,
+/// as a connection string of libpq with several hosts does.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    /// One of one host each, tried in this order.
+    hosts: Vec<Config>,
+    /// How long each may take, log-in included.
+    limit: Duration,
+}
+
+impl Endpoint {
+    /// `hosts`, each tried for at most `limit`.
+    pub fn new(hosts: Vec<Config>, limit: Duration) -> Self {
+        Self { hosts, limit }
+    }
+
+    /// Connects to the first that answers as wished. The session ends when the client is dropped.
+    pub async fn connect(&self) -> Result<Client, SessionError> {
+        let mut last = SessionError::TimedOut(self.limit);
+        for config in &self.hosts {
+            match tokio::time::timeout(self.limit, config.connect(NoTls)).await {
+                Ok(Ok((client, connection))) => {
+                    // The task ends with the client; its error reaches every request as well.
+                    tokio::spawn(connection);
+                    return Ok(client);
+                }
+                Ok(Err(error)) => last = SessionError::Failed(error),
+                Err(_) => last = SessionError::TimedOut(self.limit),
+            }
+        }
+        Err(last)
     }
 }
 
 /// Why there is no session.
 #[derive(Debug)]
 pub enum SessionError {
-    /// No answer within [`CONNECT_TIMEOUT`].
-    TimedOut,
+    /// No answer within this time.
+    TimedOut(Duration),
     /// The connection or the login failed.
     Failed(tokio_postgres::Error),
 }
@@ -71,7 +104,7 @@ pub enum SessionError {
 impl std::fmt::Display for SessionError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Self::TimedOut => write!(f, "no answer within {} s", CONNECT_TIMEOUT.as_secs()),
+            Self::TimedOut(limit) => write!(f, "no answer within {} s", limit.as_secs()),
             Self::Failed(error) => f.write_str(&describe(error)),
         }
     }

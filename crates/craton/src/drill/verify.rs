@@ -131,6 +131,7 @@ mod tests {
             fate,
             began: now,
             ended: now,
+            by: None,
         };
         let writes = [
             write(1, Fate::Acknowledged),
