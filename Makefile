@@ -9,7 +9,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO := cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build up down check verify fix test test-hosts sim bench fuzz images
+.PHONY: help setup build up down check verify fix test test-hosts sim bench bench-failover fuzz images
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ sim: setup ## the simulator: SEEDS=0..20000, or one seed with its trace: SEED=17
 
 bench: build ## outages and losses, measured by drills (long)
 	benches/drills.sh $(CRATON) $(RUNS)
+
+bench-failover: setup ## Craton beside Patroni, same faults, about 40 minutes (root; RUNS=3 PATRONI_RUNS=1 FAULTS=… SYSTEMS=…)
+	benches/failover/install.sh $(abspath $(TARGET_DIR))/patroni
+	PATRONI_VENV=$(abspath $(TARGET_DIR))/patroni OUT=$(or $(OUT),$(abspath $(TARGET_DIR))/failover.jsonl) $(CARGO) bench --locked -p craton --bench failover
 
 fuzz: ## there are no fuzz targets yet
 	@echo "there are no fuzz targets yet; property tests of the parsers run in 'make test'"

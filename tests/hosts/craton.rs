@@ -36,6 +36,8 @@ pub struct Options {
     pub durability: &'static str,
     /// Members whose cable can delay.
     pub slow: &'static [&'static str],
+    /// The name in reports; `craton` if empty.
+    pub name: &'static str,
     /// Gives member `a` a wall clock of its own, see [`Craton::set_clock`].
     pub own_clock: bool,
 }
@@ -73,7 +75,12 @@ impl Craton {
             client: Client::on(net.host(CLIENT.0)),
             daemons: Daemons::default(),
             access,
-            name: "craton".into(),
+            name: if options.name.is_empty() {
+                "craton"
+            } else {
+                options.name
+            }
+            .into(),
             program,
             options,
             password: password.trim().to_owned(),
@@ -127,7 +134,8 @@ impl Craton {
         let log = self.net.dir.join(format!("{host}.log"));
         let mut command: Vec<&str> = before.iter().map(String::as_str).collect();
         command.extend([path(&self.program), daemon, "--config", path(&config)]);
-        self.daemons.keep(self.net.host(host), &log, &command);
+        self.daemons
+            .keep(self.net.host(host), daemon, &log, &command);
     }
 
     fn write_settings(&self, host: &str, text: &str) {
@@ -279,9 +287,13 @@ impl System for Craton {
         self.keep(member, "node", &before);
     }
 
+    fn manager(&self) -> &'static str {
+        "node"
+    }
+
     fn managers(&self, member: &str) -> Vec<i32> {
         let host = self.net.host(member);
-        let shells = host.processes("keep-running");
+        let shells = host.processes("keep-running:");
         let mut agents = host.processes("craton node --config");
         agents.retain(|pid| !shells.contains(pid));
         agents

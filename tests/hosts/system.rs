@@ -81,7 +81,9 @@ pub trait System {
     fn state(&self) -> Result<State, String>;
     /// Starts everything that a host of a member runs.
     fn power_on(&self, member: &str);
-    /// The processes that manage PostgreSQL on a host.
+    /// The daemon that manages PostgreSQL, as [`Daemons::keep`] calls it.
+    fn manager(&self) -> &'static str;
+    /// Its processes on a host.
     fn managers(&self, member: &str) -> Vec<i32>;
     /// The data directory of a member.
     fn data(&self, member: &str) -> std::path::PathBuf;
@@ -108,7 +110,7 @@ pub trait System {
 
     /// Kills what manages PostgreSQL on a host, and what would start it again.
     fn keep_managers_away(&self, member: &str) {
-        for pid in self.host(member).processes(KEEPER) {
+        for pid in self.host(member).processes(&keeper(self.manager())) {
             signal(pid, Signal::KILL);
         }
         for pid in self.managers(member) {
@@ -199,7 +201,9 @@ pub trait System {
 }
 
 /// What marks the process that starts a daemon again when it ends.
-const KEEPER: &str = "keep-running";
+fn keeper(daemon: &str) -> String {
+    format!("keep-running:{daemon}:")
+}
 
 /// The hosts of a cluster: members with disks, a proxy, a client.
 pub fn hosts(slow: &[&str]) -> Net {
@@ -224,10 +228,15 @@ pub struct Daemons {
 }
 
 impl Daemons {
-    /// Starts a daemon on a host, and starts it again whenever it ends, as a service manager does.
-    pub fn keep(&self, host: &Host, log: &Path, command: &[&str]) {
+    /// Starts a daemon on a host, and starts it again whenever it ends, as a service manager does. One that is
+    /// kept already stays.
+    pub fn keep(&self, host: &Host, daemon: &str, log: &Path, command: &[&str]) {
+        let keeper = keeper(daemon);
+        if !host.processes(&keeper).is_empty() {
+            return;
+        }
         let again = "while :; do \"$@\"; sleep 0.1; done";
-        let mut args = vec!["-c", again, KEEPER];
+        let mut args = vec!["-c", again, &keeper];
         args.extend(command);
         let out = OpenOptions::new()
             .create(true)
