@@ -125,7 +125,7 @@ fn settings(root: &Path) -> String {
         ),
         (
             "[node.initial]",
-            "What a new cluster starts with; from then on the cluster keeps these itself.",
+            "What a new cluster starts with; from then on the cluster keeps these itself: see `craton config`.",
             "crates/core/src/settings.rs",
             "Settings",
         ),
@@ -168,11 +168,35 @@ fn settings(root: &Path) -> String {
         )
         .unwrap();
         let source = std::fs::read_to_string(root.join(file)).unwrap();
+        if name == "Settings" {
+            page.truncate(page.len() - "| key | type | meaning |\n|---|---|---|\n".len());
+            shared_settings(&mut page);
+            continue;
+        }
         for (key, kind, doc) in fields(&source, name) {
             writeln!(page, "| `{key}` | `{kind}` | {} |", doc.replace('|', "\\|")).unwrap();
         }
     }
     page
+}
+
+/// The cluster-wide settings, from the table that also checks them.
+fn shared_settings(page: &mut String) {
+    page.push_str("| key | may be | default | meaning |\n|---|---|---|---|\n");
+    for field in craton_core::settings::FIELDS {
+        writeln!(
+            page,
+            "| `{}` | {} | `{}` | {} |",
+            field.name,
+            field.range(),
+            field.default_text(),
+            field.doc
+        )
+        .unwrap();
+    }
+    page.push_str(
+        "| `postgresql` | table | empty | Parameters of PostgreSQL for every member, by name. A member's own `[node.postgresql]` goes over them. |\n",
+    );
 }
 
 /// The public fields of a struct: name, type, documentation.
@@ -181,9 +205,11 @@ fn fields(source: &str, name: &str) -> Vec<(String, String, String)> {
         .find(&format!("pub struct {name} {{"))
         .unwrap_or_else(|| panic!("no struct {name}"));
     let body = source[start..].split("\n}").next().unwrap();
-    let (mut found, mut doc) = (Vec::new(), Vec::new());
+    let (mut found, mut doc, mut hidden) = (Vec::new(), Vec::new(), false);
     for line in body.lines().skip(1).map(str::trim) {
-        if let Some(text) = line.strip_prefix("///") {
+        if line == "#[serde(skip)]" {
+            hidden = true;
+        } else if let Some(text) = line.strip_prefix("///") {
             doc.push(text.trim());
         } else if let Some((key, kind)) = line
             .strip_prefix("pub ")
@@ -192,6 +218,9 @@ fn fields(source: &str, name: &str) -> Vec<(String, String, String)> {
             let doc = std::mem::take(&mut doc)
                 .join(" ")
                 .replace(", see [`Secrets`]", "");
+            if std::mem::take(&mut hidden) {
+                continue;
+            }
             found.push((key.to_owned(), kind.trim_end_matches(',').to_owned(), doc));
         }
     }

@@ -17,8 +17,8 @@ use crate::clock;
 use crate::config::Secrets;
 use crate::fencing::Fencing;
 use crate::server::{LocalServer, end_is_exact, sync_names};
-use crate::slots;
 use crate::state::{MemberState, StateFile};
+use crate::{parameters, slots};
 
 /// A clean stop that takes longer is ended by force.
 const STOP_FAST_MAX: Duration = Duration::from_secs(20);
@@ -156,6 +156,8 @@ impl Actor {
             Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
             Task::SetSync(set) => self.set_sync(set).await,
             Task::Checkpoint => Ok(self.server.control.checkpoint(CHECKPOINT_MAX).await?),
+            Task::Configure => self.configure().await,
+            Task::Reinit { incarnation, term } => self.reinit(incarnation, term).await,
         }
     }
 
@@ -195,9 +197,14 @@ impl Actor {
         upstream: Option<(Upstream, MemberId, Term)>,
     ) -> Result<(), ActError> {
         let whom = upstream.as_ref().map(|(_, m, t)| (m.clone(), *t));
-        let config = self
+        let mut config = self
             .server
             .managed(upstream.map(|(u, _, _)| u), SyncNames::Nobody);
+        let needs = self.server.instance.control_data().await?.standby_needs;
+        if parameters::raise_to(&mut config.settings, &needs) {
+            // The settings themselves go into the file once it runs, and are then marked as waiting for a restart.
+            self.server.parameters.forget_written();
+        }
         self.server.instance.write_config(&config).await?;
         self.server.data_changed();
         // Known before the server runs: a decision in between must see the right upstream.
@@ -210,6 +217,37 @@ impl Actor {
             .wait_ready(&process, READY_STANDBY_MAX)
             .await?;
         self.server.poke();
+        Ok(())
+    }
+
+    /// The operator's settings, into the file and into the server.
+    async fn configure(&self) -> Result<(), ActError> {
+        let Some(process) = self.server.process() else {
+            return Err(ActError::Stale("PostgreSQL is not running".into()));
+        };
+        let settings = self.server.parameters.to_write();
+        let written = self.server.instance.write_settings(&settings).await;
+        if let Err(error) = written {
+            self.server.parameters.forget_written();
+            return Err(error.into());
+        }
+        process.reload()?;
+        self.server.parameters.look_soon();
+        Ok(())
+    }
+
+    /// The directory goes before its life is declared over: cut off in between, this is done once more.
+    async fn reinit(&self, incarnation: Option<Incarnation>, term: Term) -> Result<(), ActError> {
+        if self.state().incarnation != incarnation {
+            return Ok(());
+        }
+        tracing::warn!("throwing the data directory away, as the operator asked");
+        self.stop(StopHow::Fast, "the data directory is thrown away")
+            .await?;
+        self.kill().await;
+        self.server.instance.discard_data_dir().await?;
+        self.reborn(term)?;
+        self.server.data_changed();
         Ok(())
     }
 

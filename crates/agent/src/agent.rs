@@ -252,6 +252,11 @@ impl Agent {
     async fn observe(&mut self) -> Observation {
         let state = self.actor.state();
         let view = self.view();
+        if let Some(view) = &view {
+            self.server
+                .parameters
+                .set_cluster(view.settings().postgresql);
+        }
         Observation {
             now: clock::now(),
             wall_ms: clock::wall_ms(),
@@ -276,6 +281,9 @@ impl Agent {
             peers: self.peers(),
             data: self.server.data().await,
             server: self.server.view(),
+            process: self.server.process_name(),
+            config_stale: self.server.parameters.is_stale(),
+            pending: self.server.parameters.pending(),
             bootstrap_done: self.bootstrap_done,
             sealed: self.server.sealed(),
             task: self.task.as_ref().map(|(view, _)| view.clone()),
@@ -386,7 +394,10 @@ impl Agent {
     }
 
     fn start(&mut self, task: Task, o: &Observation) {
-        let quiet = matches!(task.kind(), TaskKind::SetSync | TaskKind::Checkpoint);
+        let quiet = matches!(
+            task.kind(),
+            TaskKind::SetSync | TaskKind::Checkpoint | TaskKind::Configure
+        );
         if quiet {
             tracing::debug!(?task, "starting");
         } else {
@@ -394,7 +405,7 @@ impl Agent {
         }
         self.server.set_busy(!matches!(
             task.kind(),
-            TaskKind::Clone | TaskKind::Checkpoint
+            TaskKind::Clone | TaskKind::Checkpoint | TaskKind::Configure
         ));
         let actor = Arc::clone(&self.actor);
         let server = Arc::clone(&self.server);

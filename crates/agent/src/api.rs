@@ -1,5 +1,6 @@
 //! The control API: `/v1/…` on the agent's port, for the bearer of the token.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,9 +10,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use craton_console::server::{failure, stream_topology};
-use craton_console::views::{ChangeView, FailoverRequest, SwitchoverRequest};
+use craton_console::views::{ChangeView, DoneView, FailoverRequest, SwitchoverRequest};
 use craton_coordinator::api::{Coordinator, TxnOutcome};
-use craton_core::records::{Change, ClusterView, Key, Record, Request, RequestKind, RequestPhase};
+use craton_core::records::{
+    Change, ClusterView, Event, Key, Record, Request, RequestKind, RequestPhase,
+};
 use craton_core::topology::Topology;
 use craton_core::{MemberId, Term};
 use tokio::sync::watch;
@@ -21,6 +24,9 @@ use crate::clock;
 use crate::server::LocalServer;
 use crate::store;
 use crate::views;
+
+mod config;
+mod operate;
 
 /// A change of leadership that takes longer is reported as still going on.
 const CHANGE_MAX: Duration = Duration::from_secs(60);
@@ -36,6 +42,8 @@ pub struct Api {
     pub coordinator: Arc<dyn Coordinator>,
     /// PostgreSQL.
     pub server: Arc<LocalServer>,
+    /// Where the settings of `craton.toml` were written, by their names in `[node]`.
+    pub origins: Arc<BTreeMap<String, String>>,
 }
 
 /// The routes.
@@ -49,6 +57,14 @@ pub fn routes(api: Api) -> Router {
         .route("/v1/topology/stream", get(stream))
         .route("/v1/switchover", post(switchover))
         .route("/v1/failover", post(failover))
+        .route("/v1/config", get(config::show).post(config::change))
+        .route("/v1/pause", post(operate::pause))
+        .route("/v1/resume", post(operate::resume))
+        .route("/v1/switchover/cancel", post(operate::cancel_switchover))
+        .route("/v1/restart", post(operate::restart))
+        .route("/v1/restart/cancel", post(operate::cancel_restart))
+        .route("/v1/reinit", post(operate::reinit))
+        .route("/v1/reload", post(operate::reload))
         .with_state(api)
 }
 
@@ -112,24 +128,143 @@ async fn stream(State(api): State<Api>) -> Response {
 }
 
 async fn switchover(State(api): State<Api>, Json(body): Json<SwitchoverRequest>) -> Response {
-    change(&api, RequestKind::Switchover, body.to, false).await
+    if let Some(at_ms) = body.at_ms {
+        return operate::schedule(&api, at_ms, body.to, who(body.by)).await;
+    }
+    let wish = Wish {
+        kind: RequestKind::Switchover,
+        to: body.to,
+        allow_data_loss: false,
+        by: who(body.by),
+    };
+    change(&api, wish).await
 }
 
 async fn failover(State(api): State<Api>, Json(body): Json<FailoverRequest>) -> Response {
-    change(&api, RequestKind::Failover, body.to, body.allow_data_loss).await
+    let wish = Wish {
+        kind: RequestKind::Failover,
+        to: body.to,
+        allow_data_loss: body.allow_data_loss,
+        by: who(body.by),
+    };
+    change(&api, wish).await
+}
+
+/// The longest name of somebody who asks, in characters: it goes into the history.
+const WHO_MAX: usize = 100;
+
+fn who(by: Option<String>) -> String {
+    let name: String = by
+        .unwrap_or_default()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(WHO_MAX)
+        .collect();
+    if name.is_empty() {
+        "the operator".into()
+    } else {
+        name
+    }
 }
 
 /// A refusal with its HTTP status.
 struct Refusal(StatusCode, String, &'static str);
 
-async fn change(
-    api: &Api,
+impl Refusal {
+    fn unavailable(error: &dyn std::fmt::Display) -> Self {
+        Self(
+            StatusCode::SERVICE_UNAVAILABLE,
+            error.to_string(),
+            "a majority of the voters must run; see craton status",
+        )
+    }
+
+    fn conflict(error: impl Into<String>, hint: &'static str) -> Self {
+        Self(StatusCode::CONFLICT, error.into(), hint)
+    }
+
+    fn answer(self) -> Response {
+        let Self(status, error, hint) = self;
+        failure(status, &error, Some(hint))
+    }
+}
+
+/// What somebody asks of the leadership.
+struct Wish {
     kind: RequestKind,
     to: Option<MemberId>,
     allow_data_loss: bool,
-) -> Response {
+    by: String,
+}
+
+/// So often a change is tried that loses its race against the agents' own.
+const RACES_MAX: usize = 5;
+
+impl Api {
+    async fn read(&self) -> Result<ClusterView, Refusal> {
+        let snapshot = self
+            .coordinator
+            .read()
+            .await
+            .map_err(|e| Refusal::unavailable(&e))?;
+        store::view(&snapshot).map_err(|e| Refusal::unavailable(&e))
+    }
+
+    /// Reads the store, makes a change of it, submits that; again if it lost a race. Returns the revision made.
+    async fn transact<T>(
+        &self,
+        make: impl Fn(&ClusterView) -> Result<(Change, T), Refusal>,
+    ) -> Result<(u64, T), Refusal> {
+        for _ in 0..RACES_MAX {
+            let (change, value) = make(&self.read().await?)?;
+            if change.puts.is_empty() && change.deletes.is_empty() {
+                return Ok((0, value));
+            }
+            let txn = store::txn(&change).map_err(|e| Refusal::unavailable(&e))?;
+            let outcome = self.coordinator.txn(txn).await;
+            match outcome.map_err(|e| Refusal::unavailable(&e))? {
+                TxnOutcome::Committed(revision) => return Ok((revision, value)),
+                TxnOutcome::Conflict => {}
+            }
+        }
+        Err(Refusal::conflict(
+            "the cluster's state changed again and again at this very moment",
+            "look at craton status and ask again",
+        ))
+    }
+
+    /// As [`Self::transact`], for requests that are answered with a sentence.
+    async fn done(
+        &self,
+        make: impl Fn(&ClusterView) -> Result<(Change, DoneView), Refusal>,
+    ) -> Response {
+        match self.transact(make).await {
+            Ok((_, view)) => Json(view).into_response(),
+            Err(refusal) => refusal.answer(),
+        }
+    }
+
+    /// The history with one more line, written by this member.
+    fn noted(&self, view: &ClusterView, kind: &str, text: String) -> Record {
+        let me = self.seen.borrow().as_ref().map(|s| s.0.me.id.clone());
+        let known = view.history.as_ref().map(|h| h.value.clone());
+        let known = known.unwrap_or_default();
+        let Some(member) = me else {
+            return Record::History(known);
+        };
+        Record::History(known.with(Event {
+            at_ms: clock::wall_ms(),
+            term: view.leadership.as_ref().map_or(Term(0), |l| l.value.term),
+            member,
+            kind: kind.to_owned(),
+            text,
+        }))
+    }
+}
+
+async fn change(api: &Api, wish: Wish) -> Response {
     let began = clock::now();
-    match ask(api, kind, to, allow_data_loss).await {
+    match ask(api, wish).await {
         Ok(term) => match outcome(api, term).await {
             Ok((leader, term)) => {
                 let took = clock::now().since(began);
@@ -141,28 +276,15 @@ async fn change(
                 })
                 .into_response()
             }
-            Err(Refusal(status, error, hint)) => failure(status, &error, Some(hint)),
+            Err(refusal) => refusal.answer(),
         },
-        Err(Refusal(status, error, hint)) => failure(status, &error, Some(hint)),
+        Err(refusal) => refusal.answer(),
     }
 }
 
 /// Writes the request; returns the term that it is to end.
-async fn ask(
-    api: &Api,
-    kind: RequestKind,
-    to: Option<MemberId>,
-    allow_data_loss: bool,
-) -> Result<Term, Refusal> {
-    let unavailable = |e: &dyn std::fmt::Display| {
-        Refusal(
-            StatusCode::SERVICE_UNAVAILABLE,
-            e.to_string(),
-            "a majority of the voters must run; see craton status",
-        )
-    };
-    let snapshot = api.coordinator.read().await.map_err(|e| unavailable(&e))?;
-    let view = store::view(&snapshot).map_err(|e| unavailable(&e))?;
+async fn ask(api: &Api, wish: Wish) -> Result<Term, Refusal> {
+    let view = api.read().await?;
     let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
         return Err(Refusal(
             StatusCode::CONFLICT,
@@ -170,15 +292,15 @@ async fn ask(
             "wait for the first leader",
         ));
     };
-    check(&view, kind, to.as_ref(), allow_data_loss)?;
+    check(&view, wish.kind, wish.to.as_ref(), wish.allow_data_loss)?;
     let request = Request {
-        id: snapshot.revision,
-        kind,
+        id: view.revision,
+        kind: wish.kind,
         term: l.term,
-        to,
-        allow_data_loss,
+        to: wish.to,
+        allow_data_loss: wish.allow_data_loss,
         phase: RequestPhase::Asked,
-        by: "the operator".into(),
+        by: wish.by,
     };
     let change = Change {
         expect: vec![
@@ -188,12 +310,12 @@ async fn ask(
         puts: vec![Record::Request(request)],
         deletes: vec![],
     };
-    let txn = store::txn(&change).map_err(|e| unavailable(&e))?;
+    let txn = store::txn(&change).map_err(|e| Refusal::unavailable(&e))?;
     match api
         .coordinator
         .txn(txn)
         .await
-        .map_err(|e| unavailable(&e))?
+        .map_err(|e| Refusal::unavailable(&e))?
     {
         TxnOutcome::Committed(_) => Ok(l.term),
         TxnOutcome::Conflict => Err(Refusal(

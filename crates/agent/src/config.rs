@@ -58,8 +58,11 @@ pub struct AgentConfig {
     #[serde(default)]
     pub postgresql: BTreeMap<String, String>,
     /// The cluster-wide settings that a new cluster starts with.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "craton_core::settings::strict")]
     pub initial: Settings,
+    /// Where each of these was written (`craton.toml:12`), by its dotted name; for people.
+    #[serde(skip)]
+    pub origins: BTreeMap<String, String>,
     /// The program that is started as the fence (`<program> fence …`); the running one if not given.
     #[serde(default)]
     pub fence_program: Option<PathBuf>,

@@ -1,7 +1,8 @@
 //! The agent beside one PostgreSQL: observe, decide, act.
 //!
 //! * [`agent`]: the loop. It gathers an observation, asks [`craton_core::decide`], and does what it says.
-//! * [`server`]: PostgreSQL as the agent holds it; [`act`]: the long tasks; [`slots`]: upkeep.
+//! * [`server`]: PostgreSQL as the agent holds it; [`parameters`]: its configuration; [`act`]: the long tasks;
+//!   [`slots`]: upkeep.
 //! * [`lease`]: renewals and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
 //! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
@@ -14,6 +15,7 @@ pub mod config;
 pub mod fencing;
 pub mod lease;
 pub mod metrics;
+pub mod parameters;
 mod run;
 pub mod server;
 pub mod slots;

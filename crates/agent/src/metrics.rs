@@ -32,6 +32,8 @@ pub struct AgentMetrics {
     coordinator_reachable: Gauge,
     elections: Gauge,
     fence_kills: Counter,
+    paused: Gauge,
+    pending_restart: Gauge,
     last: std::sync::Mutex<LeaseCounts>,
 }
 
@@ -97,6 +99,14 @@ impl AgentMetrics {
                 "craton_fence_kills",
                 "Times that PostgreSQL was killed because the lease ended or was lost",
             ),
+            paused: m.gauge(
+                "craton_paused",
+                "1 during a pause: no automatic failover, start, rewind or clone",
+            ),
+            pending_restart: m.gauge(
+                "craton_pending_restart",
+                "Parameters of this member's PostgreSQL that wait for a restart",
+            ),
             last: std::sync::Mutex::new(LeaseCounts::default()),
         }
     }
@@ -141,6 +151,11 @@ impl AgentMetrics {
                 .map_or(0, |l| l.bytes_since(s.end));
             self.lag.set(if s.in_recovery { number(lag) } else { 0 });
         }
+        let paused = view.and_then(|v| v.pause.as_ref());
+        self.paused.set(i64::from(
+            paused.is_some_and(|p| p.value.holds_at(o.wall_ms)),
+        ));
+        self.pending_restart.set(number(o.pending.len() as u64));
         let remaining = o.lease.map_or(0.0, |l| l.until.since(o.now).as_secs_f64());
         self.lease_remaining.set(remaining);
         let ttl = view.map_or_else(|| o.initial_settings.ttl(), |v| v.settings().ttl());

@@ -25,8 +25,8 @@ use crate::fencing::Fencing;
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::metrics::AgentMetrics;
 use crate::server::LocalServer;
-use crate::slots;
 use crate::state::StateFile;
+use crate::{parameters, slots};
 
 /// How often the metrics are brought up to date.
 const METRICS_INTERVAL: Duration = Duration::from_secs(1);
@@ -131,8 +131,7 @@ pub async fn run_with(
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
         &config,
-        &coordinator,
-        &server,
+        (&coordinator, &server),
         seen.clone(),
         topology,
         token,
@@ -143,6 +142,7 @@ pub async fn run_with(
     background.spawn(Arc::clone(&server).watch());
     background.spawn(Arc::clone(&server).knock());
     background.spawn(slots::keep(Arc::clone(&server), seen.clone()));
+    background.spawn(parameters::keep(Arc::clone(&server)));
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
@@ -304,8 +304,7 @@ async fn start_coordinator(
 
 async fn serve_http(
     config: &AgentConfig,
-    coordinator: &Arc<dyn Coordinator>,
-    server: &Arc<LocalServer>,
+    (coordinator, server): (&Arc<dyn Coordinator>, &Arc<LocalServer>),
     seen: watch::Receiver<Option<Seen>>,
     topology: watch::Receiver<Arc<Topology>>,
     token: Token,
@@ -324,6 +323,7 @@ async fn serve_http(
         topology,
         coordinator: Arc::clone(coordinator),
         server: Arc::clone(server),
+        origins: Arc::new(config.origins.clone()),
     });
     let router = Service::new(Arc::new(metrics), move || health(&seen))
         .with_api(routes, token)

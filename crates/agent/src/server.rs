@@ -16,6 +16,7 @@ use craton_pg::{
 use tokio::sync::Notify;
 
 use crate::clock;
+use crate::parameters::Parameters;
 
 /// A look at the server that takes longer counts as no answer.
 const SAMPLE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -77,8 +78,8 @@ pub struct LocalServer {
     pub control: Control,
     /// libpq's password file of the agent's roles.
     pub passfile: PathBuf,
-    /// The operator's settings.
-    pub settings: BTreeMap<String, String>,
+    /// The operator's settings for PostgreSQL.
+    pub parameters: Parameters,
     /// Who may log in from where.
     pub networks: Vec<String>,
     /// Wakes the agent's loop.
@@ -99,7 +100,7 @@ impl LocalServer {
             control: instance.control(),
             instance,
             passfile,
-            settings,
+            parameters: Parameters::new(settings),
             networks,
             changed: Notify::new(),
             look: Notify::new(),
@@ -173,6 +174,14 @@ impl LocalServer {
     /// See [`Self::set_maybe_primary`].
     pub fn is_maybe_primary(&self) -> bool {
         self.known().maybe_primary
+    }
+
+    /// Names this life of PostgreSQL: pid and start time, as one number.
+    pub fn process_name(&self) -> Option<u64> {
+        let process = self.process()?;
+        let pid = u64::from(process.pid().unsigned_abs());
+        // Linux has at most 2^22 pids; the ticks since boot fit above them for thousands of years.
+        Some((process.start_ticks() << 22) | pid)
     }
 
     /// What PostgreSQL is known to enforce.
@@ -441,7 +450,7 @@ impl LocalServer {
         ManagedConfig {
             upstream,
             sync,
-            settings: self.settings.clone(),
+            settings: self.parameters.to_write(),
             hba: HbaRule::standard(&networks),
         }
     }

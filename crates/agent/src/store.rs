@@ -45,6 +45,12 @@ pub fn view(snapshot: &Snapshot) -> Result<ClusterView, StoreError> {
             "request" => view.request = Some(parse(key, at)?),
             "history" => view.history = Some(parse(key, at)?),
             other => match other.split_once('/') {
+                None if other == "pause" => view.pause = Some(parse(key, at)?),
+                None if other == "schedule" => view.schedule = Some(parse(key, at)?),
+                None if other == "restart" => view.restart = Some(parse(key, at)?),
+                Some(("order", name)) => {
+                    view.orders.insert(member(name)?, parse(key, at)?);
+                }
                 Some(("member", name)) => {
                     view.members.insert(member(name)?, parse(key, at)?);
                 }
@@ -66,6 +72,10 @@ fn text(record: &Record) -> Result<String, serde_json::Error> {
         Record::Timelines(v) => serde_json::to_string(v),
         Record::Request(v) => serde_json::to_string(v),
         Record::History(v) => serde_json::to_string(v),
+        Record::Pause(v) => serde_json::to_string(v),
+        Record::Schedule(v) => serde_json::to_string(v),
+        Record::Restart(v) => serde_json::to_string(v),
+        Record::Order(_, v) => serde_json::to_string(v),
         Record::Member(_, v) => serde_json::to_string(v),
         Record::Seal(_, v) => serde_json::to_string(v),
     }

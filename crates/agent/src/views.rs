@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use craton_console::views::{
-    ElectionView, ExplainView, HistoryEvent, HistoryView, LeaseView, MemberView, StatusView,
-    SyncView,
+    ElectionView, ExplainView, HistoryEvent, HistoryView, LeaseView, MemberView, PauseView,
+    RestartView, ScheduleView, StatusView, SyncView,
 };
 use craton_core::decide::Decision;
-use craton_core::observe::{DataView, MemberStatus, Observation, ServerView};
-use craton_core::records::{ClusterView, RequestPhase};
+use craton_core::observe::{DataView, MemberStatus, Observation, PendingChange, ServerView};
+use craton_core::records::{ClusterView, OrderKind, RequestPhase};
 use craton_core::settings::Durability;
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
 use craton_core::{Lsn, MemberId};
@@ -46,6 +46,8 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
             _ => None,
         },
         slots: BTreeMap::new(),
+        process: o.process,
+        pending_restart: o.pending.clone(),
     };
     match &o.server {
         ServerView::Down => {}
@@ -91,10 +93,15 @@ fn statuses(
 pub fn topology(o: &Observation, own: &MemberStatus) -> Option<Topology> {
     let view = o.view.as_ref()?;
     let leadership = view.leadership.as_ref().map(|l| &l.value);
-    let hold = match (&view.request, leadership) {
+    let switching = match (&view.request, leadership) {
         (Some(r), Some(l)) => r.value.phase == RequestPhase::Hold && r.value.term == l.term,
         _ => false,
     };
+    // A leader that is to restart in place has its order until it runs again.
+    let restarting = leadership
+        .and_then(|l| view.orders.get(&l.leader.as_ref()?.member))
+        .is_some_and(|o| o.value.kind == OrderKind::Restart);
+    let hold = switching || restarting;
     let silent = view
         .settings()
         .heartbeat_ms
@@ -168,6 +175,13 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         .filter(|m| !m.agent_alive)
         .map(|m| format!("{} has not been heard of", m.id))
         .collect();
+    for m in members.iter().filter(|m| !m.pending_restart.is_empty()) {
+        let what = m.pending_restart.join(", ");
+        warnings.push(format!(
+            "{} waits for a restart ({what}): craton restart --all --pending",
+            m.id
+        ));
+    }
     if o.view.is_none() {
         warnings.push("the coordinator has no majority (or has not answered yet): this is what this agent knows alone".into());
     }
@@ -207,7 +221,61 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         members,
         reasons: decision.reasons.iter().map(|r| r.text.clone()).collect(),
         warnings,
+        paused: paused(o, view),
+        scheduled: view.schedule.as_ref().map(|s| ScheduleView {
+            at: rfc3339(s.value.at_ms),
+            to: s.value.to.clone(),
+            by: s.value.by.clone(),
+        }),
+        restart: restart(o, view, &own),
+        at_ms: o.wall_ms,
+        version: env!("CARGO_PKG_VERSION").into(),
     }
+}
+
+fn paused(o: &Observation, view: &ClusterView) -> Option<PauseView> {
+    let pause = view.pause.as_ref().map(|p| &p.value)?;
+    pause.holds_at(o.wall_ms).then(|| PauseView {
+        since: rfc3339(pause.since_ms),
+        until: pause.until_ms.map(rfc3339),
+        reason: pause.reason.clone(),
+        by: pause.by.clone(),
+    })
+}
+
+fn restart(o: &Observation, view: &ClusterView, own: &MemberStatus) -> Option<RestartView> {
+    let plan = view.restart.as_ref().map(|r| &r.value)?;
+    let known = statuses(o, own);
+    let status = |m: &MemberId| known.get(m).and_then(|(s, _)| s.as_ref());
+    let is_back = |s: &MemberStatus| s.role == MemberRole::Leader || s.streaming;
+    let left: Vec<MemberId> = plan
+        .members
+        .iter()
+        .filter(|(m, ended)| {
+            !status(m).is_some_and(|s| s.process.is_some() && s.process != **ended && is_back(s))
+        })
+        .map(|(m, _)| m.clone())
+        .collect();
+    let under_way = left
+        .iter()
+        .filter(|m| {
+            view.orders.contains_key(*m)
+                || status(m).is_some_and(|s| s.process != plan.members.get(*m).copied().flatten())
+        })
+        .cloned()
+        .collect();
+    Some(RestartView {
+        id: plan.id,
+        by: plan.by.clone(),
+        left,
+        under_way,
+    })
+}
+
+/// `name: 100 -> 200`
+fn pending(change: &PendingChange) -> String {
+    let to = change.to.as_deref().unwrap_or("its default");
+    format!("{}: {} -> {to}", change.name, change.from)
 }
 
 fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> ElectionView {
@@ -286,6 +354,13 @@ fn members(
                 }),
                 priority: record.value.priority,
                 incarnation: record.value.incarnation,
+                pending_restart: shown
+                    .map(|s| s.pending_restart.iter().map(pending).collect())
+                    .unwrap_or_default(),
+                order: view.orders.get(id).map(|o| match o.value.kind {
+                    OrderKind::Restart => "restart".into(),
+                    OrderKind::Reinit => "reinit".into(),
+                }),
             }
         })
         .collect()
@@ -300,6 +375,12 @@ fn next(view: &ClusterView, members: &[MemberView], leader: Option<&MemberId>) -
         return format!("the election of term {} is open: {}", l.term, l.cause);
     };
     let ttl = view.settings().ttl_ms;
+    if let Some(paused) = &view.pause {
+        return format!(
+            "paused by {}: if {leader} fails, nobody takes over until craton resume (or craton failover)",
+            paused.value.by
+        );
+    }
     let heirs: Vec<&str> = members
         .iter()
         .filter(|m| m.id != *leader && m.agent_alive && m.priority > 0)
@@ -394,7 +475,7 @@ pub fn history(o: &Observation) -> HistoryView {
 }
 
 /// Milliseconds since 1970 as RFC 3339 in UTC.
-fn rfc3339(ms: u64) -> String {
+pub fn rfc3339(ms: u64) -> String {
     i64::try_from(ms)
         .ok()
         .and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok())

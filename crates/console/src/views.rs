@@ -39,6 +39,58 @@ pub struct StatusView {
     /// What an operator should look at.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// Nothing is done automatically for now.
+    #[serde(default)]
+    pub paused: Option<PauseView>,
+    /// A switchover at a later time.
+    #[serde(default)]
+    pub scheduled: Option<ScheduleView>,
+    /// A rolling restart in progress.
+    #[serde(default)]
+    pub restart: Option<RestartView>,
+    /// The answering agent's wall clock, milliseconds since 1970.
+    #[serde(default)]
+    pub at_ms: u64,
+    /// The answering agent's version.
+    #[serde(default)]
+    pub version: String,
+}
+
+/// A pause.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PauseView {
+    /// Since when, RFC 3339 in UTC.
+    pub since: String,
+    /// When it ends by itself; none: when somebody resumes.
+    pub until: Option<String>,
+    /// Why.
+    pub reason: Option<String>,
+    /// Who asked.
+    pub by: String,
+}
+
+/// A scheduled switchover.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ScheduleView {
+    /// When, RFC 3339 in UTC.
+    pub at: String,
+    /// To whom; none: the best one.
+    pub to: Option<MemberId>,
+    /// Who asked.
+    pub by: String,
+}
+
+/// A rolling restart.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RestartView {
+    /// Names it in the history.
+    pub id: u64,
+    /// Who asked.
+    pub by: String,
+    /// Who is still to be restarted, or not yet of use again.
+    pub left: Vec<MemberId>,
+    /// Who is at it now.
+    pub under_way: Vec<MemberId>,
 }
 
 /// The synchronous set (V, k).
@@ -115,6 +167,12 @@ pub struct MemberView {
     pub priority: u32,
     /// Which life of its data directory this is.
     pub incarnation: Option<Incarnation>,
+    /// Parameters of its PostgreSQL that wait for a restart, as `name: 100 -> 200`.
+    #[serde(default)]
+    pub pending_restart: Vec<String>,
+    /// An order that it works on: `restart` or `reinit`.
+    #[serde(default)]
+    pub order: Option<String>,
 }
 
 /// The answer to `GET /v1/explain`: one agent's reasons.
@@ -166,6 +224,12 @@ pub struct SwitchoverRequest {
     /// The member to hand over to; `None`: the best one.
     #[serde(default)]
     pub to: Option<MemberId>,
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+    /// When, milliseconds since 1970; `None`: now.
+    #[serde(default)]
+    pub at_ms: Option<u64>,
 }
 
 /// The body of `POST /v1/failover`.
@@ -178,6 +242,132 @@ pub struct FailoverRequest {
     /// Promote even where acknowledged commits may be lost.
     #[serde(default)]
     pub allow_data_loss: bool,
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// The answer to `GET /v1/config`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ConfigView {
+    /// The revision of the settings: what a change may be made conditional upon.
+    pub revision: u64,
+    /// The member whose own settings are among these.
+    pub member: Option<MemberId>,
+    /// Every setting.
+    pub settings: Vec<ConfigRow>,
+}
+
+/// One setting.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ConfigRow {
+    /// Its name; PostgreSQL's parameters begin with `postgresql.`.
+    pub name: String,
+    /// Its value.
+    pub value: String,
+    /// What it counts, if anything.
+    pub unit: String,
+    /// Its default, where it has one.
+    pub default: Option<String>,
+    /// What it may be.
+    pub range: String,
+    /// What it does.
+    pub doc: String,
+    /// Where the value comes from.
+    pub origin: String,
+    /// False for what a member has of its own: it is changed in the member's `craton.toml`.
+    pub shared: bool,
+}
+
+/// The body of `POST /v1/config`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfigRequest {
+    /// Only if the settings are still of this revision.
+    #[serde(default)]
+    pub revision: Option<u64>,
+    /// New values by name.
+    #[serde(default)]
+    pub set: std::collections::BTreeMap<String, String>,
+    /// Back to the default, or (PostgreSQL's parameters) out of the settings.
+    #[serde(default)]
+    pub unset: Vec<String>,
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// The answer to a change of the settings.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct ConfigChangeView {
+    /// The revision of the settings now.
+    pub revision: u64,
+    /// What changed, as `name: from -> to`.
+    pub changed: Vec<String>,
+    /// Parameters that take effect only when PostgreSQL is restarted.
+    pub restart: Vec<String>,
+    /// What else there is to know.
+    pub notes: Vec<String>,
+}
+
+/// The body of `POST /v1/pause`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PauseRequest {
+    /// How long, milliseconds; `None`: until somebody resumes.
+    #[serde(default)]
+    pub for_ms: Option<u64>,
+    /// Why.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// The body of requests that need no more than who asks.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AskRequest {
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// The body of `POST /v1/restart`.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestartRequest {
+    /// Whom; empty: all.
+    #[serde(default)]
+    pub members: Vec<MemberId>,
+    /// Only those of them that have parameters waiting for a restart.
+    #[serde(default)]
+    pub pending: bool,
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// The body of `POST /v1/reinit`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReinitRequest {
+    /// Whose data directory.
+    pub member: MemberId,
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// The answer to what was asked for and is done, or begun.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct DoneView {
+    /// What, as a sentence.
+    pub text: String,
+    /// Names it in the history, where it goes on by itself.
+    #[serde(default)]
+    pub id: Option<u64>,
 }
 
 /// The answer to a change of leadership that was asked for.

@@ -6,7 +6,9 @@
 
 mod first_start;
 mod leader;
+mod order;
 mod request;
+mod rolling;
 mod standby;
 mod sync_set;
 mod vote;
@@ -18,7 +20,7 @@ use crate::observe::{DataView, Observation, ServerView};
 use crate::records::{Change, ClusterView, Event, Key, Leadership, Record, Timelines};
 use crate::settings::Settings;
 use crate::sync::SyncSet;
-use crate::types::{BootTime, Lsn, MemberId, Term, TimelineId};
+use crate::types::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
 /// How PostgreSQL is stopped.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -93,6 +95,15 @@ pub enum Task {
     SetSync(SyncSet),
     /// Write a checkpoint, so that the shutdown of a switchover has little to do.
     Checkpoint,
+    /// Write the operator's settings into the configuration, and let PostgreSQL read it. The role stays.
+    Configure,
+    /// Stop PostgreSQL and throw the data directory away: the life of it that is named here is over.
+    Reinit {
+        /// The life that ends.
+        incarnation: Option<Incarnation>,
+        /// The next life's floor.
+        term: Term,
+    },
 }
 
 /// A [`Task`] without its particulars.
@@ -111,6 +122,8 @@ pub enum TaskKind {
     Rewind,
     SetSync,
     Checkpoint,
+    Configure,
+    Reinit,
 }
 
 impl Task {
@@ -129,6 +142,8 @@ impl Task {
             Self::Rewind { .. } => TaskKind::Rewind,
             Self::SetSync(_) => TaskKind::SetSync,
             Self::Checkpoint => TaskKind::Checkpoint,
+            Self::Configure => TaskKind::Configure,
+            Self::Reinit { .. } => TaskKind::Reinit,
         }
     }
 }
@@ -194,6 +209,12 @@ pub struct Memory {
     initializer_silent_since: Option<BootTime>,
     /// Since when this member waits in an election that nobody has won.
     election_since: Option<(Term, BootTime)>,
+    /// PostgreSQL is down because this agent stopped it to start it again: a pause does not keep it down.
+    stopped_to_start: bool,
+    /// The order that this member works on, and since when.
+    order_since: Option<(u64, BootTime)>,
+    /// The rolling restart that this leader works on: its id, how many are left, since when.
+    restart_step: Option<(u64, usize, BootTime)>,
 }
 
 /// The outcome.
@@ -242,8 +263,35 @@ impl Mind<'_> {
         });
     }
 
-    /// Starts a task unless one runs, or this kind failed a moment ago.
+    /// Nothing is done automatically now.
+    fn is_paused(&self) -> bool {
+        let pause = self.o.view.as_ref().and_then(|v| v.pause.as_ref());
+        pause.is_some_and(|p| p.value.holds_at(self.o.wall_ms))
+    }
+
+    /// During a pause: what nobody asked for. A stopped PostgreSQL stays stopped, unless it was stopped to be
+    /// started again, or an election needs it; and no data are rewound or copied.
+    fn is_suspended(&self, kind: TaskKind) -> bool {
+        let Some(view) = self.o.view.as_ref().filter(|_| self.is_paused()) else {
+            return false;
+        };
+        let ordered = view.orders.contains_key(&self.o.me.id);
+        let open = view.leadership.as_ref().is_some_and(|l| l.value.open);
+        match kind {
+            TaskKind::Clone | TaskKind::Rewind => !ordered,
+            TaskKind::StartStandby | TaskKind::StartPrimary => {
+                open && !ordered && !self.out.memory.stopped_to_start
+            }
+            _ => false,
+        }
+    }
+
+    /// Starts a task unless one runs, or this kind failed a moment ago, or a pause forbids it.
     fn start(&mut self, task: Task) {
+        if self.is_suspended(task.kind()) {
+            let text = format!("{:?} waits for the end of the pause", task.kind());
+            return self.because("suspended", text);
+        }
         if let Some(running) = &self.o.task {
             let text = format!("{:?} is in progress", running.task.kind());
             return self.because("busy", text);
@@ -262,6 +310,7 @@ impl Mind<'_> {
             return self.because("back_off", text);
         }
         if self.out.task.is_none() {
+            self.out.memory.stopped_to_start |= kind == TaskKind::Stop;
             self.out.task = Some(task);
         }
     }
@@ -378,13 +427,47 @@ pub fn decide(o: &Observation, memory: &Memory) -> Decision {
     if !matches!(o.server, ServerView::Silent { .. }) {
         mind.out.memory.silent_since = None;
     }
+    if matches!(o.server, ServerView::Running(_)) {
+        mind.out.memory.stopped_to_start = false;
+    }
+    pause_reason(&mut mind, view);
     if let Some(l) = view.leadership.as_ref().map(|l| &l.value) {
         with_leadership(&mut mind, view, l, fenced);
+        configure_rule(&mut mind, l);
     } else {
         first_start::before_leadership(&mut mind, view);
     }
     register(&mut mind, view);
     mind.out
+}
+
+/// Whoever looks must see that nothing is done, and why.
+fn pause_reason(mind: &mut Mind<'_>, view: &ClusterView) {
+    let Some(pause) = view.pause.as_ref().map(|p| &p.value) else {
+        return;
+    };
+    if mind.is_paused() {
+        let why = pause
+            .reason
+            .as_ref()
+            .map(|r| format!(": {r}"))
+            .unwrap_or_default();
+        let text = format!("maintenance since {} asked for it{why}", pause.by);
+        mind.because("paused", text);
+    }
+}
+
+/// The operator's settings reach PostgreSQL when there is nothing more important to do.
+fn configure_rule(mind: &mut Mind<'_>, l: &Leadership) {
+    let running = matches!(mind.o.server, ServerView::Running(_));
+    let idle = mind.o.task.is_none() && mind.out.task.is_none() && mind.out.kill.is_none();
+    if mind.o.config_stale && running && idle && l.leader.is_some() {
+        mind.because(
+            "configuring",
+            "writing changed settings into PostgreSQL's configuration",
+        );
+        mind.start(Task::Configure);
+    }
 }
 
 fn remember_leadership(mind: &mut Mind<'_>, view: &ClusterView) {
@@ -435,6 +518,9 @@ fn with_leadership(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, fenc
                 return mind.because("wrong_system_id", text);
             }
         }
+    }
+    if order::order_rule(mind, view, l, fenced) {
+        return;
     }
     if l.leader.is_none() {
         vote::election_rule(mind, view, l);

@@ -150,6 +150,23 @@ pub struct MemberStatus {
     /// them can follow.
     #[serde(default)]
     pub slots: BTreeMap<String, Lsn>,
+    /// Names this life of its PostgreSQL: another one after every restart; none while it is down.
+    #[serde(default)]
+    pub process: Option<u64>,
+    /// Its parameters that wait for a restart.
+    #[serde(default)]
+    pub pending_restart: Vec<PendingChange>,
+}
+
+/// A parameter of PostgreSQL whose value in the file is not yet the one in force.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PendingChange {
+    /// Its name.
+    pub name: String,
+    /// In force.
+    pub from: String,
+    /// After a restart; none where the file no longer says (the built-in default).
+    pub to: Option<String>,
 }
 
 /// What the local voter knows of the lease (see the coordinator's `LeaseHint`).
@@ -190,7 +207,8 @@ pub struct TaskFailure {
 pub struct Observation {
     /// Now.
     pub now: BootTime,
-    /// The wall clock, milliseconds since 1970; goes into the history, decides nothing.
+    /// The wall clock, milliseconds since 1970; goes into the history. It decides nothing but when a scheduled
+    /// switchover begins and a pause ends.
     pub wall_ms: u64,
     /// The cluster's name, for the first start.
     pub cluster_name: String,
@@ -210,6 +228,12 @@ pub struct Observation {
     pub data: DataView,
     /// PostgreSQL.
     pub server: ServerView,
+    /// Names this life of PostgreSQL: another one after every restart; none while it is down.
+    pub process: Option<u64>,
+    /// The configuration in the files is not what the settings ask for.
+    pub config_stale: bool,
+    /// Parameters that wait for a restart of PostgreSQL.
+    pub pending: Vec<PendingChange>,
     /// The bootstrap task has succeeded since the agent's start.
     pub bootstrap_done: bool,
     /// What it sealed, since it last followed anybody.

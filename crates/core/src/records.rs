@@ -25,6 +25,14 @@ pub enum Key {
     Request,
     /// [`History`].
     History,
+    /// [`Pause`]: nothing is done automatically for now.
+    Pause,
+    /// [`Schedule`]: a switchover at a later time.
+    Schedule,
+    /// [`RestartPlan`]: a rolling restart in progress.
+    Restart,
+    /// [`Order`] to a member.
+    Order(MemberId),
     /// [`MemberRecord`] of a member.
     Member(MemberId),
     /// [`Seal`] of a member.
@@ -41,6 +49,10 @@ impl Key {
             Self::Timelines => "timelines".into(),
             Self::Request => "request".into(),
             Self::History => "history".into(),
+            Self::Pause => "pause".into(),
+            Self::Schedule => "schedule".into(),
+            Self::Restart => "restart".into(),
+            Self::Order(m) => format!("order/{m}"),
             Self::Member(m) => format!("member/{m}"),
             Self::Seal(m) => format!("seal/{m}"),
         }
@@ -186,6 +198,82 @@ pub struct Request {
     pub by: String,
 }
 
+/// Maintenance: no failover, no start of a stopped PostgreSQL, no rewind and no clone but what is asked for. The
+/// lease, the fence and the sync set go on as ever.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Pause {
+    /// Since when, milliseconds since 1970.
+    pub since_ms: u64,
+    /// Ends by itself then, by each member's own clock; none: when somebody resumes.
+    #[serde(default)]
+    pub until_ms: Option<u64>,
+    /// Why, in the operator's words.
+    #[serde(default)]
+    pub reason: Option<String>,
+    /// Who asked.
+    pub by: String,
+}
+
+impl Pause {
+    /// True at `wall_ms`, milliseconds since 1970.
+    pub fn holds_at(&self, wall_ms: u64) -> bool {
+        self.until_ms.is_none_or(|until| wall_ms < until)
+    }
+}
+
+/// A planned switchover at a later time. The leader's own clock says when it begins, and nothing else.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Schedule {
+    /// Names it in the history.
+    pub id: u64,
+    /// When, milliseconds since 1970.
+    pub at_ms: u64,
+    /// The wanted leader; none leaves the choice to Craton.
+    #[serde(default)]
+    pub to: Option<MemberId>,
+    /// Who asked.
+    pub by: String,
+}
+
+/// A rolling restart: standbys one by one, then the leader. Whoever leads works on it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RestartPlan {
+    /// Names it in the history.
+    pub id: u64,
+    /// Whom, each with the life of its PostgreSQL that is to end (none: it was down). A member is done once it
+    /// runs in another life and is of use again.
+    pub members: BTreeMap<MemberId, Option<u64>>,
+    /// Who asked.
+    pub by: String,
+}
+
+/// What one member is told to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OrderKind {
+    /// Stop PostgreSQL cleanly and start it again in the role it has.
+    Restart,
+    /// Throw the data directory away and clone it anew.
+    Reinit,
+}
+
+/// An order to one member, which removes it when it is done.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Order {
+    /// Names it in the history.
+    pub id: u64,
+    /// What to do.
+    pub kind: OrderKind,
+    /// Restart: the life of PostgreSQL that is to end; any other (or, with none, any) is the proof that it did.
+    #[serde(default)]
+    pub process: Option<u64>,
+    /// Reinit: the life of the data directory that is to end.
+    #[serde(default)]
+    pub incarnation: Option<Incarnation>,
+    /// Who asked.
+    pub by: String,
+}
+
 /// One line of the cluster's history.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Event {
@@ -209,13 +297,27 @@ impl History {
     /// How many events are kept.
     pub const LEN_MAX: usize = 200;
 
-    /// Adds an event and drops the oldest beyond the limit.
+    /// Kinds that a busy cluster writes by the dozen. They go first; at least this many of the newest stay.
+    const ROUTINE: [&str; 1] = ["sync_set"];
+    /// How many routine events are kept at least.
+    const ROUTINE_MIN: usize = 50;
+
+    /// Adds an event. Beyond the limit the oldest goes: a routine one, as long as there are many of those.
     #[must_use]
     pub fn with(&self, event: Event) -> Self {
+        let is_routine = |e: &Event| Self::ROUTINE.contains(&e.kind.as_str());
         let mut events = self.0.clone();
         events.push(event);
-        let surplus = events.len().saturating_sub(Self::LEN_MAX);
-        Self(events.split_off(surplus))
+        while events.len() > Self::LEN_MAX {
+            let routine = events.iter().filter(|e| is_routine(e)).count();
+            let oldest = if routine > Self::ROUTINE_MIN {
+                events.iter().position(is_routine).unwrap_or(0)
+            } else {
+                0
+            };
+            events.remove(oldest);
+        }
+        Self(events)
     }
 }
 
@@ -234,6 +336,14 @@ pub enum Record {
     Request(Request),
     /// To [`Key::History`].
     History(History),
+    /// To [`Key::Pause`].
+    Pause(Pause),
+    /// To [`Key::Schedule`].
+    Schedule(Schedule),
+    /// To [`Key::Restart`].
+    Restart(RestartPlan),
+    /// To [`Key::Order`].
+    Order(MemberId, Order),
     /// To [`Key::Member`].
     Member(MemberId, MemberRecord),
     /// To [`Key::Seal`].
@@ -250,6 +360,10 @@ impl Record {
             Self::Timelines(_) => Key::Timelines,
             Self::Request(_) => Key::Request,
             Self::History(_) => Key::History,
+            Self::Pause(_) => Key::Pause,
+            Self::Schedule(_) => Key::Schedule,
+            Self::Restart(_) => Key::Restart,
+            Self::Order(m, _) => Key::Order(m.clone()),
             Self::Member(m, _) => Key::Member(m.clone()),
             Self::Seal(m, _) => Key::Seal(m.clone()),
         }
@@ -293,6 +407,14 @@ pub struct ClusterView {
     pub request: Option<At<Request>>,
     /// See [`Key::History`].
     pub history: Option<At<History>>,
+    /// See [`Key::Pause`].
+    pub pause: Option<At<Pause>>,
+    /// See [`Key::Schedule`].
+    pub schedule: Option<At<Schedule>>,
+    /// See [`Key::Restart`].
+    pub restart: Option<At<RestartPlan>>,
+    /// See [`Key::Order`].
+    pub orders: BTreeMap<MemberId, At<Order>>,
     /// See [`Key::Member`].
     pub members: BTreeMap<MemberId, At<MemberRecord>>,
     /// See [`Key::Seal`].
@@ -312,6 +434,10 @@ impl ClusterView {
             Key::Timelines => r(self.timelines.as_ref()),
             Key::Request => r(self.request.as_ref()),
             Key::History => r(self.history.as_ref()),
+            Key::Pause => r(self.pause.as_ref()),
+            Key::Schedule => r(self.schedule.as_ref()),
+            Key::Restart => r(self.restart.as_ref()),
+            Key::Order(m) => r(self.orders.get(m)),
             Key::Member(m) => r(self.members.get(m)),
             Key::Seal(m) => r(self.seals.get(m)),
         }

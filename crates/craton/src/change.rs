@@ -20,7 +20,12 @@ pub async fn switchover(access: &Access, to: Option<MemberId>, json: bool) -> an
 
 /// Asks the leader to hand over, and waits until it has.
 pub async fn ask_switchover(access: &Access, to: Option<MemberId>) -> anyhow::Result<ChangeView> {
-    ask(access, "/v1/switchover", &SwitchoverRequest { to }).await
+    let request = SwitchoverRequest {
+        to,
+        by: Some(crate::ask::who()),
+        at_ms: None,
+    };
+    ask(access, "/v1/switchover", &request).await
 }
 
 /// Runs `craton failover`.
@@ -37,6 +42,7 @@ pub async fn failover(
             &FailoverRequest {
                 to,
                 allow_data_loss,
+                by: Some(crate::ask::who()),
             },
         )
         .await?,

@@ -10,8 +10,8 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, change, daemons, divergence, down, drill, explain, history, layout, psql, restore,
-    status, supervise, up,
+    backup, change, configure, daemons, divergence, down, drill, explain, history, layout, psql,
+    restore, status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -88,7 +88,10 @@ pub enum Command {
         #[arg(long)]
         allow_data_loss: bool,
     },
-    /// Changes of leadership, oldest first
+    /// Cluster-wide settings and PostgreSQL's parameters for all members: show, set, unset, edit
+    #[command(subcommand)]
+    Config(configure::ConfigCommand),
+    /// Changes of leadership and what was asked for, oldest first
     History,
     /// WAL that members kept because the cluster does not have it
     #[command(subcommand)]
@@ -245,6 +248,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             to,
             allow_data_loss,
         } => wait_for(change::failover(&access()?, to, allow_data_loss, json)),
+        Command::Config(command) => wait_for(configure::run(&access()?, command, json)),
         Command::History => wait_for(history::run(&access()?, json)),
         Command::Divergence(command) => wait_for(divergence::run(&access()?, command, json)),
         Command::Psql(args) => psql::run(&dir, args),

@@ -4,6 +4,7 @@
 //! settings, whose unknown fields and wrong types are reported with file, line and field.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -94,6 +95,37 @@ impl Sources {
             })?;
         }
         T::deserialize(value.into_deserializer()).map_err(|e| self.problem(&e, table, &overlays))
+    }
+
+    /// Where each setting of a table was written, by its dotted name: `craton.toml:12`, `the variable X`, …
+    pub fn origins(&self, table: &str) -> anyhow::Result<BTreeMap<String, String>> {
+        let parsed = DeTable::parse(&self.text).map_err(|e| self.problem(&e, table, &[]))?;
+        let mut origins = BTreeMap::new();
+        if let Some(DeValue::Table(written)) = parsed.get_ref().get(table).map(Spanned::get_ref) {
+            self.note_origins(written, "", &mut origins);
+        }
+        for overlay in self.overlays(table)? {
+            origins.insert(overlay.path.join("."), overlay.origin);
+        }
+        Ok(origins)
+    }
+
+    fn note_origins(
+        &self,
+        written: &DeTable<'_>,
+        prefix: &str,
+        origins: &mut BTreeMap<String, String>,
+    ) {
+        for (key, value) in written {
+            let name = format!("{prefix}{}", key.get_ref());
+            if let DeValue::Table(inner) = value.get_ref() {
+                self.note_origins(inner, &format!("{name}."), origins);
+            } else {
+                let place = position(&self.text, key.span().start);
+                let line = place.split(':').next().unwrap_or_default();
+                origins.insert(name, format!("{}:{line}", self.file.display()));
+            }
+        }
     }
 
     /// What variables and flags say about `table`, in the order in which they count.
@@ -284,6 +316,27 @@ mod tests {
                 pool: 3,
                 inner
             }
+        );
+    }
+
+    #[test]
+    fn origins_name_line_variable_or_flag() {
+        let file = "[proxy]\nlisten = \"a:1\"\npool = 1\n\n[proxy.inner]\nnames = []\n";
+        let sources = sources(
+            file,
+            &[("CRATON_PROXY_POOL", "2")],
+            &["proxy.extra.x=3", "node.pool=9"],
+        );
+        let origins: Vec<_> = sources.origins("proxy").unwrap().into_iter().collect();
+        let pair = |k: &str, v: &str| (k.to_owned(), v.to_owned());
+        assert_eq!(
+            origins,
+            [
+                pair("extra.x", "--set proxy.extra.x=3"),
+                pair("inner.names", "craton.toml:6"),
+                pair("listen", "craton.toml:2"),
+                pair("pool", "the variable CRATON_PROXY_POOL"),
+            ]
         );
     }
 

@@ -88,7 +88,9 @@ where
 /// `craton node`
 pub fn node(args: &DaemonArgs) -> anyhow::Result<u8> {
     let _lock = lock(args)?;
-    let settings: craton_agent::AgentConfig = config::load(args, "node")?;
+    let sources = config::Sources::gather(args)?;
+    let mut settings: craton_agent::AgentConfig = sources.table("node")?;
+    settings.origins = sources.origins("node")?;
     run(|stopped| craton_agent::run(settings, stopped))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! # Layout
 //! * [`cli`]: what may be typed; [`exit`]: what the process ends with.
-//! * [`access`]: how a command finds the agents; [`output`]: the only place that prints.
+//! * [`access`]: how a command finds the agents; [`ask`]: who asks, and is it meant; [`output`]: the only place that prints.
 //! * [`layout`], [`secrets`], [`owner`], [`preflight`], [`processes`], [`sessions`]: one local cluster on this machine.
 //! * [`up`], [`down`], [`supervise`], [`ready`], [`sample`]: its life. [`drill`]: breaking it on purpose.
 //! * [`daemons`], [`config`], [`settings`]: the long-running parts and their `craton.toml`.
@@ -14,10 +14,12 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 pub mod access;
+pub mod ask;
 pub mod backup;
 pub mod change;
 pub mod cli;
 pub mod config;
+pub mod configure;
 pub mod daemons;
 pub mod divergence;
 pub mod down;

@@ -87,11 +87,13 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         bin_dir: Some(layout.cluster.postgres_bin.clone()),
         secrets: layout.secrets(),
         networks: vec![format!("{HOST}/32")],
-        postgresql,
+        postgresql: BTreeMap::new(),
         initial: Settings {
             durability: durability(&layout.cluster.durability)?,
+            postgresql,
             ..Settings::default()
         },
+        origins: BTreeMap::new(),
         fence_program: Some(layout.binary()),
     })
 }

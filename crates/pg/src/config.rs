@@ -96,7 +96,7 @@ const DEFAULTS: &[(&str, &str)] = &[
 ];
 
 /// Settings that the agent owns: an operator's value for them is refused.
-const OWNED_KEYS: &[&str] = &[
+pub(crate) const OWNED_KEYS: &[&str] = &[
     "cluster_name",
     "config_file",
     "data_directory",
@@ -292,6 +292,39 @@ pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<Config
     }
     change.removed_overrides = remove_overrides(place.data_dir, &wanted)?;
     Ok(change)
+}
+
+/// What says which role the server plays: only a change of the role changes it.
+const ROLE_KEYS: [&str; 3] = [
+    "primary_conninfo",
+    "primary_slot_name",
+    "synchronous_standby_names",
+];
+
+/// Writes `postgresql.conf` with other settings of the operator's, in the role that the present file has.
+pub(crate) fn write_settings(place: &Place<'_>, wanted: &BTreeMap<String, String>) -> Result<()> {
+    let main = place.conf_dir.join("postgresql.conf");
+    let Some(before) = files::read_text(&main)?.map(|t| parse_settings(&t)) else {
+        return Err(PgError::Invalid {
+            what: "configuration",
+            reason: format!("{} is not written yet", main.display()),
+        });
+    };
+    let managed = ManagedConfig {
+        settings: wanted.clone(),
+        ..ManagedConfig::default()
+    };
+    let mut next = settings(place, &managed)?;
+    for key in ROLE_KEYS {
+        if let Some(value) = before.get(key) {
+            next.insert(key.to_owned(), value.clone());
+        }
+    }
+    let text = render(place, &next);
+    if files::read_text(&main)?.as_deref() != Some(&text) {
+        files::write_durably(&main, text.as_bytes())?;
+    }
+    remove_overrides(place.data_dir, &next).map(|_| ())
 }
 
 /// The value of synchronous_standby_names in the file, if it is one of ours.
@@ -527,6 +560,35 @@ mod tests {
         assert!(
             !write_in(dir.path(), &managed).unwrap().any(),
             "quoting does not survive reading back"
+        );
+    }
+
+    #[test]
+    fn other_settings_leave_the_role_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut managed = ManagedConfig {
+            upstream: Some(upstream()),
+            sync: SyncNames::Nobody,
+            settings: BTreeMap::from([("work_mem".to_owned(), "8MB".to_owned())]),
+            ..Default::default()
+        };
+        write_in(dir.path(), &managed).unwrap();
+        managed.settings = BTreeMap::from([("max_connections".to_owned(), "50".to_owned())]);
+        let place = Place {
+            conf_dir: dir.path(),
+            data_dir: dir.path(),
+            socket_dir: dir.path(),
+            listen_addresses: "127.0.0.1",
+            port: 6441,
+            cluster_name: "it's",
+            superuser: "postgres",
+            os_user: "postgres",
+        };
+        write_settings(&place, &managed.settings).unwrap();
+        let after = write_in(dir.path(), &managed).unwrap();
+        assert_eq!(
+            after.changed, ["pg_hba.conf"; 0],
+            "role or settings differ: {after:?}"
         );
     }
 

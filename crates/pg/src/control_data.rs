@@ -56,6 +56,8 @@ pub struct ControlData {
     pub segment_size: u64,
     /// `max_connections` in force when it was last a primary; a standby needs at least as many.
     pub max_connections: u32,
+    /// The same for each of [`crate::parameters::STANDBY_AT_LEAST`], by name.
+    pub standby_needs: BTreeMap<String, u32>,
 }
 
 impl ControlData {
@@ -101,8 +103,25 @@ impl ControlData {
             wal_log_hints: text("wal_log_hints setting")? == "on",
             segment_size: number(text("Bytes per WAL segment")?)?,
             max_connections: number(text("max_connections setting")?)?,
+            standby_needs: standby_needs(&fields),
         })
     }
+}
+
+/// The control file abbreviates two of the names.
+fn standby_needs(fields: &BTreeMap<&str, &str>) -> BTreeMap<String, u32> {
+    crate::parameters::STANDBY_AT_LEAST
+        .iter()
+        .filter_map(|name| {
+            let label = match *name {
+                "max_prepared_transactions" => "max_prepared_xacts setting".to_owned(),
+                "max_locks_per_transaction" => "max_locks_per_xact setting".to_owned(),
+                other => format!("{other} setting"),
+            };
+            let value = fields.get(label.as_str())?.parse().ok()?;
+            Some(((*name).to_owned(), value))
+        })
+        .collect()
 }
 
 fn number<T: std::str::FromStr>(text: &str) -> Result<T> {

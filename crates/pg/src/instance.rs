@@ -366,7 +366,19 @@ impl Instance {
                 files::remove_durably(&passfile)?;
             }
         }
-        let place = config::Place {
+        self.note_names_written(&managed.sync);
+        config::write(&self.place(), &managed)
+    }
+
+    pub(crate) fn write_settings_blocking(
+        &self,
+        settings: &std::collections::BTreeMap<String, String>,
+    ) -> Result<()> {
+        config::write_settings(&self.place(), settings)
+    }
+
+    fn place(&self) -> config::Place<'_> {
+        config::Place {
             conf_dir: self.conf_dir(),
             data_dir: self.data_dir(),
             socket_dir: self.socket_dir(),
@@ -375,9 +387,7 @@ impl Instance {
             cluster_name: &self.config().cluster_name,
             superuser: &self.config().superuser,
             os_user: &self.inner.os_user,
-        };
-        self.note_names_written(&managed.sync);
-        config::write(&place, &managed)
+        }
     }
 
     /// Starts the server and returns at once; see [`Instance::wait_ready`]. Whatever a dead postmaster left

@@ -8,6 +8,7 @@
 //! * [`control_data`]: `pg_controldata`, typed.
 //! * [`postmaster`], [`processes`]: start, adopt, watch, stop and kill, by pidfd.
 //! * [`control`]: the control connection; [`sample`]: one look at a running server; [`roles`], [`slots`].
+//! * [`parameters`]: which of PostgreSQL's parameters may be set, and which wait for a restart.
 //! * [`sync`]: `synchronous_standby_names`, and the proof that a change of it is in force.
 //! * [`clone`], [`rewind`], [`divergence`]: ways to become a standby again.
 //! * [`history`]: timeline history files.
@@ -29,6 +30,7 @@ mod error;
 mod files;
 pub mod history;
 pub mod instance;
+pub mod parameters;
 pub mod postmaster;
 pub mod processes;
 pub mod replication;
@@ -48,6 +50,7 @@ pub use divergence::{DivergenceSummary, RelationNames};
 pub use error::{PgError, Result, RewindFailure};
 pub use history::{HistoryEntry, KnownTimeline};
 pub use instance::{DataDir, InitOptions, Instance, InstanceConfig};
+pub use parameters::Parameter;
 pub use postmaster::{ExitReason, Postmaster, StartMode, StopMode};
 pub use roles::RolePasswords;
 pub use sample::{Receiver, ReplicationRow, ServerSample, Slot};

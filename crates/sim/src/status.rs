@@ -35,5 +35,7 @@ pub fn announcement(own: &Own) -> MemberStatus {
         doing: String::new(),
         checkpoint_timeline: own.checkpoint,
         slots: std::collections::BTreeMap::new(),
+        process: None,
+        pending_restart: Vec::new(),
     }
 }

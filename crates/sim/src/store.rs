@@ -54,6 +54,10 @@ fn put(view: &mut ClusterView, record: Record, revision: u64) {
         Record::Timelines(r) => view.timelines = Some(at(revision, r)),
         Record::Request(r) => view.request = Some(at(revision, r)),
         Record::History(r) => view.history = Some(at(revision, r)),
+        Record::Pause(r) => view.pause = Some(at(revision, r)),
+        Record::Schedule(r) => view.schedule = Some(at(revision, r)),
+        Record::Restart(r) => view.restart = Some(at(revision, r)),
+        Record::Order(m, r) => insert(&mut view.orders, m, revision, r),
         Record::Member(m, r) => insert(&mut view.members, m, revision, r),
         Record::Seal(m, r) => insert(&mut view.seals, m, revision, r),
     }
@@ -67,6 +71,12 @@ fn delete(view: &mut ClusterView, key: &Key) {
         Key::Timelines => view.timelines = None,
         Key::Request => view.request = None,
         Key::History => view.history = None,
+        Key::Pause => view.pause = None,
+        Key::Schedule => view.schedule = None,
+        Key::Restart => view.restart = None,
+        Key::Order(m) => {
+            view.orders.remove(m);
+        }
         Key::Member(m) => {
             view.members.remove(m);
         }

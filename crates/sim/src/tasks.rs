@@ -155,6 +155,15 @@ impl World {
                 }
                 Step::Done
             }
+            Task::Configure => Step::Done,
+            Task::Reinit { term, .. } => {
+                if self.members[m].pg.is_some() {
+                    self.pg_exit(m, false);
+                }
+                self.members[m].data = Data::Empty;
+                self.reborn(m, *term);
+                Step::Done
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! The leader's duties: hold the lease, promote, open, hand over.
 
-use super::request::request_rule;
+use super::request::{request_rule, schedule_rule};
+use super::rolling::rolling_rule;
 use super::sync_set::{is_settled_for, sync_rule};
 use super::{Mind, Task, TaskKind};
 use crate::observe::{DataView, Server, ServerView};
@@ -21,6 +22,13 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
     let was_primary = l.open || data_timeline == l.timeline;
     let served =
         l.open || (was_primary && view.cluster.as_ref().is_some_and(|c| c.value.bootstrapped));
+    let lapsed = matches!(mind.o.server, ServerView::Down) && !mind.lease_runs(l.term) && served;
+    if mind.is_paused() && (fenced || lapsed) {
+        // A primary without a lease is stopped, paused or not: nobody can know who else writes by now. What a
+        // pause suspends is what would come next, and nobody else begins it either.
+        let text = "the lease was lost, so PostgreSQL was stopped; it stays down until `craton resume`, or `craton failover` promotes somebody";
+        return mind.because("stopped_by_fence", text);
+    }
     match &mind.o.server {
         _ if fenced => step_aside(mind, view, l, "the lease ran out"),
         ServerView::Down if !mind.lease_runs(l.term) && served => {
@@ -43,6 +51,7 @@ fn silent_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     let now = mind.o.now;
     let since = *mind.out.memory.silent_since.get_or_insert(now);
     if mind.o.task.is_none()
+        && !mind.is_paused()
         && now.since(since) >= mind.settings.ttl()
         && can_hand_over(mind, view, l)
     {
@@ -109,8 +118,13 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
         );
         return mind.start(Task::StartStandby);
     }
+    let ordered = view.orders.contains_key(&mind.o.me.id);
+    if mind.is_paused() && !ordered {
+        let text = "PostgreSQL is down, and nobody starts it or takes over until `craton resume`";
+        return mind.because("stopped_in_pause", text);
+    }
     // Also when it is closed: PostgreSQL may fail to start in place for good, and others come back.
-    if can_hand_over(mind, view, l) {
+    if !ordered && can_hand_over(mind, view, l) {
         mind.because(
             "handing_over",
             "PostgreSQL died here and another member can be promoted now",
@@ -288,6 +302,29 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
     }
     sync_rule(mind, view, l, s);
     request_rule(mind, view, l, s);
+    pause_rule(mind, view, l);
+    if l.open {
+        schedule_rule(mind, view, l, s);
+        rolling_rule(mind, view, l, s);
+    }
+}
+
+/// A pause with an end is over by itself; the leader takes it off the board.
+fn pause_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    if view.pause.is_none() || mind.is_paused() {
+        return;
+    }
+    let history = mind.event(
+        view,
+        l.term,
+        "resumed",
+        "the pause is over: its time is up".into(),
+    );
+    mind.submit(Change {
+        expect: vec![(Key::Pause, view.revision_of(&Key::Pause))],
+        puts: vec![history],
+        deletes: vec![Key::Pause],
+    });
 }
 
 /// Roles and functions come before the first client. The task may be repeated.

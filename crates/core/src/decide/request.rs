@@ -5,13 +5,17 @@ use std::time::Duration;
 use super::leader::can_hand_over;
 use super::{Mind, StopHow, Task, standby};
 use crate::observe::Server;
-use crate::records::{Change, ClusterView, Key, Leadership, Record, Request, RequestPhase};
+use crate::records::{
+    Change, ClusterView, Key, Leadership, Record, Request, RequestKind, RequestPhase,
+};
 use crate::types::MemberId;
 
 /// Works on what the operator asked for.
 pub(super) fn request_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
     let Some(request) = view.request.as_ref().map(|r| &r.value) else {
-        mind.out.memory.holding = None;
+        if view.orders.is_empty() {
+            mind.out.memory.holding = None;
+        }
         return;
     };
     if request.term != l.term {
@@ -50,17 +54,17 @@ pub(super) fn request_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
             });
         }
         RequestPhase::Asked => {}
-        RequestPhase::Hold => hold_rule(mind, s, request),
+        RequestPhase::Hold => hold_rule(mind, s, request.id, "switchover"),
     }
 }
 
 /// Proxies hold; PostgreSQL stops cleanly when the running transactions are done, or the time is up.
-fn hold_rule(mind: &mut Mind<'_>, s: &Server, request: &Request) {
+pub(super) fn hold_rule(mind: &mut Mind<'_>, s: &Server, id: u64, why: &str) {
     let now = mind.o.now;
     let since = match mind.out.memory.holding {
-        Some((id, at)) if id == request.id => at,
+        Some((held, at)) if held == id => at,
         _ => {
-            mind.out.memory.holding = Some((request.id, now));
+            mind.out.memory.holding = Some((id, now));
             now
         }
     };
@@ -68,7 +72,7 @@ fn hold_rule(mind: &mut Mind<'_>, s: &Server, request: &Request) {
     // The first count may be older than the hold.
     let idle = s.active_transactions == Some(0) && now.since(since) >= HOLD_MIN;
     if idle || now.since(since) >= limit {
-        standby::stop(mind, StopHow::Fast, "switchover");
+        standby::stop(mind, StopHow::Fast, why);
     } else {
         mind.because("holding", "waiting for running transactions to end");
     }
@@ -85,20 +89,8 @@ fn obstacle(
     s: &Server,
     request: &Request,
 ) -> Option<String> {
-    let streams = |m: &MemberId| s.standbys.iter().any(|b| b.member == *m && b.streaming);
-    if let Some(to) = &request.to {
-        if *to == mind.o.me.id {
-            return Some(format!("{to} leads already"));
-        }
-        let Some(record) = view.members.get(to) else {
-            return Some(format!("there is no member {to}"));
-        };
-        if record.value.priority == 0 {
-            return Some(format!("{to} has priority 0: it never leads"));
-        }
-        if !streams(to) {
-            return Some(format!("{to} does not stream from {}", mind.o.me.id));
-        }
+    if let Some(why) = unfit(mind, view, s, request.to.as_ref()) {
+        return Some(why);
     }
     if request.phase == RequestPhase::Asked && !can_hand_over(mind, view, l) {
         return Some(format!(
@@ -107,6 +99,107 @@ fn obstacle(
         ));
     }
     None
+}
+
+/// Why the wanted member cannot lead next.
+fn unfit(
+    mind: &Mind<'_>,
+    view: &ClusterView,
+    s: &Server,
+    wanted: Option<&MemberId>,
+) -> Option<String> {
+    let to = wanted?;
+    if *to == mind.o.me.id {
+        return Some(format!("{to} leads already"));
+    }
+    let Some(record) = view.members.get(to) else {
+        return Some(format!("there is no member {to}"));
+    };
+    if record.value.priority == 0 {
+        return Some(format!("{to} has priority 0: it never leads"));
+    }
+    if !s.standbys.iter().any(|b| b.member == *to && b.streaming) {
+        return Some(format!("{to} does not stream from {}", mind.o.me.id));
+    }
+    None
+}
+
+/// A scheduled switchover that cannot begin is tried again for this long.
+const SCHEDULE_LATE_MAX: Duration = Duration::from_secs(60);
+
+/// Turns a scheduled switchover into a request when its time has come; drops it, with the reason, when it
+/// could not begin in time.
+pub(super) fn schedule_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    let Some(schedule) = view.schedule.as_ref().map(|r| &r.value) else {
+        return;
+    };
+    if mind.o.wall_ms < schedule.at_ms {
+        return mind.because(
+            "scheduled",
+            format!("a switchover asked by {} is scheduled", schedule.by),
+        );
+    }
+    let late = Duration::from_millis(mind.o.wall_ms - schedule.at_ms);
+    let obstacle = unfit(mind, view, s, schedule.to.as_ref()).or_else(|| {
+        if view.request.is_some() {
+            Some("another change of leadership is in progress".to_owned())
+        } else if view.restart.is_some() {
+            Some("a rolling restart is in progress".to_owned())
+        } else if !can_hand_over(mind, view, l) {
+            Some(format!(
+                "too few standbys are there to elect a new leader safely (sync set: {})",
+                l.sync
+            ))
+        } else {
+            None
+        }
+    });
+    let key = (Key::Schedule, view.revision_of(&Key::Schedule));
+    match obstacle {
+        _ if late > SCHEDULE_LATE_MAX => {
+            let why = obstacle.unwrap_or_else(|| "nobody led at that time".to_owned());
+            let text = format!(
+                "the switchover that {} had scheduled did not begin within {} s of its time and is dropped: {why}",
+                schedule.by,
+                SCHEDULE_LATE_MAX.as_secs()
+            );
+            mind.because("schedule_dropped", text.clone());
+            let history = mind.event(view, l.term, "refused", text);
+            mind.submit(Change {
+                expect: vec![key],
+                puts: vec![history],
+                deletes: vec![Key::Schedule],
+            });
+        }
+        Some(why) => mind.because(
+            "schedule_waits",
+            format!("the scheduled switchover waits: {why}"),
+        ),
+        None => {
+            mind.because(
+                "schedule_due",
+                "the time of the scheduled switchover has come",
+            );
+            let request = Request {
+                id: schedule.id,
+                kind: RequestKind::Switchover,
+                term: l.term,
+                to: schedule.to.clone(),
+                allow_data_loss: false,
+                phase: RequestPhase::Asked,
+                by: format!("{} (scheduled)", schedule.by),
+            };
+            mind.submit(Change {
+                expect: vec![
+                    key,
+                    (Key::Request, 0),
+                    (Key::Leadership, view.revision_of(&Key::Leadership)),
+                ],
+                puts: vec![Record::Request(request)],
+                deletes: vec![Key::Schedule],
+            });
+        }
+    }
 }
 
 fn refuse(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, request: &Request, why: &str) {

@@ -77,6 +77,17 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
     let may_win =
         l.durability == Durability::Async || (counted && l.sync.k > 0) || forced.is_some();
     let settled = mind.is_settled();
+    let wished = asked.is_some_and(|r| r.kind == RequestKind::Failover);
+    if mind.is_paused() && !wished {
+        if mind.o.lease_seen == LeaseSeen::Lapsed && settled {
+            let text = format!(
+                "the lease of {} seems over, and nobody takes over until `craton resume` (or `craton failover`)",
+                leader.member
+            );
+            mind.because("no_failover_in_pause", text);
+        }
+        return;
+    }
     match mind.o.lease_seen {
         LeaseSeen::Lapsed if may_win && settled => {
             mind.because(

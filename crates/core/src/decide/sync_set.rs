@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Mind, PROOF_SEEN_MAX, Task};
 use crate::observe::Server;
-use crate::records::{Change, ClusterView, Key, Leadership, Record};
+use crate::records::{Change, ClusterView, Key, Leadership, OrderKind, Record};
 use crate::settings::Durability;
 use crate::sync::{SyncInput, SyncSet, SyncStep, next_step};
 use crate::types::{Incarnation, Lsn, MemberId};
@@ -204,7 +204,7 @@ fn wanted_members(
         let in_v = l.sync.holds(&b.member, b.incarnation);
         let caught_up =
             b.flush_lsn > Lsn::ZERO && s.end.bytes_since(b.flush_lsn) <= CAUGHT_UP_BYTES;
-        if now.since(seen) < grace && (in_v || caught_up) {
+        if now.since(seen) < grace && (in_v || caught_up) && !leaves(view, l, &b.member) {
             wanted.insert(b.member.clone(), b.incarnation);
         }
     }
@@ -215,9 +215,23 @@ fn wanted_members(
             .any(|b| b.member == *member && b.streaming);
         let seen = mind.out.memory.healthy.get(member).map(|(_, at)| *at);
         let recently = seen.map_or(led_for < grace, |at| now.since(at) < grace);
-        if !connected && recently {
+        if !connected && recently && !leaves(view, l, member) {
             wanted.entry(member.clone()).or_insert(*incarnation);
         }
     }
     wanted
+}
+
+/// An order will take this member away: it leaves V before, so that no commit waits for it, and (a data
+/// directory that is thrown away) so that it is not needed. For a restart only where enough of V is left.
+fn leaves(view: &ClusterView, l: &Leadership, member: &MemberId) -> bool {
+    let ordered = |m: &MemberId| view.orders.get(m).map(|o| o.value.kind);
+    match ordered(member) {
+        None => false,
+        Some(OrderKind::Reinit) => true,
+        Some(OrderKind::Restart) => {
+            let left = l.sync.members.keys().filter(|m| ordered(m).is_none());
+            left.count() >= l.sync.k.max(1) as usize
+        }
+    }
 }

@@ -16,7 +16,6 @@ use crate::records::{
 use crate::settings::Durability;
 use crate::sync::StandbyView;
 use crate::topology::MemberRole;
-use crate::types::Incarnation;
 
 const SECOND: u64 = 1_000_000_000;
 const START: BootTime = BootTime(1000 * SECOND);
@@ -66,6 +65,8 @@ fn status(name: &str) -> MemberStatus {
         doing: String::new(),
         checkpoint_timeline: Some(TimelineId(1)),
         slots: BTreeMap::new(),
+        process: Some(1),
+        pending_restart: vec![],
     }
 }
 
@@ -124,6 +125,9 @@ impl Scene {
             peers: BTreeMap::new(),
             data: DataView::Empty,
             server: ServerView::Down,
+            process: Some(1),
+            config_stale: false,
+            pending: vec![],
             bootstrap_done: false,
             sealed: None,
             task: None,
