@@ -92,7 +92,7 @@ async fn open_pages_need_no_token_and_the_api_does() {
         "{health}"
     );
 
-    let request = SwitchoverRequest { to: None };
+    let request = SwitchoverRequest::default();
     for client in [stranger, Client::new(Token::new("another-token-entirely"))] {
         let error = client
             .post_json::<_, SwitchoverRequest>(&server.address, "/v1/echo", &request)

@@ -1,6 +1,7 @@
 //! `craton config`: the cluster-wide settings, and PostgreSQL's parameters for all members.
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::io::IsTerminal as _;
 use std::process::Command;
 use std::time::Duration;
@@ -284,10 +285,11 @@ fn as_toml(view: &ConfigView) -> String {
             toml::Value::from(row.value.as_str()).to_string()
         };
         text.push_str(&format_lines(&row.doc));
-        text.push_str(&format!(
+        let _ = write!(
+            text,
             "# {}; default {default}\n{} = {value}\n",
             row.range, row.name
-        ));
+        );
     }
     text.push_str("\n# PostgreSQL's parameters for every member.\n[postgresql]\n");
     for row in parameters {
@@ -296,7 +298,7 @@ fn as_toml(view: &ConfigView) -> String {
         let bare = name.trim_matches('"');
         let key = if bare.contains('.') { &name } else { bare };
         let value = toml::Value::from(row.value.as_str());
-        text.push_str(&format!("{key} = {value}\n"));
+        let _ = writeln!(text, "{key} = {value}");
     }
     text
 }
