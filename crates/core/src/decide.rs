@@ -13,6 +13,8 @@ mod standby;
 mod sync_set;
 mod vote;
 
+pub use vote::next_sync;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

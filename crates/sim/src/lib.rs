@@ -20,6 +20,7 @@ mod event;
 mod faults;
 mod flaw;
 mod member;
+pub mod model;
 mod postgres;
 mod replication;
 mod rng;

@@ -247,7 +247,7 @@ fn win(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: &Seal, why
 
 /// 3.1, rule 5: V' = V plus the old leader, less the winner, and k' = k. Every acknowledged commit is on
 /// k + 1 of the former leader and V, so on k of V' whoever won.
-fn next_sync(l: &Leadership, winner: &MemberRef) -> SyncSet {
+pub fn next_sync(l: &Leadership, winner: &MemberRef) -> SyncSet {
     if l.durability == Durability::Async || l.allow_data_loss {
         return SyncSet::default();
     }
