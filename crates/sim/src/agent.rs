@@ -328,7 +328,12 @@ impl World {
                     self.members[m].lease_file = None;
                     self.members[m].fence = None;
                 }
-                for v in 0..self.members.len() {
+                let voters = if self.net.away[m] {
+                    0
+                } else {
+                    self.members.len()
+                };
+                for v in 0..voters {
                     self.send(m, v, Msg::Release { term });
                 }
             }
@@ -375,6 +380,9 @@ impl World {
             yes: BTreeSet::new(),
         };
         agent.renewals.insert(id, poll);
+        if self.net.away[m] {
+            return;
+        }
         for v in 0..self.members.len() {
             self.send(m, v, Msg::Renew { id, term, ttl });
         }
@@ -452,7 +460,9 @@ impl World {
                 self.wake(to);
             }
             Msg::AskFree { id, term, ttl } => {
-                if self.members[to].voter.free(term, ttl, now, amnesia) {
+                // It is noted on disk before it is said.
+                let hung = self.members[to].disk_hung || self.members[to].disk_full;
+                if !hung && self.members[to].voter.free(term, ttl, now, amnesia) {
                     self.send(to, from, Msg::Free { id });
                 }
             }
@@ -488,6 +498,9 @@ impl World {
             yes: BTreeSet::new(),
         };
         agent.free = Some((id, poll, open));
+        if self.net.away[m] {
+            return;
+        }
         for v in 0..self.members.len() {
             self.send(m, v, Msg::AskFree { id, term, ttl });
         }
@@ -527,7 +540,7 @@ impl World {
         } else {
             0
         };
-        let delay = self.latency() + odd;
+        let delay = self.latency() + odd + self.net.store_lag[m];
         let change = Box::new(change);
         self.submitted += 1;
         self.after(
@@ -600,7 +613,7 @@ impl World {
             let life = self.members[m].agent.as_ref().map(|a| a.life);
             if let Some(life) = life.filter(|_| self.has_majority(m)) {
                 let odd = if self.rng.chance(3) { 200 * MS } else { 0 };
-                let delay = self.latency() + odd;
+                let delay = self.latency() + odd + self.net.store_lag[m];
                 let view = Rc::clone(view);
                 self.after(delay, Event::View { m, life, view });
             }

@@ -149,6 +149,18 @@ impl Event {
         }
     }
 
+    /// True if it cannot happen while the disk answers to nothing.
+    pub fn needs_disk(&self) -> bool {
+        matches!(
+            self,
+            Self::Flushed { .. }
+                | Self::Step { .. }
+                | Self::Ready { .. }
+                | Self::Exact { .. }
+                | Self::Stopping { .. }
+        )
+    }
+
     /// True if it happens inside the agent process.
     pub fn is_agents(&self) -> bool {
         matches!(

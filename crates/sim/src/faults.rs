@@ -33,6 +33,10 @@ pub enum Fault {
     CutPair(usize, usize),
     /// The disk answers slowly.
     SlowDisk(usize),
+    /// The disk answers to nothing.
+    HungDisk(usize),
+    /// The disk takes nothing more.
+    FullDisk(usize),
     /// Messages get lost.
     Loss,
     /// Messages take long.
@@ -68,6 +72,10 @@ pub enum Repair {
     Link(usize, usize),
     /// The disk is itself again.
     Disk(usize),
+    /// What waited for the disk goes on.
+    DiskAnswers(usize),
+    /// There is room on the disk again.
+    Room(usize),
     /// The network is itself again.
     Net,
     /// WAL comes in time again.
@@ -85,6 +93,8 @@ pub struct Faults {
     disk_lost: bool,
     /// Numbers of operators' requests.
     requests: u64,
+    /// All faults so far, those that were left out among them.
+    pub drawn: Vec<(u64, Fault)>,
 }
 
 impl World {
@@ -134,7 +144,7 @@ impl World {
         let m = self.victim();
         let n = self.members.len();
         let other = (m + 1 + self.rng.below(n.saturating_sub(1).max(1))) % n;
-        match self.rng.below(19) {
+        match self.rng.below(21) {
             0 | 1 => Fault::CrashHost(m),
             2 => Fault::KillPostgres(m),
             3 => Fault::KillAgent(m),
@@ -151,6 +161,8 @@ impl World {
             14 => Fault::LagWal(m),
             15 => Fault::DeafVoters,
             16 | 17 => Fault::Ambush,
+            18 => Fault::HungDisk(m),
+            19 => Fault::FullDisk(m),
             _ if self.rng.chance(50) => Fault::Switchover(Some(other)),
             _ => Fault::Switchover(None),
         }
@@ -161,6 +173,11 @@ impl World {
         self.log(|_| format!("FAULT {fault:?}"));
         if self.faults.calm {
             return;
+        }
+        let number = self.faults.drawn.len();
+        self.faults.drawn.push((self.now, fault));
+        if self.options.skip.contains(&number) {
+            return self.log(|_| "      left out".into());
         }
         let long = if self.rng.chance(25) {
             8 * SECOND
@@ -179,16 +196,11 @@ impl World {
                 self.crash_host(m);
                 Repair::StartHost(m)
             }
-            Fault::LoseDisk(m) => {
-                // Two copies at once are more than k = 1 promises to survive: only out of a whole cluster.
-                // A leader on its way to going alone may be thought alone whether it was or not.
-                if !self.faults.disk_lost && self.is_whole() && self.submitted == 0 {
-                    self.members[m].data = Data::Empty;
-                    self.faults.disk_lost = true;
-                }
-                self.crash_host(m);
-                Repair::StartHost(m)
-            }
+            Fault::LoseDisk(m)
+            | Fault::SlowDisk(m)
+            | Fault::HungDisk(m)
+            | Fault::FullDisk(m)
+            | Fault::LagWal(m) => self.strike_disk(fault, m),
             Fault::KillPostgres(m) => {
                 self.pg_exit(m, false);
                 return None;
@@ -221,10 +233,6 @@ impl World {
                 self.net.cut[b][a] = a != b;
                 Repair::Link(a, b)
             }
-            Fault::SlowDisk(m) => {
-                self.members[m].disk_factor = self.rng.between(5, 200);
-                Repair::Disk(m)
-            }
             Fault::Loss => {
                 self.net.loss = self.rng.between(5, 40);
                 Repair::Net
@@ -233,17 +241,13 @@ impl World {
                 self.net.delay_factor = self.rng.between(5, 200);
                 Repair::Net
             }
-            Fault::LagWal(m) => {
-                self.net.wal_lag[m] = self.rng.between(200 * MS, 6 * SECOND);
-                Repair::Wal(m)
-            }
             Fault::CrashLeader => {
                 let m = self.leader()?;
                 self.crash_host(m);
                 Repair::StartHost(m)
             }
             Fault::Switchover(to) => {
-                self.ask_switchover(to);
+                self.ask(RequestKind::Switchover, to);
                 return None;
             }
             Fault::DeafVoters => {
@@ -258,7 +262,40 @@ impl World {
         Some(repair)
     }
 
-    fn leader(&self) -> Option<usize> {
+    /// What befalls a disk, or the WAL on its way to it.
+    fn strike_disk(&mut self, fault: Fault, m: usize) -> Repair {
+        match fault {
+            Fault::LoseDisk(_) => {
+                // Two copies at once are more than k = 1 promises to survive: only out of a whole cluster.
+                // A leader on its way to going alone may be thought alone whether it was or not.
+                if !self.faults.disk_lost && self.is_whole() && self.submitted == 0 {
+                    self.members[m].data = Data::Empty;
+                    self.faults.disk_lost = true;
+                }
+                self.crash_host(m);
+                Repair::StartHost(m)
+            }
+            Fault::SlowDisk(_) => {
+                self.members[m].disk_factor = self.rng.between(5, 200);
+                Repair::Disk(m)
+            }
+            Fault::HungDisk(_) => {
+                self.members[m].disk_hung = true;
+                Repair::DiskAnswers(m)
+            }
+            Fault::FullDisk(_) => {
+                self.members[m].disk_full = true;
+                Repair::Room(m)
+            }
+            _ => {
+                self.net.wal_lag[m] = self.rng.between(200 * MS, 6 * SECOND);
+                Repair::Wal(m)
+            }
+        }
+    }
+
+    /// The leader by the coordinator's word.
+    pub fn leader(&self) -> Option<usize> {
         let view = self.store.view();
         self.number(&view.leader()?.member)
     }
@@ -302,7 +339,8 @@ impl World {
         }
     }
 
-    fn crash_host(&mut self, m: usize) {
+    /// The host loses power.
+    pub fn crash_host(&mut self, m: usize) {
         self.pg_exit(m, true);
         let member = &mut self.members[m];
         member.up = false;
@@ -315,7 +353,8 @@ impl World {
         member.fence = None;
     }
 
-    fn ask_switchover(&mut self, to: Option<usize>) {
+    /// An operator asks; a failover accepts a loss.
+    pub fn ask(&mut self, kind: RequestKind, to: Option<usize>) {
         self.faults.requests += 1;
         let view = self.store.view();
         let term = view.leadership.as_ref().map(|l| l.value.term);
@@ -324,10 +363,10 @@ impl World {
         };
         let request = Request {
             id: self.faults.requests,
-            kind: RequestKind::Switchover,
+            kind,
             term,
             to: to.map(|m| self.name(m)),
-            allow_data_loss: false,
+            allow_data_loss: kind == RequestKind::Failover,
             phase: RequestPhase::Asked,
             by: "operator".into(),
         };
@@ -371,6 +410,11 @@ impl World {
                 self.net.cut[b][a] = false;
             }
             Repair::Disk(m) => self.members[m].disk_factor = 1,
+            Repair::DiskAnswers(m) => {
+                self.members[m].disk_hung = false;
+                self.go_on(m);
+            }
+            Repair::Room(m) => self.members[m].disk_full = false,
             Repair::Wal(m) => self.net.wal_lag[m] = 0,
             Repair::Net => {
                 self.net.loss = 0;
@@ -399,6 +443,8 @@ impl World {
             self.repair(Repair::Join(m));
             self.repair(Repair::Disk(m));
             self.repair(Repair::Wal(m));
+            self.repair(Repair::Room(m));
+            self.repair(Repair::DiskAnswers(m));
             if self.members[m].frozen {
                 self.repair(Repair::ThawHost(m));
             }
@@ -474,7 +520,7 @@ impl World {
     }
 
     /// The state of the cluster, for a failed run.
-    fn describe(&self) -> String {
+    pub fn describe(&self) -> String {
         use std::fmt::Write as _;
         let view = self.store.view();
         let mut text = format!("{:?}", view.leadership.as_ref().map(|l| &l.value));

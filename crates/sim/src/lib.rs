@@ -24,6 +24,8 @@ pub mod model;
 mod postgres;
 mod replication;
 mod rng;
+pub mod scenario;
+pub mod shrink;
 mod status;
 mod store;
 mod tasks;
@@ -52,6 +54,8 @@ pub struct Options {
     pub ambushes: bool,
     /// A rule to break on purpose.
     pub flaw: Option<Flaw>,
+    /// Faults that are drawn and do not strike, by their number: for the search of those that matter.
+    pub skip: std::collections::BTreeSet<usize>,
     /// Keep a trace.
     pub trace: bool,
 }
@@ -66,6 +70,7 @@ impl Default for Options {
             lying_clocks: false,
             ambushes: false,
             flaw: None,
+            skip: std::collections::BTreeSet::new(),
             trace: false,
         }
     }
@@ -90,6 +95,10 @@ pub struct Outcome {
     pub decisions: u64,
     /// Events that were handled.
     pub steps: u64,
+    /// The times and numbers of all events, hashed: two runs that differ anywhere differ here.
+    pub digest: u64,
+    /// All faults that were drawn, with their times.
+    pub faults: Vec<String>,
     /// What happened, a line each; empty unless asked for.
     pub trace: String,
 }
@@ -108,6 +117,13 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         settled_after_ms: world.settled_after.map(|t| t / world::MS),
         decisions: world.decisions,
         steps: world.steps,
+        digest: world.digest,
+        faults: world
+            .faults
+            .drawn
+            .iter()
+            .map(|(at, fault)| format!("{:6} ms  {fault:?}", at / world::MS))
+            .collect(),
         trace: world.trace,
     }
 }

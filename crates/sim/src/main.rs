@@ -3,11 +3,14 @@
 use std::io::{self, Write as _};
 use std::process::ExitCode;
 
+mod model_command;
+
 use craton_core::settings::Durability;
+use craton_sim::shrink::shrink;
 use craton_sim::{Flaw, Options, Outcome, run};
 
 /// How it is called.
-const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--fault-seconds S] [--flaw NAME] [--keep-going]
+const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--fault-seconds S] [--flaw NAME] [--shrink] [--skip N,N,…] [--keep-going]
   --seed N         run one seed and print what broke; with --trace also everything that happened
   --seeds A..B     run the seeds from A to B - 1 (default 0..1000)
   --members N      2 to 26 members (default 3)
@@ -16,6 +19,8 @@ const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST
   --lying-clocks   clocks run at any rate, and there is no fence
   --ambushes       only rare orders of events, made to order
   --flaw NAME      break a rule on purpose: one-seal-too-few, no-wait, old-leader-left-out, incarnation-forgotten, seal-keeps-streaming, no-fence, promises-forgotten
+  --shrink         leave out the faults that a failing seed does not need, and print those that matter
+  --skip N,N,…     faults that do not strike, by number, as --shrink prints them
   --keep-going     do not stop at the first seed that fails
 ";
 
@@ -24,7 +29,11 @@ struct Args {
     first: u64,
     last: u64,
     keep_going: bool,
+    shrink: bool,
 }
+
+/// Runs that shrinking a failing seed may take.
+const SHRINK_RUNS_MAX: usize = 2000;
 
 fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
     let mut parsed = Args {
@@ -32,6 +41,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
         first: 0,
         last: 1000,
         keep_going: false,
+        shrink: false,
     };
     while let Some(arg) = args.next() {
         let mut value = || args.next().ok_or_else(|| format!("{arg} needs a value"));
@@ -65,6 +75,13 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             "--lying-clocks" => parsed.options.lying_clocks = true,
             "--ambushes" => parsed.options.ambushes = true,
             "--trace" => parsed.options.trace = true,
+            "--shrink" => parsed.shrink = true,
+            "--skip" => {
+                for text in value()?.split(',') {
+                    let fault = usize::try_from(number(text.into())?).unwrap_or(usize::MAX);
+                    parsed.options.skip.insert(fault);
+                }
+            }
             "--keep-going" => parsed.keep_going = true,
             "--flaw" => {
                 let name = value()?;
@@ -105,7 +122,35 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
         more.push_str(" --flaw ");
         more.push_str(flaw.name());
     }
-    writeln!(out, "replay: make sim SEED={} ARGS=\"{more}\"", o.seed)
+    writeln!(out, "replay: make sim SEED={} ARGS=\"{more}\"", o.seed)?;
+    if args.shrink {
+        report_shrunk(out, args, o.seed, &more)?;
+    }
+    Ok(())
+}
+
+fn report_shrunk(out: &mut impl io::Write, args: &Args, seed: u64, more: &str) -> io::Result<()> {
+    let Some(shrunk) = shrink(seed, &args.options, SHRINK_RUNS_MAX) else {
+        return Ok(());
+    };
+    writeln!(
+        out,
+        "after {} runs these faults are left of {}:",
+        shrunk.runs,
+        shrunk.outcome.faults.len()
+    )?;
+    for fault in shrunk.faults() {
+        writeln!(out, "  {fault}")?;
+    }
+    for violation in &shrunk.outcome.violations {
+        writeln!(out, "  broke: {violation}")?;
+    }
+    let skip: Vec<String> = shrunk.skip.iter().map(usize::to_string).collect();
+    writeln!(
+        out,
+        "replay: make sim SEED={seed} ARGS=\"{more} --skip {}\"",
+        skip.join(",")
+    )
 }
 
 fn simulate(out: &mut impl io::Write, args: &Args) -> io::Result<bool> {
@@ -134,7 +179,24 @@ fn simulate(out: &mut impl io::Write, args: &Args) -> io::Result<bool> {
     Ok(failed == 0)
 }
 
+/// The explicit-state check.
+fn check_model() -> ExitCode {
+    match model_command::run(&mut io::stdout().lock(), std::env::args().skip(2)) {
+        Ok(Ok(true)) => ExitCode::SUCCESS,
+        Ok(Ok(false)) => ExitCode::FAILURE,
+        Ok(Err(error)) => {
+            let _ = write!(io::stderr(), "{error}\n{}", model_command::USAGE);
+            ExitCode::from(2)
+        }
+        // The reader went away.
+        Err(_) => ExitCode::from(2),
+    }
+}
+
 fn main() -> ExitCode {
+    if std::env::args().nth(1).is_some_and(|a| a == "model") {
+        return check_model();
+    }
     let args = match parse(std::env::args().skip(1)) {
         Ok(args) => args,
         Err(error) => {

@@ -115,6 +115,10 @@ pub struct Member {
     pub held: Vec<Event>,
     /// Its disk is this many times slower than usual.
     pub disk_factor: u64,
+    /// Its disk answers to nothing.
+    pub disk_hung: bool,
+    /// Its disk takes nothing more.
+    pub disk_full: bool,
     /// Durable: the data directory.
     pub data: Data,
     /// Durable: the life of the data directory.

@@ -73,6 +73,10 @@ impl World {
 
     /// It answers.
     pub fn pg_ready(&mut self, m: usize, run: u64) {
+        if self.members[m].disk_full && self.pg(m, run).is_some() {
+            // It starts by writing.
+            return self.pg_exit(m, false);
+        }
         let Some(pg) = self.pg(m, run) else { return };
         pg.ready = true;
         if pg.start_primary {
@@ -411,6 +415,8 @@ impl World {
                 pg.receiver_retry_at = now + RETRY;
                 self.conns.remove(&conn);
             }
+            // "could not write to file": PANIC, and the server ends.
+            WalMsg::Data { .. } if self.members[m].disk_full => self.pg_exit(m, false),
             WalMsg::Data { from, records } => {
                 let Some(db) = self.members[m].data.database_mut() else {
                     return;
@@ -598,6 +604,10 @@ impl World {
         let Some(pg) = &member.pg else { return false };
         let open = pg.ready && pg.primary && !pg.stopping && member.up && !member.frozen;
         let run = pg.run;
+        if open && member.disk_full {
+            self.pg_exit(m, false);
+            return false;
+        }
         if open {
             let upto = self.append(m, Kind::Commit);
             let delay = self.disk(m);

@@ -397,6 +397,7 @@ impl World {
                 let delay = self.rng.between(300 * MS, 2 * SECOND);
                 Step::Again(1, delay)
             }
+            1 if self.members[m].disk_full => Step::Failed("no space left on device"),
             1 => match self.source(m, from, false) {
                 Some(copy) => {
                     self.members[m].data = Data::Present(copy);
@@ -425,6 +426,7 @@ impl World {
                 let delay = self.rng.between(100 * MS, SECOND);
                 Step::Again(2, delay)
             }
+            2 if self.members[m].disk_full => Step::Failed("no space left on device"),
             2 => match self.source(m, from, true) {
                 Some(copy) => {
                     self.members[m].data = Data::Present(copy);

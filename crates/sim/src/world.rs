@@ -40,6 +40,10 @@ pub struct Net {
     pub delay_factor: u64,
     /// WAL takes this much longer to a member, nanoseconds.
     pub wal_lag: Vec<u64>,
+    /// `away[m]`: the member reaches neither the store nor the voters, its own among them.
+    pub away: Vec<bool>,
+    /// A member's transactions take this much longer to the store, nanoseconds.
+    pub store_lag: Vec<u64>,
 }
 
 /// Everything there is.
@@ -81,11 +85,25 @@ pub struct World {
     pub steps: u64,
     /// Decisions made.
     pub decisions: u64,
+    /// Of every event, its time and its number: two runs that differ anywhere differ here.
+    pub digest: u64,
 }
 
 impl World {
-    /// A world at rest: hosts without data, agents about to start.
+    /// A world with agents about to start, clients, and faults to come.
     pub fn new(seed: u64, options: &Options) -> Self {
+        let mut world = Self::at_rest(seed, options);
+        for m in 0..options.members {
+            let at = world.rng.between(0, 500 * MS);
+            world.at(at, Event::Repair(crate::faults::Repair::StartAgent(m)));
+        }
+        world.at(100 * MS, Event::Client);
+        world.start_faults();
+        world
+    }
+
+    /// A world in which nothing happens by itself: hosts without data, no agents, no clients, no faults.
+    pub fn at_rest(seed: u64, options: &Options) -> Self {
         let mut rng = Rng::new(seed);
         let settings = Settings {
             durability: options.durability,
@@ -97,7 +115,7 @@ impl World {
             .collect();
         let check = Checker::new(options.durability);
         let n = options.members;
-        let mut world = Self {
+        Self {
             options: options.clone(),
             settings,
             now: 0,
@@ -111,6 +129,8 @@ impl World {
                 loss: 0,
                 delay_factor: 1,
                 wal_lag: vec![0; n],
+                away: vec![false; n],
+                store_lag: vec![0; n],
             },
             conns: BTreeMap::new(),
             check,
@@ -122,14 +142,8 @@ impl World {
             settled_after: None,
             steps: 0,
             decisions: 0,
-        };
-        for m in 0..n {
-            let at = world.rng.between(0, 500 * MS);
-            world.at(at, Event::Repair(crate::faults::Repair::StartAgent(m)));
+            digest: 0,
         }
-        world.at(100 * MS, Event::Client);
-        world.start_faults();
-        world
     }
 
     /// A number that was not used before.
@@ -176,26 +190,42 @@ impl World {
     /// Runs to the end.
     pub fn run(&mut self) {
         while !self.over && self.check.violations.is_empty() {
-            let Some(((time, _), event)) = self.queue.pop_first() else {
+            if !self.step() {
                 break;
-            };
-            self.now = time;
-            self.steps += 1;
-            if let Some(m) = event.host() {
-                let member = &mut self.members[m];
-                let waits = member.frozen || (member.agent_frozen && event.is_agents());
-                if waits {
-                    if member.held.len() < HELD_MAX {
-                        member.held.push(event);
-                    }
-                    continue;
-                }
-                if !member.up {
-                    continue;
-                }
             }
-            self.handle(event);
         }
+    }
+
+    /// When the next event is due.
+    pub fn next_at(&self) -> Option<u64> {
+        self.queue.first_key_value().map(|((time, _), _)| *time)
+    }
+
+    /// The next event happens; false if there is none.
+    pub fn step(&mut self) -> bool {
+        let Some(((time, id), event)) = self.queue.pop_first() else {
+            return false;
+        };
+        self.now = time;
+        self.steps += 1;
+        self.digest = Rng::new(self.digest ^ time ^ id.rotate_left(32)).next();
+        if let Some(m) = event.host() {
+            let member = &mut self.members[m];
+            let waits = member.frozen
+                || (member.agent_frozen && event.is_agents())
+                || (member.disk_hung && event.needs_disk());
+            if waits {
+                if member.held.len() < HELD_MAX {
+                    member.held.push(event);
+                }
+                return true;
+            }
+            if !member.up {
+                return true;
+            }
+        }
+        self.handle(event);
+        true
     }
 
     fn handle(&mut self, event: Event) {
@@ -268,7 +298,7 @@ impl World {
         let heard = (0..self.members.len())
             .filter(|v| lives(*v) && !self.net.cut[m][*v] && !self.net.cut[*v][m])
             .count();
-        lives(m) && heard > self.members.len() / 2
+        lives(m) && !self.net.away[m] && heard > self.members.len() / 2
     }
 
     /// Nothing is lost if a standby's agent reads this state of the world later.
@@ -301,6 +331,8 @@ impl Member {
             thawed_at: 0,
             held: Vec::new(),
             disk_factor: 1,
+            disk_hung: false,
+            disk_full: false,
             data: Data::Empty,
             incarnation: None,
             floor: craton_core::Term(0),

@@ -1,6 +1,7 @@
 //! Hundreds of clusters, each from a seed: no invariant breaks, and a rule broken on purpose is found out.
 
 use craton_core::settings::Durability;
+use craton_sim::shrink::shrink;
 use craton_sim::{Flaw, Options, run};
 
 /// Runs the seeds; the first that fails names the command that replays it.
@@ -120,6 +121,65 @@ fn the_same_seed_gives_the_same_trace() {
     assert!(a.trace.len() > 10_000, "there is a trace");
     assert_eq!(a, b);
     assert_ne!(a.trace, run(8, &options).trace);
+}
+
+/// Whatever the options: a run depends on nothing but its seed.
+#[test]
+fn every_kind_of_run_gives_the_same_events_twice() {
+    let kinds = [
+        Options::default(),
+        ambushes(),
+        Options {
+            durability: Durability::Async,
+            ..Options::default()
+        },
+        Options {
+            members: 5,
+            sync_standbys: 2,
+            ..Options::default()
+        },
+        Options {
+            lying_clocks: true,
+            members: 2,
+            ..Options::default()
+        },
+    ];
+    for options in &kinds {
+        let mut digests = std::collections::BTreeSet::new();
+        for seed in 0..25 {
+            let (a, b) = (run(seed, options), run(seed, options));
+            assert_eq!(a, b, "seed {seed} of {options:?} ran differently");
+            digests.insert(a.digest);
+        }
+        assert_eq!(digests.len(), 25, "two seeds gave the same run");
+    }
+}
+
+#[test]
+fn a_failing_run_shrinks_to_the_faults_that_matter() {
+    let options = Options {
+        flaw: Some(Flaw::NoFence),
+        ..Options::default()
+    };
+    let seed = (0..SEEDS_FOR_A_FLAW).find(|seed| !run(*seed, &options).violations.is_empty());
+    let seed = seed.unwrap_or_default();
+    let before = run(seed, &options);
+    let Some(shrunk) = shrink(seed, &options, 150) else {
+        unreachable!("it fails");
+    };
+    assert!(!shrunk.outcome.violations.is_empty());
+    let (left, all) = (shrunk.faults().count(), before.faults.len());
+    assert!(left > 0 && left < all, "{left} of {all}");
+    let again = Options {
+        skip: shrunk.skip.clone(),
+        ..options
+    };
+    assert_eq!(run(seed, &again), shrunk.outcome, "it can be replayed");
+    assert_eq!(
+        shrink(seed, &Options::default(), 150),
+        None,
+        "nothing fails"
+    );
 }
 
 #[test]
