@@ -61,7 +61,7 @@ bench: build ## outages and losses, measured by drills (long)
 
 bench-failover: setup ## Craton beside Patroni, same faults, about 40 minutes (root; RUNS=3 PATRONI_RUNS=1 FAULTS=… SYSTEMS=…)
 	benches/failover/install.sh $(abspath $(TARGET_DIR))/patroni
-	PATRONI_VENV=$(abspath $(TARGET_DIR))/patroni OUT=$(or $(OUT),$(abspath $(TARGET_DIR))/failover.jsonl) $(CARGO) bench --locked -p craton --bench failover
+	CRATON_TEST_DISKS=$(or $(DISKS),/dev/shm) PATRONI_VENV=$(abspath $(TARGET_DIR))/patroni OUT=$(or $(OUT),$(abspath $(TARGET_DIR))/failover.jsonl) $(CARGO) bench --locked -p craton --bench failover
 
 fuzz: ## there are no fuzz targets yet
 	@echo "there are no fuzz targets yet; property tests of the parsers run in 'make test'"

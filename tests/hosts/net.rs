@@ -5,6 +5,7 @@
 //! No address outside the made namespaces is used, and none of the machine's own interfaces, so neither its
 //! firewall nor other runs can meet what happens here.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::os::fd::AsFd as _;
@@ -25,6 +26,11 @@ const NETNS: &str = "/run/netns";
 
 /// Bytes of a host's file system. It is sparse: only what is written costs.
 const DISK_BYTES: u64 = 3 << 30;
+
+/// How a process comes to a host: into its control group, and into a session of its own, as a service manager
+/// starts it. Ctrl-C is for the trial, which takes everything down in order; and schedulers that share the
+/// processors out by session take each daemon for what it is on a host of its own.
+const ENTER: &str = "echo $$ > \"$0\" && exec setsid \"$@\"";
 
 /// How long killed processes may take to be gone.
 const GONE_WITHIN: Duration = Duration::from_secs(20);
@@ -266,7 +272,7 @@ fn remove(name: &str, cgroups: &Path) {
     };
     let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
     let below = format!("{}/", dir.display());
-    let places: Vec<&str> = mounts
+    let places: BTreeSet<&str> = mounts
         .lines()
         .filter_map(|l| l.split(' ').nth(1))
         .filter(|place| place.starts_with(&below))
@@ -281,8 +287,12 @@ fn remove(name: &str, cgroups: &Path) {
         .filter(mine)
     {
         let group = entry.path();
+        let segments = mapped_segments(&group);
         let _ = std::fs::write(group.join("cgroup.kill"), "1");
         wait_empty(&group);
+        for segment in segments {
+            let _ = std::fs::remove_file(segment);
+        }
         let _ = std::fs::remove_dir(&group);
     }
     let starved = mounted("cgroup", "cpu").map(std::fs::read_dir);
@@ -304,6 +314,16 @@ fn remove(name: &str, cgroups: &Path) {
         }
     }
     let _ = std::fs::remove_dir_all(&dir);
+    let images = std::env::var_os("CRATON_TEST_DISKS").map(std::fs::read_dir);
+    for entry in images
+        .into_iter()
+        .flatten()
+        .flatten()
+        .flatten()
+        .filter(mine)
+    {
+        let _ = std::fs::remove_file(entry.path());
+    }
     for entry in std::fs::read_dir(NETNS)
         .into_iter()
         .flatten()
@@ -315,6 +335,23 @@ fn remove(name: &str, cgroups: &Path) {
             &["netns", "del", &entry.file_name().to_string_lossy()],
         );
     }
+}
+
+/// What the processes of a group share in memory by name (PostgreSQL's segments, the fence's board), which
+/// outlives them when they are killed.
+fn mapped_segments(cgroup: &Path) -> BTreeSet<PathBuf> {
+    let pids = std::fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    let mut found = BTreeSet::new();
+    for pid in pids.lines() {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let names = maps.lines().filter_map(|l| l.split_whitespace().nth(5));
+        found.extend(
+            names
+                .filter(|n| n.starts_with("/dev/shm/"))
+                .map(PathBuf::from),
+        );
+    }
+    found
 }
 
 /// A killed PostgreSQL leaves its System V segment, which only its next start would remove.
@@ -353,7 +390,12 @@ pub fn pause() {
 
 impl Host {
     fn mount_disk(&mut self) {
-        let image = self.dir.with_extension("img");
+        // Where the images are says what a flush costs: `CRATON_TEST_DISKS=/dev/shm` takes the machine's own
+        // disk, and who else uses it, out of a measurement.
+        let image = match std::env::var_os("CRATON_TEST_DISKS") {
+            Some(place) => Path::new(&place).join(format!("{}.img", self.netns)),
+            None => self.dir.with_extension("img"),
+        };
         let file = std::fs::File::create(&image).expect("an image file");
         file.set_len(DISK_BYTES).expect("a sparse image");
         let image = image.to_str().expect("a plain path");
@@ -385,9 +427,7 @@ impl Host {
     pub fn command_as(&self, user: Option<&str>, program: &str, args: &[&str]) -> Command {
         let mut command = Command::new("sh");
         let procs = self.cgroup.join("cgroup.procs");
-        command
-            .args(["-c", "echo $$ > \"$0\" && exec \"$@\""])
-            .arg(procs);
+        command.args(["-c", ENTER]).arg(procs);
         command
             .arg("nsenter")
             .arg(format!("--net={NETNS}/{}", self.netns));

@@ -2,7 +2,6 @@
 
 use std::fs::OpenOptions;
 use std::future::Future;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::Child;
 use std::sync::{Mutex, PoisonError};
@@ -245,8 +244,7 @@ impl Daemons {
             .expect("a log file");
         let error = out.try_clone().expect("a second handle");
         let mut shell = host.command("sh", &args);
-        // Ctrl-C is for the trial, which takes everything down in order.
-        shell.process_group(0).stdout(out).stderr(error);
+        shell.stdout(out).stderr(error);
         let child = shell.spawn().expect("a shell");
         let mut children = self.children.lock().unwrap_or_else(PoisonError::into_inner);
         children.retain_mut(|c| c.try_wait().is_ok_and(|ended| ended.is_none()));
