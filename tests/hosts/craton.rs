@@ -320,7 +320,7 @@ impl System for Craton {
         Pace {
             hold_min: Duration::from_secs(4),
             hold_max: Duration::from_secs(15),
-            heal_within: Duration::from_secs(60),
+            heal_within: Duration::from_secs(90),
         }
     }
 
