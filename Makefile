@@ -9,7 +9,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO := cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build up down check verify fix test test-hosts sim model bench bench-failover fuzz images
+.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover fuzz images
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,10 @@ fix: setup ## format, apply what clippy knows, write the reference pages again
 	$(CARGO) clippy --locked --workspace --all-targets --fix --allow-dirty --allow-staged
 	CRATON_WRITE_DOCS=1 $(CARGO) test --locked -p craton --test tidy
 
-test: setup ## everything CI runs: all tests, on real PostgreSQL with PostGIS
+setup-tests:
+	@scripts/setup.sh --tests
+
+test: setup-tests ## everything CI runs: all tests, on real PostgreSQL with PostGIS
 	$(CARGO) test --locked --workspace
 
 test-hosts: setup ## every real fault on hosts in network namespaces (root; LONG=1: rolling kills for 20 minutes)
@@ -52,9 +55,6 @@ test-hosts: setup ## every real fault on hosts in network namespaces (root; LONG
 
 sim: setup ## the simulator: SEEDS=0..20000, or one seed with its trace: SEED=17
 	$(CARGO) run --release --locked -p craton-sim -- $(if $(SEED),--seed $(SEED) --trace,--seeds $(or $(SEEDS),0..20000)) $(ARGS)
-
-model: setup ## the model check, deeper than in the tests: DEPTH=1 to 3, or BROKEN=all for the harm that broken rules do
-	time $(CARGO) run --release --locked -p craton-sim -- model $(if $(BROKEN),--broken $(BROKEN),--level $(or $(DEPTH),2)) $(ARGS)
 
 bench: build ## outages and losses, measured by drills (long)
 	benches/drills.sh $(CRATON) $(RUNS)

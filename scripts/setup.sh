@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and running needs and this machine lacks, on Debian and Ubuntu: PostgreSQL with
 # PostGIS, a C compiler and linker, curl, Rust. Says what it does; does nothing where nothing is missing.
-# SETUP_SKIP=1 leaves everything as it is.
+# With --tests also what only tests need: etcd. SETUP_SKIP=1 leaves everything as it is.
 set -euo pipefail
 [ "${SETUP_SKIP:-0}" = 1 ] && exit 0
 export PATH="$PATH:$HOME/.cargo/bin"
@@ -52,6 +52,23 @@ install_packages() {
   say "installing: $*"
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >&2
 }
+
+# etcd for the tests, which start servers of their own. The package would start and enable a service: a policy
+# that says no to that stands while it is installed, and goes away with the script, whatever happens.
+install_etcd() {
+  local policy=/usr/sbin/policy-rc.d
+  if [ ! -e "$policy" ]; then
+    as_root sh -c "printf '#!/bin/sh\nexit 101\n' > $policy && chmod 755 $policy"
+    trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
+  fi
+  as_root apt-get update -qq >&2 || say "the package lists could not be brought up to date; trying with those that are there"
+  install_packages etcd-server etcd-client
+  if [ -d /run/systemd/system ]; then as_root systemctl disable --quiet etcd.service || true; fi
+}
+
+if [ "${1:-}" = --tests ] && ! { command -v etcd && command -v etcdctl; } >/dev/null; then
+  install_etcd
+fi
 
 if [ "${#missing[@]}" -gt 0 ]; then
   command -v apt-get >/dev/null || die "this is no Debian or Ubuntu; install by its own means what these packages hold: ${missing[*]}"

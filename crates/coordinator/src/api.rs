@@ -10,6 +10,8 @@ use craton_core::{BootTime, MemberId, Term};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::place::Place;
+
 /// A value with the revision that last changed it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Versioned {
@@ -22,7 +24,7 @@ pub struct Versioned {
 /// The whole store at one revision. It is small (tens of keys), so it is always handed out whole.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Snapshot {
-    /// Grows by one with every transaction that changed something.
+    /// Grows with every transaction that changed something.
     pub revision: u64,
     /// All keys.
     pub entries: BTreeMap<String, Versioned>,
@@ -167,6 +169,24 @@ pub trait Coordinator: Send + Sync + 'static {
 
     /// The announcements of all members, newest of each, pushed on change.
     fn presence(&self) -> watch::Receiver<PresenceMap>;
+
+    /// Where the records are kept now.
+    fn place(&self) -> Place {
+        Place::default()
+    }
+
+    /// Moves the records of the running cluster to another place; returns when they are there, or says why
+    /// not. Moving to where they are takes a move back that has not begun yet. Longer than other calls.
+    fn move_to(&self, place: Place) -> Answer<'_, ()> {
+        let why = format!("this coordinator cannot be moved to {place}");
+        Box::pin(std::future::ready(Err(CoordinatorError::Refused(why))))
+    }
+
+    /// Whether this process can read the records' store at `place`.
+    fn probe(&self, place: Place) -> Answer<'_, ()> {
+        let why = format!("this coordinator knows no other place than its own, so not {place}");
+        Box::pin(std::future::ready(Err(CoordinatorError::Refused(why))))
+    }
 }
 
 /// The longest any call takes.
