@@ -1,12 +1,13 @@
 //! Carries out the long tasks of a decision. Each can be repeated after a crash in the middle.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use craton_core::decide::{StopHow, Task};
+use craton_core::promise::{Answer, Ask, Book, Facts};
 use craton_core::records::{At, MemberRecord, Seal, Timelines};
 use craton_core::sync::{SyncSet, application_name};
-use craton_core::{Incarnation, Lsn, MemberId, Term, TimelineId};
+use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
     CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RelationNames, RolePasswords,
     StartMode, StopMode, SyncNames, Upstream,
@@ -16,6 +17,7 @@ use tokio::sync::watch;
 use crate::clock;
 use crate::config::Secrets;
 use crate::fencing::Fencing;
+use crate::promises::Told;
 use crate::server::{LocalServer, end_is_exact, sync_names};
 use crate::state::{MemberState, StateFile};
 use crate::{parameters, slots};
@@ -28,6 +30,10 @@ const KILL_MAX: Duration = Duration::from_secs(5);
 const PROMOTE_MAX: Duration = Duration::from_secs(30);
 /// How long a seal waits for PostgreSQL to have read its own WAL.
 const SEAL_MAX: Duration = Duration::from_secs(30);
+/// How long missing WAL is waited for before the next member may try.
+const CATCH_UP_MAX: Duration = Duration::from_secs(12);
+/// The end of a promise is looked for no more often than this.
+const PROMISE_LOOK: Duration = Duration::from_millis(5);
 /// How long one attempt to prove a sync set may take.
 const SYNC_MAX: Duration = Duration::from_secs(5);
 /// After a promotion the standbys' arrival is looked for this long, so that no commit waits for it.
@@ -66,6 +72,8 @@ pub struct Actor {
     pub secrets: Secrets,
     /// Incarnation and floor.
     pub state: Mutex<StateFile>,
+    /// Promises to the leader. Locked before `state` where both are.
+    pub book: Mutex<Book>,
     /// The fence.
     pub fencing: Arc<Fencing>,
     /// Progress of a clone.
@@ -101,6 +109,7 @@ impl Actor {
             version: 1,
             incarnation: Some(Incarnation(rand::random())),
             floor,
+            ..file.get().clone()
         };
         Ok(file.set(next)?)
     }
@@ -114,6 +123,78 @@ impl Actor {
         tracing::warn!("the member's state is lost: the data directory is a new incarnation");
         self.reborn(term)?;
         Ok(self.state().incarnation.unwrap_or_default())
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn note_promises(&self, longest: Duration) -> Result<(), std::io::Error> {
+        let mut file = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let next = MemberState {
+            promised_ms: u64::try_from(longest.as_millis()).unwrap_or(u64::MAX),
+            ..file.get().clone()
+        };
+        file.set(next)
+    }
+
+    /// The leader asks for a promise (2.7). Waits for the disk the first time.
+    pub fn promise(&self, ask: &Ask, known_term: Term) -> Told {
+        let no = |why: String| Told {
+            promised: false,
+            why,
+        };
+        let mut book = self.book();
+        let state = self.state();
+        let facts = Facts {
+            floor: state.floor,
+            incarnation: state.incarnation,
+            streams_from: self.server.streams_from(),
+            known_term,
+        };
+        let answer = match book.ask(clock::now(), ask, &facts) {
+            Answer::AfterNote(longest) => {
+                if let Err(error) = self.note_promises(longest) {
+                    return no(format!("the promise cannot be noted: {error}"));
+                }
+                book.noted(longest);
+                // It counts from now, not from before the disk.
+                book.ask(clock::now(), ask, &facts)
+            }
+            answer => answer,
+        };
+        match answer {
+            Answer::Yes => Told {
+                promised: true,
+                why: String::new(),
+            },
+            Answer::AfterNote(_) => no("the promise could not be noted".into()),
+            Answer::No(why) => no(why),
+        }
+    }
+
+    /// Until when this member seals for nobody; forgets on disk what has run out.
+    pub fn promised_until(&self) -> Option<BootTime> {
+        let now = clock::now();
+        let mut book = self.book();
+        if book.is_idle(now) {
+            match self.note_promises(Duration::ZERO) {
+                Ok(()) => book.noted(Duration::ZERO),
+                // Costs a wait after the next start, nothing else.
+                Err(error) => tracing::debug!(%error, "the end of a promise cannot be noted"),
+            }
+        }
+        book.held_until(now)
+    }
+
+    /// A promise and a seal exclude each other: waits for the end of one that runs.
+    async fn begin_seal(&self, term: Term) {
+        loop {
+            let held = self.book().begin_seal(clock::now(), term);
+            let Err(until) = held else { return };
+            tracing::info!(%term, "the seal waits for the end of a promise to the former leader");
+            tokio::time::sleep(until.since(clock::now()).max(PROMISE_LOOK)).await;
+        }
     }
 
     /// Every process of PostgreSQL ends now.
@@ -154,6 +235,12 @@ impl Actor {
             Task::Bootstrap => self.bootstrap().await,
             Task::Clone { from, term } => self.clone_from(&from, term, members).await,
             Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
+            Task::CatchUp {
+                from,
+                term,
+                timeline,
+                lsn,
+            } => self.catch_up(&from, term, (timeline, lsn), members).await,
             Task::SetSync(set) => self.set_sync(set).await,
             Task::Checkpoint => Ok(self.server.control.checkpoint(CHECKPOINT_MAX).await?),
             Task::Configure => self.configure().await,
@@ -302,6 +389,7 @@ impl Actor {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
         let incarnation = self.ensure_incarnation(term)?;
+        self.begin_seal(term).await;
         self.raise_floor(term)?;
         let config = self.server.managed(None, SyncNames::Nobody);
         self.server.set_upstream(None);
@@ -332,6 +420,54 @@ impl Actor {
                 )));
             }
             tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    }
+
+    /// 3.1.4: while sealed for `term`, streams what a sealed member holds beyond this one's end. Whatever comes of
+    /// it, the upstream is cut and a new seal made.
+    async fn catch_up(
+        &self,
+        from: &MemberId,
+        term: Term,
+        end: (TimelineId, Lsn),
+        members: &Members,
+    ) -> Result<(), ActError> {
+        let Some(process) = self.server.process() else {
+            return Err(ActError::Stale("PostgreSQL is not running".into()));
+        };
+        if self.state().floor > term {
+            return Err(ActError::Stale("sealed for a later term".into()));
+        }
+        // Until it is sealed again it holds more than it said.
+        self.server.set_sealed(None);
+        let mut upstream = self.upstream(from, members, "craton_replication")?;
+        // A standby's copy of the slot may stand behind what it has removed since.
+        upstream.slot = None;
+        let config = self.server.managed(Some(upstream), SyncNames::Nobody);
+        self.server.instance.write_config(&config).await?;
+        process.reload()?;
+        tracing::info!(%from, timeline = %end.0, lsn = %end.1, "getting the missing WAL");
+        let got = self.reaches(end, CATCH_UP_MAX).await;
+        self.seal(term).await?;
+        got
+    }
+
+    /// Waits until PostgreSQL has flushed WAL up to there.
+    async fn reaches(&self, end: (TimelineId, Lsn), limit: Duration) -> Result<(), ActError> {
+        let deadline = clock::now().after(limit);
+        loop {
+            let sample = self.server.control.sample(Duration::from_secs(1)).await?;
+            if sample.end_of_wal() >= end.1 {
+                return Ok(());
+            }
+            if clock::now() > deadline {
+                return Err(ActError::Stale(format!(
+                    "the missing WAL did not come within {limit:?}: it ends at {} and {} is wanted",
+                    sample.end_of_wal(),
+                    end.1
+                )));
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 

@@ -7,7 +7,8 @@ use std::time::Duration;
 use craton_coordinator::api::{Coordinator, CoordinatorError, LeaseHint, Txn, TxnOutcome};
 use craton_core::decide::{Decision, LeaseWish, Memory, OpenElection, Task, TaskKind, decide};
 use craton_core::observe::{
-    LeaseSeen, Me, MemberStatus, Observation, PeerView, ServerView, TaskFailure, TaskView,
+    LeaseSeen, Me, MemberStatus, Observation, PeerView, PromiseView, ServerView, TaskFailure,
+    TaskView,
 };
 use craton_core::records::ClusterView;
 use craton_core::topology::{MemberRole, Topology};
@@ -20,6 +21,7 @@ use crate::clock;
 use crate::config::AgentConfig;
 use crate::fencing::Fencing;
 use crate::lease::{LeaseKeeper, LeaseTiming};
+use crate::promises::Plan;
 use crate::server::LocalServer;
 use crate::store;
 use crate::views;
@@ -34,6 +36,9 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 const TASK_END_MAX: Duration = Duration::from_secs(20);
 /// After a committed transaction the local copy of the store is waited for this long at most.
 const ECHO_MAX: Duration = Duration::from_millis(500);
+
+/// While the leader lives on promises, a submission that came to nothing is not repeated sooner.
+const SUBMIT_PAUSE: Duration = Duration::from_millis(250);
 
 /// One observation with what was decided on it; published for the API and the metrics.
 pub type Seen = Arc<(Observation, Decision)>;
@@ -65,6 +70,8 @@ pub struct Agent {
     /// The store as last parsed, with its revision.
     parsed: Option<ClusterView>,
     bootstrap_done: bool,
+    /// Nothing is submitted before.
+    submit_after: BootTime,
     announced_at: Option<BootTime>,
     announced: Option<MemberStatus>,
     last_reasons: String,
@@ -111,6 +118,7 @@ impl Agent {
             known_from: None,
             parsed: None,
             bootstrap_done: false,
+            submit_after: BootTime(0),
             announced_at: None,
             announced: None,
             last_reasons: String::new(),
@@ -199,7 +207,11 @@ impl Agent {
         let Some(s) = self.submission.take_if(|s| s.handle.is_finished()) else {
             return;
         };
-        if let Ok(Some(revision)) = s.handle.await {
+        let outcome = s.handle.await;
+        if !matches!(outcome, Ok(Some(_))) {
+            self.submit_after = clock::now().after(SUBMIT_PAUSE);
+        }
+        if let Ok(Some(revision)) = outcome {
             if s.first_read {
                 self.known_from = Some(revision);
             } else {
@@ -273,6 +285,14 @@ impl Agent {
             },
             view,
             lease: self.lease.get(),
+            promises: {
+                let (living_since, from) = self.lease.promises();
+                PromiseView {
+                    held_until: self.actor.promised_until(),
+                    living_since,
+                    from,
+                }
+            },
             lease_seen: match self.coordinator.lease_hint() {
                 LeaseHint::Held { term, .. } => LeaseSeen::Held(term),
                 LeaseHint::Lapsed => LeaseSeen::Lapsed,
@@ -344,7 +364,18 @@ impl Agent {
             margin: settings.margin(),
             heartbeat: settings.heartbeat(),
         };
-        self.lease.wish(d.lease, timing);
+        let addresses = o
+            .view
+            .iter()
+            .flat_map(|v| &v.members)
+            .map(|(m, r)| (m.clone(), r.value.api.clone()))
+            .collect();
+        let plan = Plan {
+            needs: d.promises.clone(),
+            addresses,
+        };
+        // Before anything is submitted: from then on the coordinator may hold another sync set.
+        self.lease.wish(d.lease, timing, plan);
         // Not while a task runs: it may have started a primary since the server was looked at.
         if d.lease == LeaseWish::Leave
             && matches!(o.server, ServerView::Down)
@@ -357,7 +388,8 @@ impl Agent {
         let echoed = self.echo.is_none_or(|(rev, until)| {
             o.view.as_ref().is_some_and(|v| v.revision >= rev) || o.now > until
         });
-        if self.submission.is_none() && echoed {
+        let calm = o.promises.living_since.is_none() || o.now >= self.submit_after;
+        if self.submission.is_none() && echoed && calm {
             self.submit(d);
         }
         if let (Some(task), None) = (&d.task, &self.task) {

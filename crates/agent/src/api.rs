@@ -12,6 +12,7 @@ use axum::{Json, Router};
 use craton_console::server::{failure, stream_topology};
 use craton_console::views::{ChangeView, DoneView, FailoverRequest, SwitchoverRequest};
 use craton_coordinator::api::{Coordinator, TxnOutcome};
+use craton_core::promise::{Ask, known_term};
 use craton_core::records::{
     Change, ClusterView, Event, Key, Record, Request, RequestKind, RequestPhase,
 };
@@ -19,6 +20,7 @@ use craton_core::topology::Topology;
 use craton_core::{MemberId, Term};
 use tokio::sync::watch;
 
+use crate::act::Actor;
 use crate::agent::Seen;
 use crate::clock;
 use crate::server::LocalServer;
@@ -44,6 +46,8 @@ pub struct Api {
     pub server: Arc<LocalServer>,
     /// Where the settings of `craton.toml` were written, by their names in `[node]`.
     pub origins: Arc<BTreeMap<String, String>>,
+    /// Who promises.
+    pub actor: Arc<Actor>,
 }
 
 /// The routes.
@@ -65,6 +69,7 @@ pub fn routes(api: Api) -> Router {
         .route("/v1/restart/cancel", post(operate::cancel_restart))
         .route("/v1/reinit", post(operate::reinit))
         .route("/v1/reload", post(operate::reload))
+        .route("/v1/promise", post(promise))
         .with_state(api)
 }
 
@@ -125,6 +130,21 @@ async fn topology(State(api): State<Api>) -> Response {
 
 async fn stream(State(api): State<Api>) -> Response {
     stream_topology(api.topology.clone())
+}
+
+/// The leader cannot renew its lease and asks this member not to elect anybody (2.7). Answered from what is known
+/// here: the coordinator may be away.
+async fn promise(State(api): State<Api>, Json(ask): Json<Ask>) -> Response {
+    let snapshot = Arc::clone(&api.coordinator.watch().borrow());
+    let known = match store::view(&snapshot) {
+        Ok(view) => known_term(&view),
+        Err(error) => return failure(StatusCode::CONFLICT, &error.to_string(), None),
+    };
+    let told = tokio::task::spawn_blocking(move || api.actor.promise(&ask, known)).await;
+    match told {
+        Ok(told) => Json(told).into_response(),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
+    }
 }
 
 async fn switchover(State(api): State<Api>, Json(body): Json<SwitchoverRequest>) -> Response {

@@ -2,20 +2,28 @@
 //!
 //! Runs on a runtime of its own, away from everything that hashes, compresses or waits for a disk
 //! (failover protocol, 2.3). A renewal that is slow does not hold up the next one.
+//!
+//! When renewals fail for a third of the ttl the members of V are asked for their promises (2.7): the deadline
+//! is the later of what the voters and what the standbys make it.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use craton_coordinator::api::{Coordinator, CoordinatorError};
 use craton_core::decide::LeaseWish;
 use craton_core::observe::Lease;
-use craton_core::{BootTime, Term};
+use craton_core::promise::{Ask, Ledger};
+use craton_core::{BootTime, Incarnation, MemberId, Term};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::clock;
+use crate::promises::{AskPromise, Plan};
+
+/// Questions to standbys under way at once.
+const ASKS_MAX: usize = 32;
 
 /// Renewals under way at once: more means that nothing answers, and another would not either.
 const RENEWALS_MAX: usize = 8;
@@ -46,10 +54,32 @@ pub struct LeaseCounts {
     pub renewed: u64,
     /// Renewals that failed or came too late.
     pub failed: u64,
+    /// Promises that standbys gave.
+    pub promised: u64,
+}
+
+/// What is held, and what it rests on.
+#[derive(Default)]
+struct Held {
+    /// The lease: its deadline is the later of `base` and what the promises come to.
+    lease: Option<Lease>,
+    /// By renewals; or as an earlier life of the agent left it.
+    base: Option<Lease>,
+    /// The newest renewal: its term, and when it was sent.
+    renewed: Option<(Term, BootTime)>,
+    /// Standby promises.
+    ledger: Ledger,
+    /// Whose promises would do, and where they are asked.
+    plan: Arc<Plan>,
+    /// Since when the deadline rests on promises, or on what an earlier life left.
+    living_since: Option<BootTime>,
+    /// The voters have called this term over: promises do not bring it back.
+    refused: Term,
 }
 
 struct Shared {
-    lease: Mutex<Option<Lease>>,
+    me: MemberId,
+    lease: Mutex<Held>,
     counts: Mutex<LeaseCounts>,
     file: LeaseFile,
     sink: DeadlineSink,
@@ -72,7 +102,8 @@ impl LeaseKeeper {
     /// Starts the keeper on the current runtime. A lease that an earlier agent of this member took, and
     /// that has not run out, is taken over (rule 2.6).
     pub fn start(
-        coordinator: Arc<dyn Coordinator>,
+        me: MemberId,
+        (coordinator, asker): (Arc<dyn Coordinator>, Arc<dyn AskPromise>),
         dir: &Path,
         timing: LeaseTiming,
         sink: DeadlineSink,
@@ -85,7 +116,14 @@ impl LeaseKeeper {
         let (changed, _) = watch::channel(0);
         let (wish, wishes) = watch::channel((LeaseWish::Leave, timing));
         let shared = Arc::new(Shared {
-            lease: Mutex::new(inherited),
+            me,
+            lease: Mutex::new(Held {
+                lease: inherited,
+                base: inherited,
+                // It may rest on promises that this life knows nothing of.
+                living_since: inherited.map(|_| clock::now()),
+                ..Held::default()
+            }),
             counts: Mutex::new(LeaseCounts::default()),
             file,
             sink,
@@ -93,17 +131,20 @@ impl LeaseKeeper {
             given_up: AtomicU64::new(0),
             wished_at: AtomicU64::new(clock::now().0),
         });
-        tokio::spawn(keep(coordinator, Arc::clone(&shared), wishes));
+        tokio::spawn(keep(coordinator, asker, Arc::clone(&shared), wishes));
         Self { shared, wish }
     }
 
     /// The lease as it stands; it may have run out.
     pub fn get(&self) -> Option<Lease> {
-        *self
-            .shared
-            .lease
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.shared.held().lease
+    }
+
+    /// Since when the lease rests on standby promises, and whose run.
+    pub fn promises(&self) -> (Option<BootTime>, Vec<MemberId>) {
+        let held = self.shared.held();
+        let from = held.ledger.running(clock::now()).cloned().collect();
+        (held.living_since, from)
     }
 
     /// Counters.
@@ -126,8 +167,10 @@ impl LeaseKeeper {
         self.shared.drop_lease(term);
     }
 
-    /// What to do from now on. A release takes effect here at once, before anybody is told.
-    pub fn wish(&self, wish: LeaseWish, timing: LeaseTiming) {
+    /// What to do from now on, and whose promises would do where renewals fail. A release takes effect here at
+    /// once, before anybody is told; and so does a plan that asks for more promises than there are.
+    pub fn wish(&self, wish: LeaseWish, timing: LeaseTiming, plan: Plan) {
+        self.shared.set_plan(plan);
         if let LeaseWish::Release(term) = wish {
             self.shared.drop_lease(term);
         }
@@ -144,31 +187,96 @@ impl LeaseKeeper {
 }
 
 impl Shared {
-    fn accept(&self, term: Term, until: BootTime) {
-        let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.lease.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A majority of voters accepted a renewal that was sent at `sent_at`.
+    fn accept(&self, term: Term, sent_at: BootTime, until: BootTime) {
+        let mut held = self.held();
         if term.0 <= self.given_up.load(Ordering::SeqCst) {
             return;
         }
-        let newer = lease.is_none_or(|l| l.term < term || (l.term == term && l.until < until));
-        if !newer {
+        let next = Lease { term, until };
+        if later(held.base, next) {
+            held.base = Some(next);
+        }
+        if held.renewed.is_none_or(|r| r < (term, sent_at)) {
+            held.renewed = Some((term, sent_at));
+        }
+        self.settle(held);
+    }
+
+    /// A standby promised; the deadline it gives is `until`.
+    fn promised(&self, term: Term, member: &MemberId, incarnation: Incarnation, until: BootTime) {
+        let mut held = self.held();
+        if term.0 <= self.given_up.load(Ordering::SeqCst) || held.refused >= term {
             return;
         }
-        let next = Lease { term, until };
-        *lease = Some(next);
+        held.ledger.promised(term, member, incarnation, until);
+        self.settle(held);
+    }
+
+    fn set_plan(&self, plan: Plan) {
+        let mut held = self.held();
+        if *held.plan == plan {
+            return;
+        }
+        held.plan = Arc::new(plan);
+        self.settle(held);
+    }
+
+    /// The deadline anew, from renewals and promises. It may come nearer: a change of the sync set that is about
+    /// to be proposed asks for other promises than those that are there.
+    fn settle(&self, mut held: MutexGuard<'_, Held>) {
+        let Some(base) = held.base else { return };
+        let by_promises = held.ledger.deadline(base.term, &held.plan.needs);
+        let until = by_promises.map_or(base.until, |t| t.max(base.until));
+        let next = Lease {
+            term: base.term,
+            until,
+        };
+        let inherited = held.renewed.is_none_or(|(term, _)| term != base.term);
+        if until > base.until || inherited {
+            held.living_since.get_or_insert_with(clock::now);
+        } else {
+            held.living_since = None;
+        }
+        if held.lease == Some(next) {
+            return;
+        }
+        held.lease = Some(next);
         (self.sink)(Some(until));
         self.file.write(next);
-        drop(lease);
+        drop(held);
         self.changed.send_modify(|n| *n = n.wrapping_add(1));
     }
 
     fn drop_lease(&self, term: Term) {
-        let mut lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = self.held();
         self.given_up.fetch_max(term.0, Ordering::SeqCst);
-        if lease.is_some_and(|l| l.term <= term) {
-            *lease = None;
+        if held.lease.is_some_and(|l| l.term <= term) {
+            held.lease = None;
+            held.base = None;
+            held.living_since = None;
             (self.sink)(None);
             self.file.remove();
         }
+    }
+
+    /// Whom to ask for a promise now: nobody while renewals come through, or where the voters refuse the term.
+    fn to_ask(&self, term: Term, ttl: Duration, now: BootTime) -> Option<Arc<Plan>> {
+        let held = self.held();
+        let fresh = held
+            .renewed
+            .is_some_and(|(t, sent_at)| t == term && now.since(sent_at) < ttl / 3);
+        let leads = held.lease.is_some_and(|l| l.term == term);
+        (leads && !fresh && held.refused < term).then(|| Arc::clone(&held.plan))
+    }
+
+    fn refuse(&self, term: Term) {
+        let mut held = self.held();
+        held.refused = held.refused.max(term);
     }
 
     /// The agent still decides.
@@ -177,26 +285,28 @@ impl Shared {
         now.since(at) <= WISH_AGE_MAX.max(timing.ttl.saturating_mul(2))
     }
 
-    fn count(&self, ok: bool) {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        if ok {
-            counts.renewed += 1;
-        } else {
-            counts.failed += 1;
-        }
+    fn count(&self, add: impl FnOnce(&mut LeaseCounts)) {
+        add(&mut self.counts.lock().unwrap_or_else(PoisonError::into_inner));
     }
+}
+
+fn later(known: Option<Lease>, next: Lease) -> bool {
+    known.is_none_or(|l| (l.term, l.until) < (next.term, next.until))
 }
 
 async fn keep(
     coordinator: Arc<dyn Coordinator>,
+    asker: Arc<dyn AskPromise>,
     shared: Arc<Shared>,
     mut wishes: watch::Receiver<(LeaseWish, LeaseTiming)>,
 ) {
     let mut renewals = JoinSet::new();
+    let mut asks = JoinSet::new();
     let mut released = Term(0);
     loop {
         let (wish, timing) = *wishes.borrow_and_update();
         while renewals.try_join_next().is_some() {}
+        while asks.try_join_next().is_some() {}
         match wish {
             LeaseWish::Hold(term) if term.0 > shared.given_up.load(Ordering::SeqCst) => {
                 if !shared.is_wished(timing, clock::now()) {
@@ -208,6 +318,9 @@ async fn keep(
                         term,
                         timing,
                     ));
+                }
+                if shared.is_wished(timing, clock::now()) {
+                    ask_all(&mut asks, &asker, &shared, term, timing);
                 }
             }
             LeaseWish::Release(term) if term > released => {
@@ -229,6 +342,43 @@ async fn keep(
     }
 }
 
+/// Asks everybody whose promise would do. The answers come in on their own; a round that is slow does not hold up
+/// the next one.
+fn ask_all(
+    asks: &mut JoinSet<()>,
+    asker: &Arc<dyn AskPromise>,
+    shared: &Arc<Shared>,
+    term: Term,
+    timing: LeaseTiming,
+) {
+    let Some(plan) = shared.to_ask(term, timing.ttl, clock::now()) else {
+        return;
+    };
+    for ((member, incarnation), address) in plan.targets() {
+        if asks.len() >= ASKS_MAX {
+            return;
+        }
+        let (asker, shared) = (Arc::clone(asker), Arc::clone(shared));
+        asks.spawn(async move {
+            let ask = Ask {
+                leader: shared.me.clone(),
+                term,
+                incarnation,
+                ttl_ms: u64::try_from(timing.ttl.as_millis()).unwrap_or(u64::MAX),
+            };
+            let sent_at = clock::now();
+            match asker.ask(&address, &ask, timing.ttl / 2).await {
+                Ok(()) => {
+                    let until = sent_at.after(timing.ttl.saturating_sub(timing.margin));
+                    shared.promised(term, &member, incarnation, until);
+                    shared.count(|c| c.promised += 1);
+                }
+                Err(why) => tracing::debug!(%term, %member, why, "no promise"),
+            }
+        });
+    }
+}
+
 async fn renew(
     coordinator: Arc<dyn Coordinator>,
     shared: Arc<Shared>,
@@ -237,18 +387,17 @@ async fn renew(
 ) {
     match coordinator.renew(term, timing.ttl).await {
         Ok(renewal) => {
-            shared.accept(
-                term,
-                renewal
-                    .sent_at
-                    .after(timing.ttl.saturating_sub(timing.margin)),
-            );
-            shared.count(true);
+            let until = renewal
+                .sent_at
+                .after(timing.ttl.saturating_sub(timing.margin));
+            shared.accept(term, renewal.sent_at, until);
+            shared.count(|c| c.renewed += 1);
         }
         Err(error) => {
-            shared.count(false);
+            shared.count(|c| c.failed += 1);
             match error {
                 CoordinatorError::Refused(why) => {
+                    shared.refuse(term);
                     tracing::warn!(%term, why, "the lease was refused");
                 }
                 error => tracing::debug!(%term, %error, "a renewal failed"),
@@ -300,11 +449,18 @@ impl LeaseFile {
 
 #[cfg(test)]
 mod tests {
+    use craton_core::promise::PromiseNeed;
+
     use super::*;
+
+    fn id(name: &str) -> MemberId {
+        MemberId::new(name).unwrap()
+    }
 
     fn shared(dir: &Path) -> Shared {
         Shared {
-            lease: Mutex::new(None),
+            me: id("a"),
+            lease: Mutex::new(Held::default()),
             counts: Mutex::new(LeaseCounts::default()),
             file: LeaseFile {
                 path: dir.join("lease"),
@@ -320,14 +476,93 @@ mod tests {
     fn a_late_renewal_does_not_bring_back_what_was_given_up() {
         let dir = tempfile::tempdir().unwrap();
         let shared = shared(dir.path());
-        shared.accept(Term(4), BootTime(99));
+        shared.accept(Term(4), BootTime(9), BootTime(99));
         assert!(shared.file.read().is_some());
         shared.drop_lease(Term(4));
-        shared.accept(Term(4), BootTime(100));
-        assert_eq!(*shared.lease.lock().unwrap(), None);
+        shared.accept(Term(4), BootTime(10), BootTime(100));
+        assert_eq!(shared.held().lease, None);
         assert_eq!(shared.file.read(), None, "nor for the next agent");
-        shared.accept(Term(5), BootTime(101));
+        shared.accept(Term(5), BootTime(11), BootTime(101));
         assert_eq!(shared.file.read().map(|l| l.term), Some(Term(5)));
+    }
+
+    /// So many promises of these members would do.
+    fn plan(needs: &[(&[&str], usize)]) -> Plan {
+        Plan {
+            needs: needs
+                .iter()
+                .map(|(names, needed)| PromiseNeed {
+                    members: names.iter().map(|n| (id(n), Incarnation(1))).collect(),
+                    needed: *needed,
+                })
+                .collect(),
+            addresses: ["b", "c"].map(|n| (id(n), format!("{n}:1"))).into(),
+        }
+    }
+
+    fn until(shared: &Shared) -> Option<u64> {
+        shared.held().lease.map(|l| l.until.0)
+    }
+
+    #[test]
+    fn promises_carry_the_lease_while_renewals_fail() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(dir.path());
+        let promise = |n, t, at| shared.promised(Term(t), &id(n), Incarnation(1), BootTime(at));
+        promise("b", 4, 500);
+        assert_eq!(until(&shared), None, "no lease was ever taken");
+        shared.accept(Term(4), BootTime(0), BootTime(100));
+        promise("b", 4, 200);
+        assert_eq!(until(&shared), Some(100), "nobody said that it would do");
+        shared.set_plan(plan(&[(&["b", "c"], 2)]));
+        assert_eq!(until(&shared), Some(100), "one of two");
+        promise("c", 4, 150);
+        assert_eq!(until(&shared), Some(150));
+        assert!(shared.held().living_since.is_some());
+        assert_eq!(shared.file.read().map(|l| l.until.0), Some(150));
+        // A change that is about to be proposed needs the promise of somebody else.
+        shared.set_plan(plan(&[(&["b", "c"], 2), (&["d"], 1)]));
+        assert_eq!(until(&shared), Some(100), "the deadline comes nearer");
+        shared.set_plan(plan(&[(&["b", "c"], 1)]));
+        assert_eq!(until(&shared), Some(500));
+        shared.accept(Term(4), BootTime(400), BootTime(499));
+        assert!(
+            shared.held().living_since.is_some(),
+            "the promise is the later one"
+        );
+        shared.accept(Term(4), BootTime(401), BootTime(501));
+        assert_eq!(
+            (until(&shared), shared.held().living_since),
+            (Some(501), None)
+        );
+        promise("b", 3, 900);
+        assert_eq!(until(&shared), Some(501), "a promise of another term");
+        shared.drop_lease(Term(4));
+        promise("b", 4, 900);
+        assert_eq!(until(&shared), None, "given up");
+    }
+
+    #[test]
+    fn standbys_are_asked_only_when_renewals_fail_and_the_term_is_not_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(dir.path());
+        shared.set_plan(plan(&[(&["b", "c"], 1), (&["b", "x"], 1)]));
+        let ttl = Duration::from_nanos(300);
+        let asks = |at| {
+            shared
+                .to_ask(Term(4), ttl, BootTime(at))
+                .map(|p| p.targets().len())
+        };
+        assert_eq!(asks(1), None, "no lease");
+        shared.accept(Term(4), BootTime(0), BootTime(270));
+        assert_eq!(asks(99), None, "renewed a moment ago");
+        assert_eq!(
+            asks(100),
+            Some(2),
+            "each once, and only those whose address is known"
+        );
+        shared.refuse(Term(4));
+        assert_eq!(asks(100), None, "the voters called it over");
     }
 
     #[test]

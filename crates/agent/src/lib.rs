@@ -3,7 +3,7 @@
 //! * [`agent`]: the loop. It gathers an observation, asks [`craton_core::decide`], and does what it says.
 //! * [`server`]: PostgreSQL as the agent holds it; [`parameters`]: its configuration; [`act`]: the long tasks;
 //!   [`slots`]: upkeep.
-//! * [`lease`]: renewals and the deadline; [`fencing`]: the process that enforces it without the agent.
+//! * [`lease`]: renewals, [`promises`]: what stands in for them, and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
 //! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
 
@@ -16,6 +16,7 @@ pub mod fencing;
 pub mod lease;
 pub mod metrics;
 pub mod parameters;
+pub mod promises;
 mod run;
 pub mod server;
 pub mod slots;

@@ -26,6 +26,8 @@ pub struct AgentMetrics {
     lease_remaining: Gauge<f64, AtomicU64>,
     renewals: Counter,
     renewal_failures: Counter,
+    promises: Counter,
+    living: Gauge<f64, AtomicU64>,
     sync_members: Gauge,
     sync_acks: Gauge,
     members_alive: Gauge,
@@ -77,6 +79,14 @@ impl AgentMetrics {
             renewal_failures: m.counter(
                 "craton_lease_renewal_failures",
                 "Lease renewals that failed or came too late",
+            ),
+            promises: m.counter(
+                "craton_standby_promises",
+                "Promises of standbys to this leader while it could not renew its lease",
+            ),
+            living: m.gauge_f64(
+                "craton_living_on_promises_seconds",
+                "For how long this leader has lived on the promises of standbys; 0 when it renews its lease",
             ),
             sync_members: m.gauge("craton_sync_members", "Members of the sync set (V)"),
             sync_acks: m.gauge(
@@ -174,6 +184,11 @@ impl AgentMetrics {
             .inc_by(counts.renewed.saturating_sub(last.renewed));
         self.renewal_failures
             .inc_by(counts.failed.saturating_sub(last.failed));
+        self.promises
+            .inc_by(counts.promised.saturating_sub(last.promised));
+        let living = o.promises.living_since;
+        self.living
+            .set(living.map_or(0.0, |t| o.now.since(t).as_secs_f64()));
         *last = counts;
     }
 }

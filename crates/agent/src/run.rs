@@ -7,11 +7,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use craton_console::Token;
+use craton_console::client::Client;
 use craton_console::metrics::Metrics;
 use craton_console::server::{Health, Service, serve};
 use craton_coordinator::api::Coordinator;
 use craton_coordinator::embedded::{Embedded, EmbeddedConfig};
 use craton_core::Term;
+use craton_core::promise::Book;
 use craton_core::topology::Topology;
 use craton_pg::{Binaries, CloneProgress, Instance, InstanceConfig, StopMode};
 use tokio::net::TcpListener;
@@ -24,6 +26,7 @@ use crate::config::{AgentConfig, Secrets};
 use crate::fencing::Fencing;
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::metrics::AgentMetrics;
+use crate::promises::OverHttp;
 use crate::server::LocalServer;
 use crate::state::StateFile;
 use crate::{parameters, slots};
@@ -111,7 +114,7 @@ pub async fn run_with(
         let standby = server.instance.data_dir().join("standby.signal").exists();
         server.hold(process, !standby);
     }
-    let lease = start_lease(&config, &coordinator, &fencing, lease_runtime);
+    let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, &token);
     if let Some(process) = adopted.filter(|_| server.is_maybe_primary()) {
         // The former agent may have been killed between the start and the order. After the lease: the
         // deadline must stand on the board before it is armed.
@@ -119,7 +122,9 @@ pub async fn run_with(
     }
     let (progress, _) = watch::channel(CloneProgress::default());
     let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
+    let noted = Duration::from_millis(state.get().promised_ms);
     let actor = Arc::new(Actor {
+        book: Mutex::new(Book::new(crate::clock::now(), noted)),
         me: config.member.clone(),
         server: Arc::clone(&server),
         secrets,
@@ -131,10 +136,10 @@ pub async fn run_with(
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
         &config,
-        (&coordinator, &server),
+        &coordinator,
         seen.clone(),
         topology,
-        token,
+        (token, Arc::clone(&actor)),
         &shutdown,
     )
     .await?;
@@ -167,6 +172,7 @@ fn start_lease(
     coordinator: &Arc<dyn Coordinator>,
     fencing: &Arc<Fencing>,
     runtime: &tokio::runtime::Handle,
+    token: &Token,
 ) -> LeaseKeeper {
     let timing = LeaseTiming {
         ttl: config.initial.ttl(),
@@ -176,7 +182,14 @@ fn start_lease(
     let fencing = Arc::clone(fencing);
     let sink: DeadlineSink = Arc::new(move |until| fencing.deadline(until));
     let _inside = runtime.enter();
-    LeaseKeeper::start(Arc::clone(coordinator), &config.dir, timing, sink)
+    let asker = Arc::new(OverHttp(Client::new(Some(token.clone()))));
+    LeaseKeeper::start(
+        config.member.clone(),
+        (Arc::clone(coordinator), asker),
+        &config.dir,
+        timing,
+        sink,
+    )
 }
 
 /// The orderly end: PostgreSQL first, then the lease, so that another may lead at once.
@@ -304,10 +317,10 @@ async fn start_coordinator(
 
 async fn serve_http(
     config: &AgentConfig,
-    (coordinator, server): (&Arc<dyn Coordinator>, &Arc<LocalServer>),
+    coordinator: &Arc<dyn Coordinator>,
     seen: watch::Receiver<Option<Seen>>,
     topology: watch::Receiver<Arc<Topology>>,
-    token: Token,
+    (token, actor): (Token, Arc<Actor>),
     shutdown: &watch::Receiver<bool>,
 ) -> Result<AgentMetrics, AgentError> {
     let mut metrics = Metrics::new();
@@ -322,8 +335,9 @@ async fn serve_http(
         seen: seen.clone(),
         topology,
         coordinator: Arc::clone(coordinator),
-        server: Arc::clone(server),
+        server: Arc::clone(&actor.server),
         origins: Arc::new(config.origins.clone()),
+        actor,
     });
     let router = Service::new(Arc::new(metrics), move || health(&seen))
         .with_api(routes, token)

@@ -206,6 +206,12 @@ impl LocalServer {
         self.poke();
     }
 
+    /// Whom it streams from, and in which term that was configured; none while it does not stream.
+    pub fn streams_from(&self) -> Option<(MemberId, Term)> {
+        let streams = self.sample().is_some_and(|s| s.is_streaming());
+        self.known().upstream.clone().filter(|_| streams)
+    }
+
     /// What it sealed.
     pub fn set_sealed(&self, seal: Option<Seal>) {
         self.known().sealed = seal;
@@ -473,10 +479,14 @@ pub fn end_is_exact(s: &ServerSample) -> bool {
     s.receive_lsn.is_some() || s.has_replayed_local_wal()
 }
 
-/// (V, k) as PostgreSQL's setting for it. k = 0 is "nobody is waited for".
+/// (V, k) as PostgreSQL's setting for it. k = 0 is "nobody is waited for"; more than there are members is "for
+/// nobody that exists".
 pub fn sync_names(set: &SyncSet) -> SyncNames {
-    if set.k == 0 || set.members.is_empty() {
+    if set.k == 0 {
         return SyncNames::Off;
+    }
+    if set.is_closed() {
+        return SyncNames::Nobody;
     }
     let names = set
         .members
@@ -489,10 +499,7 @@ pub fn sync_names(set: &SyncSet) -> SyncNames {
 /// Reads the setting back. Anything that is not ours (or waits for nobody that exists) lets no commit
 /// through that we know of, which covers every sync set.
 fn configured_sync(text: &str) -> SyncSet {
-    SyncSet::from_standby_names(text).unwrap_or(SyncSet {
-        members: BTreeMap::new(),
-        k: u32::MAX,
-    })
+    SyncSet::from_standby_names(text).unwrap_or_else(SyncSet::closed)
 }
 
 fn standbys(sample: &ServerSample) -> Vec<StandbyView> {

@@ -18,6 +18,10 @@ pub struct MemberState {
     pub incarnation: Option<Incarnation>,
     /// Nothing below this term may reach the data directory.
     pub floor: Term,
+    /// The longest standby promise that may have been given and not run out, milliseconds; 0 for none. A member
+    /// whose agent restarts seals for nobody before that long has passed.
+    #[serde(default)]
+    pub promised_ms: u64,
 }
 
 /// The file.
@@ -93,6 +97,15 @@ mod tests {
         file.raise_floor(Term(7)).unwrap();
         file.raise_floor(Term(3)).unwrap();
         assert_eq!(StateFile::open(dir.path()).unwrap().get().floor, Term(7));
+    }
+
+    #[test]
+    fn a_file_of_an_earlier_version_has_promised_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let old = r#"{"version":1,"incarnation":"00000000000000aa","floor":3}"#;
+        fs::write(dir.path().join("agent.json"), old).unwrap();
+        let file = StateFile::open(dir.path()).unwrap();
+        assert_eq!((file.get().floor, file.get().promised_ms), (Term(3), 0));
     }
 
     #[test]

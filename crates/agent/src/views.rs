@@ -10,7 +10,6 @@ use craton_console::views::{
 use craton_core::decide::Decision;
 use craton_core::observe::{DataView, MemberStatus, Observation, PendingChange, ServerView};
 use craton_core::records::{ClusterView, OrderKind, RequestPhase};
-use craton_core::settings::Durability;
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
 use craton_core::{Lsn, MemberId};
 use craton_pg::DivergenceSummary;
@@ -182,6 +181,14 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
             m.id
         ));
     }
+    warnings.extend(on_promises(o));
+    let wish = settings.durability;
+    if let Some(l) = leadership.filter(|l| l.durability != wish) {
+        warnings.push(format!(
+            "durability {wish} is wished and {} is in force; craton explain says what is missing",
+            l.durability
+        ));
+    }
     if o.view.is_none() {
         warnings.push("the coordinator has no majority (or has not answered yet): this is what this agent knows alone".into());
     }
@@ -211,6 +218,10 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
                 .map(|l| u64::try_from(l.until.since(o.now).as_millis()).unwrap_or(0)),
             ttl_ms: settings.ttl_ms,
             heartbeat_ms: settings.heartbeat_ms,
+            promises_ms: o
+                .promises
+                .living_since
+                .map(|t| u64::try_from(o.now.since(t).as_millis()).unwrap_or(u64::MAX)),
         },
         hold: topology.is_some_and(|t| t.hold),
         election: leadership
@@ -278,6 +289,20 @@ fn pending(change: &PendingChange) -> String {
     format!("{}: {} -> {to}", change.name, change.from)
 }
 
+/// The leader lives on standby promises.
+fn on_promises(o: &Observation) -> Option<String> {
+    let since = o.promises.living_since?;
+    let from: Vec<&str> = o.promises.from.iter().map(MemberId::as_str).collect();
+    (!from.is_empty()).then(|| {
+        format!(
+            "the lease cannot be renewed: {} leads on the promise of {} since {:.0} s; no change of leader or sync set until the coordinator is back",
+            o.me.id,
+            from.join(", "),
+            o.now.since(since).as_secs_f64()
+        )
+    })
+}
+
 fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> ElectionView {
     let sealed: Vec<MemberId> = view
         .seals
@@ -288,11 +313,7 @@ fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> Electio
     ElectionView {
         term: l.term,
         opened_by: None,
-        seals_needed: if l.durability == Durability::Async {
-            1
-        } else {
-            u32::try_from(l.sync.seals_needed()).unwrap_or(u32::MAX)
-        },
+        seals_needed: u32::try_from(seals_needed(l)).unwrap_or(u32::MAX),
         missing: l
             .sync
             .members
@@ -301,6 +322,15 @@ fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> Electio
             .cloned()
             .collect(),
         sealed,
+    }
+}
+
+/// In `async` one seal is enough.
+fn seals_needed(l: &craton_core::records::Leadership) -> usize {
+    if l.durability.keeps_commits() {
+        l.sync.seals_needed()
+    } else {
+        1
     }
 }
 
@@ -383,25 +413,28 @@ fn next(view: &ClusterView, members: &[MemberView], leader: Option<&MemberId>) -
     }
     let heirs: Vec<&str> = members
         .iter()
-        .filter(|m| m.id != *leader && m.agent_alive && m.priority > 0)
-        .filter(|m| l.durability == Durability::Async || m.sync)
+        .filter(|m| m.id != *leader && m.agent_alive && m.priority > 0 && m.sync)
         .map(|m| m.id.as_str())
         .collect();
-    let needed = if l.durability == Durability::Async {
-        1
-    } else {
-        l.sync.seals_needed()
-    };
-    if l.sync.k == 0 && l.durability == Durability::Quorum {
+    let sealing = members
+        .iter()
+        .filter(|m| m.id != *leader && m.agent_alive && m.sync)
+        .count();
+    let needed = seals_needed(l);
+    if l.sync.members.is_empty() {
         return format!(
             "{leader} is alone: if it fails, nobody is promoted, and it goes on when it is back"
         );
     }
-    if heirs.len() < needed || heirs.is_empty() {
+    if sealing < needed {
         return format!(
-            "if {leader} fails now, its successor needs {needed} of {} to seal, and only {} can: it waits for the others",
+            "if {leader} fails now, its successor needs {needed} of {} to seal, and only {sealing} can: it waits for the others",
             l.sync.members.len(),
-            heirs.len()
+        );
+    }
+    if heirs.is_empty() {
+        return format!(
+            "if {leader} fails now, nobody takes over: those that could seal never lead"
         );
     }
     format!(
@@ -418,6 +451,13 @@ pub fn explain(o: &Observation, decision: &Decision) -> ExplainView {
         .iter()
         .map(|f| format!("{:?} failed {} times: {}", f.kind, f.count, f.error))
         .collect();
+    waiting_for.extend(on_promises(o));
+    if let Some(until) = o.promises.held_until.filter(|t| *t > o.now) {
+        waiting_for.push(format!(
+            "promised the leader to seal for nobody else within {} ms",
+            until.since(o.now).as_millis()
+        ));
+    }
     if let Some(task) = &o.task {
         let since = o.now.since(task.since);
         waiting_for.push(format!(

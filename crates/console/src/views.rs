@@ -115,6 +115,10 @@ pub struct LeaseView {
     pub ttl_ms: u64,
     /// How often it is renewed, in milliseconds.
     pub heartbeat_ms: u64,
+    /// For how long the leader has lived on the promises of standbys because the lease cannot be renewed,
+    /// milliseconds; known to the leader.
+    #[serde(default)]
+    pub promises_ms: Option<u64>,
 }
 
 /// An election that is open.

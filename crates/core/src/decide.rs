@@ -19,8 +19,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::observe::{DataView, Observation, ServerView};
+use crate::promise::PromiseNeed;
 use crate::records::{Change, ClusterView, Event, Key, Leadership, Record, Timelines};
-use crate::settings::Settings;
+use crate::settings::{Durability, Settings};
 use crate::sync::SyncSet;
 use crate::types::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
@@ -93,6 +94,17 @@ pub enum Task {
         /// The new incarnation's floor.
         term: Term,
     },
+    /// While sealed for `term`: stream from a sealed member that holds more up to there, then seal anew.
+    CatchUp {
+        /// From whom.
+        from: MemberId,
+        /// The open election's term.
+        term: Term,
+        /// The timeline of the end that is wanted.
+        timeline: TimelineId,
+        /// That end.
+        lsn: Lsn,
+    },
     /// Put a sync set in force.
     SetSync(SyncSet),
     /// Write a checkpoint, so that the shutdown of a switchover has little to do.
@@ -122,6 +134,7 @@ pub enum TaskKind {
     Bootstrap,
     Clone,
     Rewind,
+    CatchUp,
     SetSync,
     Checkpoint,
     Configure,
@@ -142,6 +155,7 @@ impl Task {
             Self::Bootstrap => TaskKind::Bootstrap,
             Self::Clone { .. } => TaskKind::Clone,
             Self::Rewind { .. } => TaskKind::Rewind,
+            Self::CatchUp { .. } => TaskKind::CatchUp,
             Self::SetSync(_) => TaskKind::SetSync,
             Self::Checkpoint => TaskKind::Checkpoint,
             Self::Configure => TaskKind::Configure,
@@ -188,7 +202,7 @@ pub struct Memory {
     first_revision: Option<u64>,
     /// Sync sets that were proposed to the coordinator on this revision of the leadership: their outcome is
     /// not known until the revision changes.
-    proposed: Option<(u64, Vec<SyncSet>)>,
+    proposed: Option<(u64, Vec<(SyncSet, Durability)>)>,
     /// The sync set in force in PostgreSQL, and the flush position when that was first seen.
     barrier: Option<(SyncSet, Lsn)>,
     /// Since when no sync set is proven in force.
@@ -232,6 +246,9 @@ pub struct Decision {
     pub open: Option<OpenElection>,
     /// A long task to start.
     pub task: Option<Task>,
+    /// Whose promises keep everybody else from leading, for as long as the lease cannot be renewed: so many
+    /// of each of these sets. Empty: no promise would do.
+    pub promises: Vec<PromiseNeed>,
     /// Why.
     pub reasons: Vec<Reason>,
     /// To be handed to the next call.
@@ -409,6 +426,7 @@ pub fn decide(o: &Observation, memory: &Memory) -> Decision {
         changes: Vec::new(),
         open: None,
         task: None,
+        promises: Vec::new(),
         reasons: Vec::new(),
         memory: memory.clone(),
     };

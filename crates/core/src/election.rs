@@ -23,8 +23,25 @@ pub struct Tally {
     pub missing: Vec<MemberId>,
     /// Who should take the leadership.
     pub winner: Option<MemberId>,
+    /// Before anybody does: a member that never leads holds the most, and another gets the rest from it.
+    pub catch_up: Option<CatchUp>,
     /// In words: why this winner, or why none.
     pub why: String,
+}
+
+/// WAL that a future leader must get first (failover protocol, 3.1.4).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CatchUp {
+    /// The sealed member that holds it.
+    pub from: MemberId,
+    /// The timeline of its end.
+    pub timeline: TimelineId,
+    /// Its end.
+    pub lsn: Lsn,
+    /// Who could get it and win then, the best first.
+    pub followers: Vec<MemberId>,
+    /// Who may lead without it, if nobody gets it: it holds every acknowledged commit all the same.
+    pub or_else: Option<MemberId>,
 }
 
 /// A member that could win.
@@ -70,17 +87,11 @@ impl<'a> Ballot<'a> {
     fn is_safe(&self, member: &MemberId, seal: &Seal) -> bool {
         let l = self.leadership;
         let position = (seal.timeline, seal.lsn);
-        if l.allow_data_loss || self.is_previous(member, seal) {
-            return true;
-        }
-        if self
-            .valid()
-            .any(|(m, s)| self.is_previous(m, s) && (s.timeline, s.lsn) <= position)
-        {
+        if l.allow_data_loss || self.has_what_the_leader_had(member, seal) {
             return true;
         }
         match l.durability {
-            Durability::Quorum => {
+            Durability::Quorum | Durability::Strict => {
                 let covered = self
                     .valid()
                     .filter(|(m, s)| {
@@ -95,12 +106,22 @@ impl<'a> Ballot<'a> {
         }
     }
 
+    /// True for the former leader, and for whoever holds at least as much as it sealed.
+    fn has_what_the_leader_had(&self, member: &MemberId, seal: &Seal) -> bool {
+        let position = (seal.timeline, seal.lsn);
+        self.is_previous(member, seal)
+            || self
+                .valid()
+                .any(|(m, s)| self.is_previous(m, s) && (s.timeline, s.lsn) <= position)
+    }
+
+    /// In `async` too only those whom the leader had listed: it must know everybody who could follow it, or
+    /// their promises would not be enough. One that has sealed itself leads no longer.
     fn may_stand(&self, member: &MemberId, seal: &Seal) -> bool {
         let l = self.leadership;
         l.allow_data_loss
-            || l.durability == Durability::Async
             || l.sync.holds(member, seal.incarnation)
-            || self.is_previous(member, seal)
+            || self.has_what_the_leader_had(member, seal)
     }
 
     /// Counts.
@@ -123,36 +144,109 @@ impl<'a> Ballot<'a> {
         } else {
             l.sync.seals_needed()
         };
-        let mut candidates: Vec<Candidate<'_>> = self
-            .valid()
-            .filter(|(m, s)| self.alive.contains(*m) && self.may_stand(m, s) && self.is_safe(m, s))
-            .map(|(member, s)| Candidate {
-                member,
-                position: (s.timeline, s.lsn),
-                priority: self.members.get(member).map_or(0, |r| r.value.priority),
-            })
+        let mut standing: Vec<Candidate<'_>> = self.standing().collect();
+        standing.sort_by(|a, b| self.order(a, b));
+        let safe = |c: &&Candidate<'_>| {
+            let seal = self.seals.get(c.member).map(|s| &s.value);
+            seal.is_some_and(|s| self.is_safe(c.member, s))
+        };
+        let candidates: Vec<&Candidate<'_>> = standing
+            .iter()
             .filter(|c| c.priority > 0)
+            .filter(safe)
             .collect();
-        let preferred = l.preferred.as_ref();
-        candidates.sort_by(|a, b| {
-            let forced = |c: &Candidate<'_>| l.allow_data_loss && preferred == Some(c.member);
-            let wished = |c: &Candidate<'_>| preferred == Some(c.member);
-            forced(b)
-                .cmp(&forced(a))
-                .then(b.position.cmp(&a.position))
-                .then(wished(b).cmp(&wished(a)))
-                .then(b.priority.cmp(&a.priority))
-                .then(a.member.cmp(b.member))
-        });
+        let catch_up = self.catch_up(
+            standing.iter().filter(safe).max_by_key(|c| c.position),
+            candidates.first().copied(),
+        );
+        if let Some(c) = catch_up {
+            let why = format!(
+                "{} holds the most WAL ({} on timeline {}) and never leads: {} gets the rest from it first",
+                c.from,
+                c.lsn,
+                c.timeline,
+                names(&c.followers, " or ")
+            );
+            return Tally {
+                needed,
+                have,
+                missing,
+                winner: None,
+                catch_up: Some(c),
+                why,
+            };
+        }
         let winner = candidates.first().map(|c| c.member.clone());
-        let why = self.explain(candidates.first(), needed, have, &missing);
+        let why = self.explain(candidates.first().copied(), needed, have, &missing);
         Tally {
             needed,
             have,
             missing,
             winner,
+            catch_up: None,
             why,
         }
+    }
+
+    /// Sealed, alive, and known to the former leader; whatever their priority.
+    fn standing(&self) -> impl Iterator<Item = Candidate<'a>> {
+        self.valid()
+            .filter(|(m, s)| self.alive.contains(*m) && self.may_stand(m, s))
+            .map(|(m, s)| self.candidate(m, s))
+    }
+
+    fn candidate(&self, member: &'a MemberId, seal: &Seal) -> Candidate<'a> {
+        Candidate {
+            member,
+            position: (seal.timeline, seal.lsn),
+            priority: self.members.get(member).map_or(0, |r| r.value.priority),
+        }
+    }
+
+    /// The best first: the most WAL, then the wish, then priority, then the name. Where the operator accepts a
+    /// loss, the one that was named comes first.
+    fn order(&self, a: &Candidate<'_>, b: &Candidate<'_>) -> std::cmp::Ordering {
+        let l = self.leadership;
+        let wished = |c: &Candidate<'_>| l.preferred.as_ref() == Some(c.member);
+        let forced = |c: &Candidate<'_>| l.allow_data_loss && wished(c);
+        forced(b)
+            .cmp(&forced(a))
+            .then(b.position.cmp(&a.position))
+            .then(wished(b).cmp(&wished(a)))
+            .then(b.priority.cmp(&a.priority))
+            .then(a.member.cmp(b.member))
+    }
+
+    /// The holder of the most never leads, and somebody who may could have its WAL.
+    fn catch_up(
+        &self,
+        holder: Option<&Candidate<'_>>,
+        best: Option<&Candidate<'_>>,
+    ) -> Option<CatchUp> {
+        let l = self.leadership;
+        let holder =
+            holder.filter(|h| h.priority == 0 && best.is_none_or(|b| b.position < h.position))?;
+        if l.allow_data_loss && l.preferred.is_some() {
+            return None;
+        }
+        // With all that the former leader had anybody may stand.
+        let was_leader = self.seals.get(holder.member);
+        let was_leader = was_leader.is_some_and(|s| self.is_previous(holder.member, &s.value));
+        let mut followers: Vec<Candidate<'_>> = self
+            .valid()
+            .filter(|(m, s)| self.alive.contains(*m) && (was_leader || self.may_stand(m, s)))
+            .map(|(m, s)| self.candidate(m, s))
+            .filter(|c| c.priority > 0 && c.position < holder.position)
+            .collect();
+        followers.sort_by(|a, b| self.order(a, b));
+        let followers: Vec<MemberId> = followers.iter().map(|c| c.member.clone()).collect();
+        (!followers.is_empty()).then(|| CatchUp {
+            from: holder.member.clone(),
+            timeline: holder.position.0,
+            lsn: holder.position.1,
+            followers,
+            or_else: best.map(|b| b.member.clone()),
+        })
     }
 
     fn explain(
@@ -162,12 +256,6 @@ impl<'a> Ballot<'a> {
         have: usize,
         missing: &[MemberId],
     ) -> String {
-        let names = |list: &[MemberId]| {
-            list.iter()
-                .map(MemberId::as_str)
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
         let l = self.leadership;
         if let Some(c) = best {
             return format!(
@@ -180,8 +268,10 @@ impl<'a> Ballot<'a> {
             .as_ref()
             .map_or("the former leader", |p| p.member.as_str());
         if l.durability == Durability::Async {
-            return "no sealed member is near enough to the former leader's last known position"
-                .into();
+            return format!(
+                "none of those that streamed from {previous} ({}) has sealed and is near enough to its last known position; start one of them, or run \"craton failover --allow-data-loss\"",
+                names(&l.sync.members.keys().cloned().collect::<Vec<_>>(), ", ")
+            );
         }
         if l.sync.members.is_empty() || l.sync.k == 0 {
             return format!(
@@ -191,11 +281,19 @@ impl<'a> Ballot<'a> {
         if have < needed {
             return format!(
                 "{have} of {needed} needed seals are there; {} must come back (or {previous}); or run \"craton failover --allow-data-loss\"",
-                names(missing)
+                names(missing, ", ")
             );
         }
         "the sealed members that hold every acknowledged commit are away or have priority 0".into()
     }
+}
+
+fn names(list: &[MemberId], between: &str) -> String {
+    let names: Vec<&str> = list.iter().map(MemberId::as_str).collect();
+    if names.is_empty() {
+        return "nobody".into();
+    }
+    names.join(between)
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 pub mod decide;
 pub mod election;
 pub mod observe;
+pub mod promise;
 pub mod records;
 pub mod settings;
 pub mod sync;

@@ -54,7 +54,8 @@ impl Me {
 pub struct Lease {
     /// For which term.
     pub term: Term,
-    /// Its own deadline: the instant before the last accepted renewal was sent, plus ttl, less margin.
+    /// Its own deadline: the instant before the last accepted renewal was sent, plus ttl, less margin; or
+    /// that of the standby promises, where it is later.
     pub until: BootTime,
 }
 
@@ -202,6 +203,17 @@ pub struct TaskFailure {
     pub retry_at: BootTime,
 }
 
+/// What standby promises come to here (see [`crate::promise`]).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct PromiseView {
+    /// As a standby: this member has promised (or may have, before its agent restarted) not to seal before.
+    pub held_until: Option<BootTime>,
+    /// As a leader: since when it goes on by promises alone, because the lease cannot be renewed.
+    pub living_since: Option<BootTime>,
+    /// As a leader: whose promises run.
+    pub from: Vec<MemberId>,
+}
+
 /// Everything an agent knows at one instant.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Observation {
@@ -222,6 +234,8 @@ pub struct Observation {
     pub lease: Option<Lease>,
     /// What is known here of the lease.
     pub lease_seen: LeaseSeen,
+    /// Standby promises, given and received.
+    pub promises: PromiseView,
     /// The others.
     pub peers: BTreeMap<MemberId, PeerView>,
     /// The data directory.

@@ -12,9 +12,19 @@ use serde_json::Value;
 pub enum Durability {
     /// Flushed on the leader. A failover may lose the tail not yet received, at most `max_lag_bytes`.
     Async,
-    /// Flushed on the leader and on k members of the sync set. A failover loses nothing acknowledged.
+    /// Flushed on the leader and on k members of the sync set. A failover loses nothing acknowledged. When
+    /// standbys are gone the leader goes on with fewer, in the end alone.
     #[default]
     Quorum,
+    /// As `quorum`, and with fewer than k standbys writes wait.
+    Strict,
+}
+
+impl Durability {
+    /// A failover loses nothing acknowledged: an election needs seals, not luck.
+    pub fn keeps_commits(self) -> bool {
+        self != Self::Async
+    }
 }
 
 impl std::fmt::Display for Durability {
@@ -22,6 +32,7 @@ impl std::fmt::Display for Durability {
         f.write_str(match self {
             Self::Async => "async",
             Self::Quorum => "quorum",
+            Self::Strict => "strict",
         })
     }
 }
@@ -40,8 +51,8 @@ pub struct Settings {
     pub heartbeat_ms: u64,
     /// Durability mode.
     pub durability: Durability,
-    /// How many members of the sync set must have flushed a commit (k). Lowered to the number of
-    /// standbys that are there.
+    /// How many members of the sync set must have flushed a commit (k). In `quorum` it is lowered to the
+    /// number of standbys that are there; in `strict` writes wait instead.
     pub sync_standbys: u32,
     /// In `async`: a standby further behind the last known position of the leader is never promoted
     /// automatically. Bytes.
@@ -282,11 +293,11 @@ pub const FIELDS: &[Field] = &[
         name: "durability",
         doc: "Which copies must exist before a client hears \"committed\".",
         unit: Unit::None,
-        kind: Kind::Word(&["async", "quorum"]),
+        kind: Kind::Word(&["async", "quorum", "strict"]),
     },
     Field {
         name: "sync_standbys",
-        doc: "How many members of the sync set must have flushed a commit (k); lowered to the number of standbys that are there. For none at all set durability to async.",
+        doc: "How many members of the sync set must have flushed a commit (k). In quorum it is lowered to the number of standbys that are there, in strict writes wait. For none at all set durability to async.",
         unit: Unit::None,
         kind: Kind::Number { min: 1, max: 16 },
     },

@@ -7,7 +7,9 @@
 //! > kp - |Vp \ V| >= k
 //!
 //! must hold: then every acknowledged commit is on at least k members of V. [`next_step`] makes one change
-//! at a time, in the order that keeps it.
+//! at a time, in the order that keeps it; [`mode::next_step`] does so across the durability modes.
+
+pub mod mode;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -26,6 +28,19 @@ pub struct SyncSet {
 }
 
 impl SyncSet {
+    /// Waits for a name that nobody has: no commit is acknowledged. Only ever in PostgreSQL.
+    pub fn closed() -> Self {
+        Self {
+            members: BTreeMap::new(),
+            k: u32::MAX,
+        }
+    }
+
+    /// True if no commit can be acknowledged under it: it wants more flushes than it has members.
+    pub fn is_closed(&self) -> bool {
+        self.k as usize > self.members.len()
+    }
+
     /// How many seals of V an election needs: any k of V meets any |V| - k + 1 of V. With k = 0 it is more
     /// than there are members: nobody but the former leader may lead.
     pub fn seals_needed(&self) -> usize {
@@ -67,8 +82,12 @@ impl SyncSet {
         Some(Self { members, k })
     }
 
-    /// The invariant of the module's head, with `self` in force in PostgreSQL.
+    /// The invariant of the module's head, with `self` in force in PostgreSQL. One under which nothing is
+    /// acknowledged covers everything.
     pub fn covers(&self, coordinator: &Self) -> bool {
+        if self.is_closed() {
+            return true;
+        }
         let strangers = self
             .members
             .iter()
@@ -80,10 +99,16 @@ impl SyncSet {
 
 impl fmt::Display for SyncSet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_closed() {
+            return f.write_str("nobody that exists (commits wait)");
+        }
         if self.members.is_empty() {
             return f.write_str("nobody (the leader is alone)");
         }
         let names: Vec<&str> = self.members.keys().map(MemberId::as_str).collect();
+        if self.k == 0 {
+            return write!(f, "nobody ({} may take over)", names.join(" or "));
+        }
         write!(f, "{} of {}", self.k, names.join(", "))
     }
 }
@@ -143,7 +168,7 @@ pub struct SyncInput<'a> {
 
 impl SyncInput<'_> {
     /// At least k members of `set` have flushed the barrier.
-    fn flushed(&self, set: &SyncSet) -> bool {
+    pub(crate) fn flushed(&self, set: &SyncSet) -> bool {
         let have = self
             .standbys
             .iter()

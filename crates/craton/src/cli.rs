@@ -133,6 +133,8 @@ pub enum Durability {
     Async,
     /// Flushed on the leader and a quorum of standbys; goes on alone when they are gone
     Quorum,
+    /// As quorum; when they are gone writes wait
+    Strict,
 }
 
 impl Durability {
@@ -141,6 +143,7 @@ impl Durability {
         match self {
             Self::Async => "async",
             Self::Quorum => "quorum",
+            Self::Strict => "strict",
         }
     }
 }

@@ -102,6 +102,9 @@ fn durability(name: &str) -> anyhow::Result<Durability> {
     match name {
         "async" => Ok(Durability::Async),
         "quorum" => Ok(Durability::Quorum),
-        other => anyhow::bail!("there is no durability \"{other}\": use async or quorum"),
+        "strict" => Ok(Durability::Strict),
+        other => {
+            anyhow::bail!("there is no durability \"{other}\": use async, quorum or strict")
+        }
     }
 }

@@ -99,9 +99,12 @@ fn headline(view: &StatusView) -> String {
 fn protection(view: &StatusView) -> String {
     let sync = if view.sync.members.is_empty() {
         match view.durability.as_str() {
+            "strict" => paint(Colour::Yellow, "no standby is there: writes wait"),
             "async" => "commits wait for no standby".to_owned(),
             _ => paint(Colour::Yellow, "no standby protects commits now"),
         }
+    } else if view.sync.acks == 0 {
+        "commits wait for no standby".to_owned()
     } else {
         let state = if view.sync.in_force {
             String::new()

@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
+use std::time::Duration;
 
 use craton_core::decide::{Decision, LeaseWish, Memory, decide};
 use craton_core::observe::{
-    DataView, Lease, LeaseSeen, Me, MemberStatus, Observation, PeerView, Server, ServerView,
-    TaskView,
+    DataView, Lease, LeaseSeen, Me, MemberStatus, Observation, PeerView, PromiseView, Server,
+    ServerView, TaskView,
 };
+use craton_core::promise::{Book, Ledger};
 use craton_core::records::{Change, ClusterView};
 use craton_core::sync::StandbyView;
 use craton_core::topology::MemberRole;
@@ -33,9 +35,15 @@ impl World {
         let life = self.id();
         let now = self.clock(m);
         let id = self.name(m);
+        let forgets = self.options.flaw == Some(Flaw::StandbyPromiseForgotten);
         let member = &mut self.members[m];
         member.voter.restart(now);
         let lease = member.lease_file.filter(|l| l.until > now);
+        let note = if forgets {
+            Duration::ZERO
+        } else {
+            member.promise_note
+        };
         let port = u16::try_from(m).unwrap_or(0);
         let obs = Observation {
             now,
@@ -49,11 +57,16 @@ impl World {
                 id,
                 incarnation: member.incarnation,
                 floor: member.floor,
-                priority: 100,
+                priority: member.priority,
             },
             view: None,
             lease,
             lease_seen: LeaseSeen::Unknown,
+            // A lease that was taken over may rest on promises that this life knows nothing of.
+            promises: PromiseView {
+                living_since: lease.map(|_| now),
+                ..PromiseView::default()
+            },
             peers: BTreeMap::new(),
             data: DataView::Empty,
             server: ServerView::Down,
@@ -80,6 +93,11 @@ impl World {
             running: None,
             failures: BTreeMap::new(),
             woken: false,
+            book: Book::new(now, note),
+            ledger: Ledger::default(),
+            needs: Vec::new(),
+            renewed: None,
+            refused: Term(0),
         });
         self.log(|w| format!("{} agent starts", w.name(m)));
         self.after(MS, Event::Tick { m, life });
@@ -189,6 +207,15 @@ impl World {
         o.me.incarnation = member.incarnation;
         o.me.floor = member.floor;
         o.lease_seen = hint;
+        o.promises.held_until = agent.book.held_until(now);
+        o.promises.living_since = o.promises.living_since.filter(|_| {
+            let renewed = agent.renewed.map(|(l, _)| (l.term, l.until));
+            o.lease.map(|l| (l.term, l.until)) > renewed
+        });
+        if agent.book.is_idle(now) {
+            member.promise_note = Duration::ZERO;
+            agent.book.noted(Duration::ZERO);
+        }
         o.data = data;
         o.server = server;
         o.sealed.clone_from(&agent.sealed);
@@ -260,6 +287,7 @@ impl World {
             decide(&agent.obs, &agent.memory)
         };
         agent.memory = std::mem::take(&mut decision.memory);
+        agent.needs.clone_from(&decision.promises);
         self.log(|w| {
             let reasons: Vec<&str> = decision.reasons.iter().map(|r| r.code).collect();
             let task = decision.task.as_ref().map(craton_core::decide::Task::kind);
@@ -323,6 +351,8 @@ impl World {
             LeaseWish::Release(term) if term > agent.released => {
                 agent.released = term;
                 agent.renewals.clear();
+                agent.needs.clear();
+                agent.renewed = agent.renewed.filter(|(l, _)| l.term > term);
                 if agent.obs.lease.is_some_and(|l| l.term <= term) {
                     agent.obs.lease = None;
                     self.members[m].lease_file = None;
@@ -357,6 +387,7 @@ impl World {
             agent.free = None;
         }
         self.renew(m, life);
+        self.ask_promises(m, life);
         let pause = u64::try_from(self.settings.heartbeat().as_nanos()).unwrap_or(MS);
         self.after(pause, Event::Keep { m, life });
     }
@@ -378,6 +409,7 @@ impl World {
             sent_at,
             expires,
             yes: BTreeSet::new(),
+            no: BTreeSet::new(),
         };
         agent.renewals.insert(id, poll);
         if self.net.away[m] {
@@ -401,11 +433,26 @@ impl World {
         if poll.yes.len() < majority {
             return;
         }
+        let sent_at = poll.sent_at;
         let lease = Lease {
             term: poll.term,
-            until: poll.sent_at.after(ttl.saturating_sub(margin)),
+            until: sent_at.after(ttl.saturating_sub(margin)),
         };
         agent.renewals.remove(&id);
+        let newest = agent
+            .renewed
+            .is_none_or(|(l, _)| (l.term, l.until) < (lease.term, lease.until));
+        if newest {
+            agent.renewed = Some((lease, sent_at));
+        }
+        self.hold(m, lease);
+    }
+
+    /// A deadline, if it is a later one.
+    pub fn hold(&mut self, m: usize, lease: Lease) {
+        let Some(agent) = &mut self.members[m].agent else {
+            return;
+        };
         let newer = agent
             .obs
             .lease
@@ -421,14 +468,34 @@ impl World {
         }
     }
 
+    fn refused(&mut self, m: usize, voter: usize, id: u64) {
+        let voters = self.members.len();
+        let majority = voters / 2 + 1;
+        let Some(agent) = &mut self.members[m].agent else {
+            return;
+        };
+        let Some(poll) = agent.renewals.get_mut(&id) else {
+            return;
+        };
+        poll.no.insert(voter);
+        if poll.no.len() > voters - majority {
+            agent.refused = agent.refused.max(poll.term);
+        }
+    }
+
     /// Of two terms' leases one is over before the other begins.
     fn check_lease(&mut self, m: usize, lease: Lease) {
         if lease.until <= self.clock(m) || self.options.lying_clocks {
             return;
         }
         for o in (0..self.members.len()).filter(|o| *o != m) {
-            let other = self.members[o].agent.as_ref().and_then(|a| a.obs.lease);
-            let other = other.or(self.members[o].lease_file);
+            let other = &self.members[o];
+            let held = other.agent.as_ref().and_then(|a| a.obs.lease);
+            let renewed = other.agent.as_ref().and_then(|a| a.renewed);
+            // One that lived on promises and has sealed gave up more than the lease.
+            let acts = other.pg.as_ref().is_some_and(|p| p.maybe_primary);
+            let held = held.or(other.lease_file).filter(|_| acts);
+            let other = held.or(renewed.map(|(l, _)| l));
             if let Some(l) = other.filter(|l| l.until > self.clock(o)) {
                 let text = format!(
                     "two leases at once: {} holds term {}, {} term {}",
@@ -452,8 +519,17 @@ impl World {
             Msg::Renew { id, term, ttl } => {
                 if self.members[to].voter.renew(term, ttl, now) {
                     self.send(to, from, Msg::Promised { id });
+                } else {
+                    self.send(to, from, Msg::Refused { id });
                 }
             }
+            Msg::Refused { id } => self.refused(to, from, id),
+            Msg::AskPromise { ask, sent_at } => self.asked_promise(to, from, &ask, sent_at),
+            Msg::StandbyPromised {
+                term,
+                incarnation,
+                sent_at,
+            } => self.standby_promised(to, from, term, incarnation, sent_at),
             Msg::Promised { id } => self.promised(to, from, id),
             Msg::Release { term } => {
                 self.members[to].voter.release(term);
@@ -496,6 +572,7 @@ impl World {
             sent_at,
             expires,
             yes: BTreeSet::new(),
+            no: BTreeSet::new(),
         };
         agent.free = Some((id, poll, open));
         if self.net.away[m] {

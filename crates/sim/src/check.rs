@@ -11,8 +11,6 @@ use crate::wal::Rec;
 /// What has been promised to clients, and what has been done.
 #[derive(Debug, Default)]
 pub struct Checker {
-    /// Durability under test.
-    pub durability: Durability,
     /// An operator has accepted that the next leader may lack acknowledged commits.
     pub loss_accepted: bool,
     /// What was broken, in words; empty is good.
@@ -25,6 +23,8 @@ pub struct Checker {
     pub lost_in_async: u64,
     /// What was flushed on each timeline.
     content: BTreeMap<TimelineId, BTreeMap<usize, u64>>,
+    /// The durability of each term, as last written in it.
+    modes: BTreeMap<Term, Durability>,
     /// Who led each term.
     leaders: BTreeMap<Term, MemberRef>,
     /// Who promoted in each term.
@@ -38,14 +38,6 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// Nothing has happened yet.
-    pub fn new(durability: Durability) -> Self {
-        Self {
-            durability,
-            ..Self::default()
-        }
-    }
-
     /// Notes a broken invariant.
     pub fn broken(&mut self, what: impl Into<String>) {
         // One is enough to fail the run; a few more help to understand it.
@@ -56,6 +48,9 @@ impl Checker {
 
     /// After every transaction of the store.
     pub fn store(&mut self, view: &ClusterView) {
+        if let Some(l) = view.leadership.as_ref().map(|l| &l.value) {
+            self.modes.insert(l.term, l.durability);
+        }
         if let Some(l) = view.leadership.as_ref().map(|l| &l.value)
             && let Some(leader) = &l.leader
         {
@@ -87,6 +82,11 @@ impl Checker {
         self.system_id = self.system_id.take().or(id);
     }
 
+    /// True if commits of this term may be lost with its leader: that is what its record said last.
+    fn is_async(&self, term: Term) -> bool {
+        self.modes.get(&term) == Some(&Durability::Async)
+    }
+
     /// A member promoted: it must hold every acknowledged commit.
     pub fn promotion(&mut self, term: Term, member: usize, timeline: TimelineId, wal: &[Rec]) {
         if let Some(other) = self.promoted.insert(term, member)
@@ -102,7 +102,7 @@ impl Checker {
         }
         let missing = self.missing(wal);
         if let Some(first) = missing.first().copied() {
-            if self.durability == Durability::Async || self.loss_accepted {
+            if self.is_async(term) || self.loss_accepted {
                 self.loss_accepted = false;
                 self.lost_in_async += missing.len() as u64;
                 let tail = self.acknowledged.range(first..).count();
@@ -167,10 +167,11 @@ impl Checker {
     }
 
     /// A client was told that the commit at record `at` is done.
-    pub fn acknowledged(&mut self, member: &str, at: usize, rec: Rec) {
+    pub fn acknowledged(&mut self, member: usize, at: usize, rec: Rec) {
         self.acknowledged_total += 1;
         let present = self.line.get(at - 1) == Some(&rec.id);
-        if self.durability == Durability::Async {
+        let led = self.promoted.iter().rev().find(|(_, m)| **m == member);
+        if led.is_some_and(|(term, _)| self.is_async(*term)) {
             // A deposed leader that has not heard of it yet acknowledges what will be lost.
             if present {
                 self.acknowledged.insert(at, rec.id);
@@ -182,7 +183,7 @@ impl Checker {
         if !present {
             let (term, leader) = self.line_of.unwrap_or_default();
             self.broken(format!(
-                "LOST: {member} acknowledged record {at} (timeline {}), which the leader of term {term} (member {leader}) does not have",
+                "LOST: member {member} acknowledged record {at} (timeline {}), which the leader of term {term} (member {leader}) does not have",
                 rec.timeline
             ));
         }
@@ -211,11 +212,11 @@ mod tests {
 
     #[test]
     fn the_checker_sees_a_loss() {
-        let mut c = Checker::new(Durability::Quorum);
+        let mut c = Checker::default();
         c.promotion(Term(1), 0, TimelineId(1), &[]);
         for (at, id) in [(1, 10), (2, 20)] {
             c.flushed(0, at, rec(id));
-            c.acknowledged("a", at, rec(id));
+            c.acknowledged(0, at, rec(id));
         }
         assert_eq!(c.violations, Vec::<String>::new());
         c.promotion(Term(2), 1, TimelineId(2), &[rec(10)]);
@@ -224,11 +225,11 @@ mod tests {
 
     #[test]
     fn the_checker_sees_a_deposed_leader_acknowledge() {
-        let mut c = Checker::new(Durability::Quorum);
+        let mut c = Checker::default();
         c.promotion(Term(1), 0, TimelineId(1), &[]);
         c.promotion(Term(2), 1, TimelineId(2), &[]);
         c.flushed(0, 1, rec(7));
-        c.acknowledged("a", 1, rec(7));
+        c.acknowledged(0, 1, rec(7));
         assert_eq!(c.violations.len(), 1);
     }
 

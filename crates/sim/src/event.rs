@@ -3,9 +3,10 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use craton_core::Term;
 use craton_core::observe::MemberStatus;
+use craton_core::promise::Ask;
 use craton_core::records::{Change, ClusterView};
+use craton_core::{BootTime, Incarnation, Term};
 
 use crate::faults::{Fault, Repair};
 
@@ -25,6 +26,27 @@ pub enum Msg {
     Promised {
         /// The renewal.
         id: u64,
+    },
+    /// Not promised.
+    Refused {
+        /// The renewal.
+        id: u64,
+    },
+    /// The leader asks for a standby promise.
+    AskPromise {
+        /// The question.
+        ask: Ask,
+        /// Before it was sent, on the leader's clock.
+        sent_at: BootTime,
+    },
+    /// A standby has promised.
+    StandbyPromised {
+        /// In this term.
+        term: Term,
+        /// In this life of its data directory.
+        incarnation: Incarnation,
+        /// As in the question.
+        sent_at: BootTime,
     },
     /// The lease is given up.
     Release {

@@ -2,6 +2,7 @@
 
 use craton_core::decide::LeaseWish;
 use craton_core::records::{Change, Key, Record, Request, RequestKind, RequestPhase};
+use craton_core::settings::{Durability, Settings};
 
 use crate::event::Event;
 use crate::wal::Data;
@@ -51,6 +52,15 @@ pub enum Fault {
     DeafVoters,
     /// The leader dies, whoever it is.
     CrashLeader,
+    /// The member's agent does not reach the coordinator.
+    Away(usize),
+    /// Nobody reaches the coordinator.
+    AllAway,
+    /// The leader does not reach the coordinator and lives on the promise of one standby; another one, which
+    /// cannot promise, opens an election; the agent of the first restarts.
+    BrokenPromise,
+    /// The operator wants another durability and k.
+    Mode(Durability, u32),
     /// A standby lags; another one loses its disk, or goes away; then the leader dies, and perhaps the next one.
     Ambush,
 }
@@ -80,6 +90,10 @@ pub enum Repair {
     Net,
     /// WAL comes in time again.
     Wal(usize),
+    /// The member's agent reaches the coordinator again.
+    Back(usize),
+    /// Everybody does.
+    AllBack,
 }
 
 /// The state of the faults.
@@ -120,7 +134,7 @@ impl World {
             let pause = self.rng.between(6 * SECOND, 12 * SECOND);
             return self.after(pause, Event::NextFault);
         }
-        let fault = self.draw_fault();
+        let fault = self.draw_special().unwrap_or_else(|| self.draw_fault());
         self.fault(fault);
         let pause = if self.rng.chance(30) {
             self.rng.between(10 * MS, 400 * MS)
@@ -138,6 +152,28 @@ impl World {
             Some(m) if self.rng.chance(50) => m,
             _ => any,
         }
+    }
+
+    /// What the options ask for more of.
+    fn draw_special(&mut self) -> Option<Fault> {
+        if self.options.modes && self.rng.chance(35) {
+            let mode = match self.rng.below(3) {
+                0 => Durability::Async,
+                1 => Durability::Quorum,
+                _ => Durability::Strict,
+            };
+            let k_max = self.members.len().saturating_sub(1).clamp(1, 2);
+            let k = u32::try_from(1 + self.rng.below(k_max)).unwrap_or(1);
+            return Some(Fault::Mode(mode, k));
+        }
+        if self.options.away && self.rng.chance(60) {
+            return Some(match self.rng.below(4) {
+                0 => Fault::AllAway,
+                1 => Fault::Away(self.victim()),
+                _ => Fault::BrokenPromise,
+            });
+        }
+        None
     }
 
     fn draw_fault(&mut self) -> Fault {
@@ -190,8 +226,28 @@ impl World {
         }
     }
 
+    /// What an operator does, and faults that are made of others: nothing of their own has to be repaired.
+    fn ask_or_arrange(&mut self, fault: Fault) {
+        match fault {
+            Fault::Switchover(to) => self.ask(RequestKind::Switchover, to),
+            Fault::Mode(mode, k) => self.ask_mode(mode, k),
+            Fault::BrokenPromise => self.broken_promise(),
+            Fault::DeafVoters => self.deaf_voters(),
+            Fault::Ambush => self.ambush(),
+            _ => {}
+        }
+    }
+
     fn strike(&mut self, fault: Fault) -> Option<Repair> {
         let repair = match fault {
+            Fault::Switchover(_)
+            | Fault::Mode(..)
+            | Fault::BrokenPromise
+            | Fault::DeafVoters
+            | Fault::Ambush => {
+                self.ask_or_arrange(fault);
+                return None;
+            }
             Fault::CrashHost(m) => {
                 self.crash_host(m);
                 Repair::StartHost(m)
@@ -217,6 +273,35 @@ impl World {
                 self.members[m].agent_frozen = true;
                 Repair::ThawAgent(m)
             }
+            Fault::Isolate(_) | Fault::CutOneWay(..) | Fault::CutPair(..) => self.cut(fault)?,
+            Fault::Loss => {
+                self.net.loss = self.rng.between(5, 40);
+                Repair::Net
+            }
+            Fault::SlowNet => {
+                self.net.delay_factor = self.rng.between(5, 200);
+                Repair::Net
+            }
+            Fault::CrashLeader => {
+                let m = self.leader()?;
+                self.crash_host(m);
+                Repair::StartHost(m)
+            }
+            Fault::Away(m) => {
+                self.net.away[m] = true;
+                Repair::Back(m)
+            }
+            Fault::AllAway => {
+                self.net.away.fill(true);
+                Repair::AllBack
+            }
+        };
+        Some(repair)
+    }
+
+    /// Parts of the network.
+    fn cut(&mut self, fault: Fault) -> Option<Repair> {
+        let repair = match fault {
             Fault::Isolate(m) => {
                 for o in (0..self.members.len()).filter(|o| *o != m) {
                     self.net.cut[m][o] = true;
@@ -233,31 +318,7 @@ impl World {
                 self.net.cut[b][a] = a != b;
                 Repair::Link(a, b)
             }
-            Fault::Loss => {
-                self.net.loss = self.rng.between(5, 40);
-                Repair::Net
-            }
-            Fault::SlowNet => {
-                self.net.delay_factor = self.rng.between(5, 200);
-                Repair::Net
-            }
-            Fault::CrashLeader => {
-                let m = self.leader()?;
-                self.crash_host(m);
-                Repair::StartHost(m)
-            }
-            Fault::Switchover(to) => {
-                self.ask(RequestKind::Switchover, to);
-                return None;
-            }
-            Fault::DeafVoters => {
-                self.deaf_voters();
-                return None;
-            }
-            Fault::Ambush => {
-                self.ambush();
-                return None;
-            }
+            _ => return None,
         };
         Some(repair)
     }
@@ -311,6 +372,52 @@ impl World {
         let restart = self.now + ttl + self.rng.between(500 * MS, 1500 * MS);
         self.at(restart, Event::Fault(Fault::KillAgent(y)));
         self.at(restart + 20 * MS, Event::Repair(Repair::StartAgent(y)));
+    }
+
+    /// The leader is kept from the coordinator, and from all standbys but one. The others see its lease end and
+    /// open an election; the one has promised, and its agent restarts about then.
+    fn broken_promise(&mut self) {
+        let Some(leader) = self.leader() else { return };
+        let n = self.members.len();
+        let one = (leader + 1 + self.rng.below(n - 1)) % n;
+        let lasts = self.rng.between(3 * SECOND, 8 * SECOND);
+        let until = self.now + lasts;
+        self.net.away[leader] = true;
+        self.at(until, Event::Repair(Repair::Back(leader)));
+        for other in (0..n).filter(|o| *o != leader && *o != one) {
+            self.fault(Fault::CutPair(leader, other));
+            self.at(until, Event::Repair(Repair::Link(leader, other)));
+        }
+        let at = self.now + self.rng.between(SECOND, 5 * SECOND);
+        match self.rng.below(3) {
+            0 => {
+                self.at(at, Event::Fault(Fault::KillAgent(one)));
+                self.at(at + 20 * MS, Event::Repair(Repair::StartAgent(one)));
+            }
+            1 => self.at(at, Event::Fault(Fault::CutPair(leader, one))),
+            _ => {}
+        }
+    }
+
+    fn ask_mode(&mut self, durability: Durability, sync_standbys: u32) {
+        let view = self.store.view();
+        let Some(settings) = &view.settings else {
+            return;
+        };
+        let next = Settings {
+            durability,
+            sync_standbys,
+            ..settings.value.clone()
+        };
+        let change = Change {
+            expect: vec![(Key::Settings, settings.revision)],
+            puts: vec![Record::Settings(next)],
+            deletes: vec![],
+        };
+        if self.store.apply(&change) {
+            let view = self.store.view();
+            self.tell_store(&view);
+        }
     }
 
     /// A rare order of events that the rules on sync sets, incarnations and the old leader are there for.
@@ -416,6 +523,8 @@ impl World {
             }
             Repair::Room(m) => self.members[m].disk_full = false,
             Repair::Wal(m) => self.net.wal_lag[m] = 0,
+            Repair::Back(m) => self.net.away[m] = false,
+            Repair::AllBack => self.net.away.fill(false),
             Repair::Net => {
                 self.net.loss = 0;
                 self.net.delay_factor = 1;
@@ -439,6 +548,7 @@ impl World {
         self.faults.calm = true;
         self.faults.calm_since = self.now;
         self.repair(Repair::Net);
+        self.repair(Repair::AllBack);
         for m in 0..self.members.len() {
             self.repair(Repair::Join(m));
             self.repair(Repair::Disk(m));
@@ -479,18 +589,19 @@ impl World {
         let streams = others().all(|o| {
             let member = &self.members[o];
             let standby = member.pg.as_ref().is_some_and(|p| !p.primary && p.ready);
-            let counted = !self.quorum()
-                || member
-                    .incarnation
-                    .is_some_and(|i| l.sync.holds(&member.id, i));
+            let counted = member
+                .incarnation
+                .is_some_and(|i| l.sync.holds(&member.id, i));
             member.up
                 && !member.frozen
                 && standby
                 && counted
                 && pg.senders.iter().any(|s| s.member == o)
         });
-        let k = u64::from(self.settings.sync_standbys).min(others().count() as u64);
-        let full = !self.quorum() || u64::from(l.sync.k) == k;
+        let wish = view.settings();
+        let k = u64::from(wish.sync_standbys).min(others().count() as u64);
+        let k = if l.durability.keeps_commits() { k } else { 0 };
+        let full = u64::from(l.sync.k) == k && l.durability == wish.durability;
         l.open && held && streams && full && view.request.is_none()
     }
 
@@ -498,7 +609,7 @@ impl World {
     pub fn settled(&mut self) {
         if self.is_whole() && self.acknowledged_calm > 0 {
             self.settled_after = Some(self.now - self.faults.calm_since);
-            if self.quorum() {
+            if self.keeps_commits() {
                 let view = self.store.view();
                 let leader = view.leader().and_then(|l| self.number(&l.member));
                 let db = leader

@@ -23,11 +23,19 @@ pub enum Flaw {
     NoFence,
     /// 2.3: a restarted voter does not wait for the promises it has forgotten.
     PromisesForgotten,
+    /// 2.7: a standby's agent restarts and seals although a promise of its earlier life may run.
+    StandbyPromiseForgotten,
+    /// 2.7: the leader is content with one standby promise less than k.
+    OnePromiseTooFew,
+    /// 2.7: a member seals although its promise runs.
+    SealDespitePromise,
+    /// 3: the coordinator hears of `quorum` before PostgreSQL waits for anybody.
+    ModeBeforePostgres,
 }
 
 impl Flaw {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 11] = [
         Self::OneSealTooFew,
         Self::NoWait,
         Self::OldLeaderLeftOut,
@@ -35,6 +43,10 @@ impl Flaw {
         Self::SealKeepsStreaming,
         Self::NoFence,
         Self::PromisesForgotten,
+        Self::StandbyPromiseForgotten,
+        Self::OnePromiseTooFew,
+        Self::SealDespitePromise,
+        Self::ModeBeforePostgres,
     ];
 
     /// Its name on the command line.
@@ -47,6 +59,10 @@ impl Flaw {
             Self::SealKeepsStreaming => "seal-keeps-streaming",
             Self::NoFence => "no-fence",
             Self::PromisesForgotten => "promises-forgotten",
+            Self::StandbyPromiseForgotten => "standby-promise-forgotten",
+            Self::OnePromiseTooFew => "one-promise-too-few",
+            Self::SealDespitePromise => "seal-despite-promise",
+            Self::ModeBeforePostgres => "mode-before-postgres",
         }
     }
 
@@ -67,6 +83,7 @@ impl Flaw {
                     }
                 }
             }
+            Self::ModeBeforePostgres => mode_before_postgres(o),
             _ => {}
         }
     }
@@ -111,5 +128,31 @@ impl Flaw {
         } else {
             fresh
         })
+    }
+}
+
+/// PostgreSQL waits for nobody, and the decision thinks that it waits for everybody there is.
+fn mode_before_postgres(o: &mut Observation) {
+    let wish = o
+        .view
+        .as_ref()
+        .map(craton_core::records::ClusterView::settings);
+    let Some(wish) = wish.filter(|w| w.durability.keeps_commits()) else {
+        return;
+    };
+    if let ServerView::Running(s) = &mut o.server
+        && s.sync_configured.k == 0
+        && !s.in_recovery
+    {
+        s.sync_configured.members = s
+            .standbys
+            .iter()
+            .map(|b| (b.member.clone(), b.incarnation))
+            .collect();
+        let there = u32::try_from(s.sync_configured.members.len()).unwrap_or(u32::MAX);
+        s.sync_configured.k = wish.sync_standbys.min(there);
+        for standby in &mut s.standbys {
+            standby.flush_lsn = standby.flush_lsn.max(s.end);
+        }
     }
 }

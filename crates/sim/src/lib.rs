@@ -22,6 +22,7 @@ mod flaw;
 mod member;
 pub mod model;
 mod postgres;
+mod promise;
 mod replication;
 mod rng;
 pub mod scenario;
@@ -52,6 +53,12 @@ pub struct Options {
     pub lying_clocks: bool,
     /// Only the rare orders of events that the rules on sync sets and incarnations are there for.
     pub ambushes: bool,
+    /// The operator changes durability and k at any moment.
+    pub modes: bool,
+    /// The coordinator is away, from the leader or from everybody, more often than anything else happens.
+    pub away: bool,
+    /// So many members never lead.
+    pub never_leading: usize,
     /// A rule to break on purpose.
     pub flaw: Option<Flaw>,
     /// Faults that are drawn and do not strike, by their number: for the search of those that matter.
@@ -69,6 +76,9 @@ impl Default for Options {
             fault_seconds: 20,
             lying_clocks: false,
             ambushes: false,
+            modes: false,
+            away: false,
+            never_leading: 0,
             flaw: None,
             skip: std::collections::BTreeSet::new(),
             trace: false,

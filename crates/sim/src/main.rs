@@ -10,15 +10,19 @@ use craton_sim::shrink::shrink;
 use craton_sim::{Flaw, Options, Outcome, run};
 
 /// How it is called.
-const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--fault-seconds S] [--flaw NAME] [--shrink] [--skip N,N,…] [--keep-going]
+const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--modes] [--away] [--never-leading N] [--strict] [--fault-seconds S] [--flaw NAME] [--shrink] [--skip N,N,…] [--keep-going]
   --seed N         run one seed and print what broke; with --trace also everything that happened
   --seeds A..B     run the seeds from A to B - 1 (default 0..1000)
   --members N      2 to 26 members (default 3)
   --sync K         k, the number of synchronous standbys (default 1)
   --async          durability async (default quorum)
+  --strict         durability strict
+  --modes          the operator changes durability and k at any moment
+  --away           above all the coordinator is away, from the leader or from everybody
+  --never-leading N  so many members have priority 0
   --lying-clocks   clocks run at any rate, and there is no fence
   --ambushes       only rare orders of events, made to order
-  --flaw NAME      break a rule on purpose: one-seal-too-few, no-wait, old-leader-left-out, incarnation-forgotten, seal-keeps-streaming, no-fence, promises-forgotten
+  --flaw NAME      break a rule on purpose: one-seal-too-few, no-wait, old-leader-left-out, incarnation-forgotten, seal-keeps-streaming, no-fence, promises-forgotten, standby-promise-forgotten, one-promise-too-few, seal-despite-promise, mode-before-postgres
   --shrink         leave out the faults that a failing seed does not need, and print those that matter
   --skip N,N,…     faults that do not strike, by number, as --shrink prints them
   --keep-going     do not stop at the first seed that fails
@@ -72,6 +76,12 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             }
             "--fault-seconds" => parsed.options.fault_seconds = number(value()?)?,
             "--async" => parsed.options.durability = Durability::Async,
+            "--strict" => parsed.options.durability = Durability::Strict,
+            "--modes" => parsed.options.modes = true,
+            "--away" => parsed.options.away = true,
+            "--never-leading" => {
+                parsed.options.never_leading = usize::try_from(number(value()?)?).unwrap_or(0);
+            }
             "--lying-clocks" => parsed.options.lying_clocks = true,
             "--ambushes" => parsed.options.ambushes = true,
             "--trace" => parsed.options.trace = true,
@@ -109,14 +119,20 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
         "--members {} --sync {}",
         options.members, options.sync_standbys
     );
-    if options.durability == Durability::Async {
-        more.push_str(" --async");
+    let flags = [
+        (options.durability == Durability::Async, " --async"),
+        (options.durability == Durability::Strict, " --strict"),
+        (options.lying_clocks, " --lying-clocks"),
+        (options.ambushes, " --ambushes"),
+        (options.modes, " --modes"),
+        (options.away, " --away"),
+    ];
+    for (_, flag) in flags.iter().filter(|(on, _)| *on) {
+        more.push_str(flag);
     }
-    if options.lying_clocks {
-        more.push_str(" --lying-clocks");
-    }
-    if options.ambushes {
-        more.push_str(" --ambushes");
+    if options.never_leading > 0 {
+        more.push_str(" --never-leading ");
+        more.push_str(&options.never_leading.to_string());
     }
     if let Some(flaw) = options.flaw {
         more.push_str(" --flaw ");

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use craton_core::decide::{LeaseWish, Memory, OpenElection, Task, TaskKind};
 use craton_core::observe::{Lease, Observation, TaskFailure};
+use craton_core::promise::{Book, Ledger, PromiseNeed};
 use craton_core::records::{Change, Seal};
 use craton_core::{BootTime, Incarnation, MemberId, Term};
 
@@ -61,6 +62,8 @@ pub struct Poll {
     pub expires: u64,
     /// Who said yes.
     pub yes: BTreeSet<usize>,
+    /// Who said no.
+    pub no: BTreeSet<usize>,
 }
 
 /// The agent's memory: gone when the process is.
@@ -94,6 +97,16 @@ pub struct Agent {
     pub failures: BTreeMap<TaskKind, TaskFailure>,
     /// A decision is scheduled already.
     pub woken: bool,
+    /// Promises given.
+    pub book: Book,
+    /// Promises received.
+    pub ledger: Ledger,
+    /// Whose promises would do.
+    pub needs: Vec<PromiseNeed>,
+    /// The deadline by renewals alone, and when the last of them was sent.
+    pub renewed: Option<(Lease, BootTime)>,
+    /// A majority has refused the lease of this term.
+    pub refused: Term,
 }
 
 /// A member.
@@ -125,6 +138,10 @@ pub struct Member {
     pub incarnation: Option<Incarnation>,
     /// Durable: nothing below this term may reach the data directory.
     pub floor: Term,
+    /// Preference in elections; 0 never leads.
+    pub priority: u32,
+    /// Durable: the longest standby promise that may run.
+    pub promise_note: std::time::Duration,
     /// The coordinator's part on this host.
     pub voter: Voter,
     /// Survives the agent, not the host.

@@ -104,7 +104,7 @@ impl World {
         if term <= 1 && timeline.0 == 1 {
             self.check
                 .promotion(craton_core::Term(1), m, timeline, &wal);
-        } else if self.quorum() && view.leader().is_some_and(|l| l.member == name) {
+        } else if self.keeps_commits() && view.leader().is_some_and(|l| l.member == name) {
             self.check
                 .holds_everything(&format!("{name}, restarted in place,"), &wal);
         }
@@ -226,14 +226,13 @@ impl World {
         };
         let later = pg.waiting.split_off(&(upto + 1));
         let done = std::mem::replace(&mut pg.waiting, later);
-        let name = self.name(m);
         for at in done {
             let rec = self.members[m]
                 .data
                 .database()
                 .and_then(|d| d.wal.get(at - 1).copied());
             if let Some(rec) = rec {
-                self.check.acknowledged(name.as_str(), at, rec);
+                self.check.acknowledged(m, at, rec);
                 if self.faults.calm {
                     self.acknowledged_calm += 1;
                 }

@@ -3,7 +3,7 @@
 use craton_core::decide::{StopHow, Task};
 use craton_core::observe::TaskFailure;
 use craton_core::records::Seal;
-use craton_core::{MemberId, Term, TimelineId};
+use craton_core::{Lsn, MemberId, Term, TimelineId};
 
 use crate::event::Event;
 use crate::flaw::Flaw;
@@ -19,6 +19,8 @@ const RETRY_MAX: u64 = 10 * SECOND;
 const SYNC_MAX: u64 = 5 * SECOND;
 /// Until a started server answers, or a seal is made.
 const READY_MAX: u64 = 30 * SECOND;
+/// How long missing WAL is waited for.
+const CATCH_UP_MAX: u64 = 10 * SECOND;
 /// The pause between two looks.
 const LOOK: u64 = 5 * MS;
 
@@ -145,6 +147,9 @@ impl World {
             }
             Task::Clone { from, term } => self.clone_from(m, r, from, *term),
             Task::Rewind { from, term, .. } => self.rewind(m, r, from, *term),
+            Task::CatchUp {
+                from, term, lsn, ..
+            } => self.catch_up(m, r, from, *term, *lsn),
             Task::SetSync(set) => self.set_sync(m, r, set),
             Task::Checkpoint => {
                 if r.stage == 0 {
@@ -283,6 +288,14 @@ impl World {
         let keep = self.options.flaw == Some(Flaw::SealKeepsStreaming);
         match r.stage {
             0 => {
+                let now = self.clock(m);
+                let eager = self.options.flaw == Some(Flaw::SealDespitePromise);
+                let agent = self.members[m].agent.as_mut();
+                if let Some(Err(until)) = agent.map(|a| a.book.begin_seal(now, term))
+                    && !eager
+                {
+                    return Step::Again(0, crate::promise::wait(now, until));
+                }
                 self.raise_floor(m, term);
                 Step::Again(1, LOOK)
             }
@@ -313,6 +326,32 @@ impl World {
             }
             _ if self.now > r.since + READY_MAX => Step::Failed("no end of WAL"),
             _ => Step::Again(2, LOOK),
+        }
+    }
+
+    /// Streams from a sealed member up to `to`, then seals anew.
+    fn catch_up(&mut self, m: usize, r: &Running, from: &MemberId, term: Term, to: Lsn) -> Step {
+        let up = self.number(from);
+        let end = self.members[m].data.database().map(Database::end);
+        let floor = self.members[m].floor;
+        let Some(pg) = &mut self.members[m].pg else {
+            return Step::Failed("PostgreSQL is not running");
+        };
+        match r.stage {
+            0 => {
+                if floor > term {
+                    return Step::Failed("sealed for a later term");
+                }
+                pg.upstream = up;
+                if let Some(a) = &mut self.members[m].agent {
+                    a.sealed = None;
+                }
+                Step::Again(9, LOOK)
+            }
+            9 if end < Some(to) && self.now < r.since + CATCH_UP_MAX => Step::Again(9, LOOK),
+            // In any case the upstream is cut again; the seal says how far it came.
+            9 => Step::Again(1, LOOK),
+            _ => self.seal(m, r, term),
         }
     }
 

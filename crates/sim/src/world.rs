@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
-use craton_core::settings::{Durability, Settings};
+use craton_core::settings::Settings;
 use craton_core::{BootTime, MemberId};
 
 use crate::Options;
@@ -38,6 +38,8 @@ pub struct Net {
     pub loss: u64,
     /// Delays are this many times longer than usual.
     pub delay_factor: u64,
+    /// `away[m]`: the member reaches neither the store nor the voters, its own among them.
+    pub away: Vec<bool>,
     /// WAL takes this much longer to a member, nanoseconds.
     pub wal_lag: Vec<u64>,
     /// `away[m]`: the member reaches neither the store nor the voters, its own among them.
@@ -110,10 +112,13 @@ impl World {
             sync_standbys: options.sync_standbys,
             ..Settings::default()
         };
-        let members = (0..options.members)
+        let mut members: Vec<Member> = (0..options.members)
             .map(|i| Member::new(i, options.lying_clocks, &mut rng))
             .collect();
-        let check = Checker::new(options.durability);
+        for member in members.iter_mut().rev().take(options.never_leading) {
+            member.priority = 0;
+        }
+        let check = Checker::default();
         let n = options.members;
         Self {
             options: options.clone(),
@@ -128,6 +133,7 @@ impl World {
                 cut: vec![vec![false; n]; n],
                 loss: 0,
                 delay_factor: 1,
+                away: vec![false; n],
                 wal_lag: vec![0; n],
                 away: vec![false; n],
                 store_lag: vec![0; n],
@@ -301,9 +307,13 @@ impl World {
         lives(m) && !self.net.away[m] && heard > self.members.len() / 2
     }
 
-    /// Nothing is lost if a standby's agent reads this state of the world later.
-    pub fn quorum(&self) -> bool {
-        self.options.durability == Durability::Quorum
+    /// The durability in force: a failover loses nothing acknowledged.
+    pub fn keeps_commits(&self) -> bool {
+        let view = self.store.view();
+        view.leadership
+            .as_ref()
+            .map_or(self.options.durability, |l| l.value.durability)
+            .keeps_commits()
     }
 }
 
@@ -336,6 +346,8 @@ impl Member {
             data: Data::Empty,
             incarnation: None,
             floor: craton_core::Term(0),
+            priority: 100,
+            promise_note: std::time::Duration::ZERO,
             voter: Voter::default(),
             lease_file: None,
             fence: None,

@@ -54,6 +54,29 @@ fn ambushes() -> Options {
     }
 }
 
+fn modes() -> Options {
+    Options {
+        modes: true,
+        ..Options::default()
+    }
+}
+
+fn away() -> Options {
+    Options {
+        away: true,
+        ..Options::default()
+    }
+}
+
+/// k = 2: the leader needs the promises of two.
+fn two_promises() -> Options {
+    Options {
+        members: 4,
+        sync_standbys: 2,
+        ..away()
+    }
+}
+
 #[test]
 fn three_members() {
     check(0..500, &Options::default());
@@ -95,6 +118,61 @@ fn asynchronous() {
         ..Options::default()
     };
     check(0..150, &options);
+}
+
+#[test]
+fn strict() {
+    let options = Options {
+        durability: Durability::Strict,
+        ..Options::default()
+    };
+    check(0..100, &options);
+    let two = Options {
+        members: 4,
+        sync_standbys: 2,
+        ..options
+    };
+    check(0..50, &two);
+}
+
+#[test]
+fn durability_changes_at_any_moment() {
+    check(0..150, &modes());
+    let two = Options {
+        members: 4,
+        sync_standbys: 2,
+        ..modes()
+    };
+    check(0..75, &two);
+}
+
+#[test]
+fn the_coordinator_is_away() {
+    check(0..150, &away());
+    for durability in [Durability::Async, Durability::Strict] {
+        let options = Options {
+            durability,
+            ..away()
+        };
+        check(0..60, &options);
+    }
+    check(0..75, &two_promises());
+}
+
+#[test]
+fn a_member_that_never_leads_holds_the_most() {
+    let options = Options {
+        never_leading: 1,
+        ..Options::default()
+    };
+    check(0..150, &options);
+    let all = Options {
+        modes: true,
+        away: true,
+        members: 4,
+        ..options
+    };
+    check(0..75, &all);
 }
 
 #[test]
@@ -219,4 +297,24 @@ fn without_the_fence_two_primaries_run() {
 #[test]
 fn forgotten_promises_make_two_leases() {
     found_out(Flaw::PromisesForgotten, "two leases", &Options::default());
+}
+
+#[test]
+fn a_standby_promise_forgotten_at_a_restart_makes_two_primaries() {
+    found_out(Flaw::StandbyPromiseForgotten, "two ", &away());
+}
+
+#[test]
+fn a_seal_in_spite_of_a_promise_makes_two_primaries() {
+    found_out(Flaw::SealDespitePromise, "two ", &away());
+}
+
+#[test]
+fn one_promise_too_few_makes_two_primaries() {
+    found_out(Flaw::OnePromiseTooFew, "two ", &two_promises());
+}
+
+#[test]
+fn a_mode_on_record_before_postgresql_keeps_it_loses_commits() {
+    found_out(Flaw::ModeBeforePostgres, "LOST", &modes());
 }

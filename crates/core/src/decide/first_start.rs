@@ -36,6 +36,12 @@ pub(super) fn before_leadership(mind: &mut Mind<'_>, view: &ClusterView) {
 
 /// One compare-and-set decides who runs initdb.
 fn claim(mind: &mut Mind<'_>) {
+    if mind.o.me.priority == 0 {
+        return mind.because(
+            "never_leads",
+            "there is no cluster yet, and a member with priority 0 does not make one: waiting for another",
+        );
+    }
     mind.because(
         "claiming",
         "there is no cluster yet: asking to be the one that makes it",
@@ -123,7 +129,7 @@ fn wait_for_initializer(mind: &mut Mind<'_>, cluster: &At<ClusterRecord>) {
     let text = format!("{initializer} was to make the database, and is silent");
     mind.because("initializer_silent", text);
     let empty = matches!(mind.o.data, DataView::Empty);
-    if empty && now.since(since) >= INITIALIZER_SILENT_MAX {
+    if empty && mind.o.me.priority > 0 && now.since(since) >= INITIALIZER_SILENT_MAX {
         let record = ClusterRecord {
             initializer: mind.o.me.id.clone(),
             ..cluster.value.clone()

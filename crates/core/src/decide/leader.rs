@@ -2,7 +2,7 @@
 
 use super::request::{request_rule, schedule_rule};
 use super::rolling::rolling_rule;
-use super::sync_set::{is_settled_for, sync_rule};
+use super::sync_set::{is_settled_for, names_of, promise_needs, settle_early, sync_rule};
 use super::{Mind, Task, TaskKind};
 use crate::observe::{DataView, Server, ServerView};
 use crate::records::{
@@ -41,6 +41,10 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
         ServerView::Silent { .. } => silent_rule(mind, view, l),
         ServerView::Running(s) if s.in_recovery => recovery_rule(mind, view, l, s),
         ServerView::Running(s) => primary_rule(mind, view, l, s),
+    }
+    if mind.out.lease == super::LeaseWish::Hold(l.term) {
+        // After the changes of this decision: from here on they may be written.
+        mind.out.promises = promise_needs(mind, view, l);
     }
 }
 
@@ -138,7 +142,8 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
     if !mind.lease_runs(l.term) {
         return lease_rule(mind, view, l);
     }
-    if !is_settled_for(mind, view, l, &l.sync) {
+    let sync = names_of(mind, l);
+    if !is_settled_for(mind, view, l, &sync) {
         return;
     }
     if l.open {
@@ -153,9 +158,7 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
             "PostgreSQL restarts in place",
         );
     }
-    mind.start(Task::StartPrimary {
-        sync: l.sync.clone(),
-    });
+    mind.start(Task::StartPrimary { sync });
 }
 
 /// So many failures in a row are enough for an elected leader to let another try.
@@ -184,9 +187,11 @@ pub(super) fn can_hand_over(mind: &Mind<'_>, view: &ClusterView, l: &Leadership)
                 .is_some_and(|p| p.status.timeline == Some(l.timeline))
     };
     let may_lead = |m: &MemberId| view.members.get(m).is_some_and(|r| r.value.priority > 0);
-    if l.durability == Durability::Async {
-        return mind.o.peers.keys().any(|m| ready(m) && may_lead(m));
-    }
+    let needed = if l.durability == Durability::Async {
+        1
+    } else {
+        l.sync.seals_needed()
+    };
     let alive: Vec<&MemberId> = l
         .sync
         .members
@@ -201,7 +206,7 @@ pub(super) fn can_hand_over(mind: &Mind<'_>, view: &ClusterView, l: &Leadership)
         })
         .map(|(m, _)| m)
         .collect();
-    alive.len() >= l.sync.seals_needed() && alive.iter().any(|m| may_lead(m))
+    alive.len() >= needed && alive.iter().any(|m| may_lead(m))
 }
 
 /// Leads on paper without the lease. Voters that have called the term over refuse it for good; with an even
@@ -246,10 +251,11 @@ fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Se
         return step_aside(mind, view, l, "the elected leader cannot be promoted");
     }
     mind.because("promoting", format!("promoting to timeline {}", l.timeline));
+    let sync = names_of(mind, l);
     mind.start(Task::Promote {
         term: l.term,
         timeline: l.timeline,
-        sync: l.sync.clone(),
+        sync,
         known: view
             .timelines
             .as_ref()
@@ -307,6 +313,7 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
         schedule_rule(mind, view, l, s);
         rolling_rule(mind, view, l, s);
     }
+    settle_early(mind, view, l);
 }
 
 /// A pause with an end is over by itself; the leader takes it off the board.
@@ -365,15 +372,16 @@ fn submit_open(
 
 /// Opens for clients once the sync set is configured and what was recovered is on k of V (3.3).
 fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
-    if !s.sync_configured.covers(&l.sync) {
+    let names = names_of(mind, l);
+    if !s.sync_configured.covers(&names) {
         mind.because(
             "opening",
             "putting the sync set in force before the first write",
         );
-        if !is_settled_for(mind, view, l, &l.sync) {
+        if !is_settled_for(mind, view, l, &names) {
             return;
         }
-        return mind.start(Task::SetSync(l.sync.clone()));
+        return mind.start(Task::SetSync(names));
     }
     let restarted = view
         .history
@@ -383,9 +391,10 @@ fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
                 .0
                 .iter()
                 .rev()
-                .find(|e| e.kind == "closed" || e.kind == "elected")
+                .find(|e| ["closed", "elected", "initialized"].contains(&e.kind.as_str()))
         })
-        .is_some_and(|e| e.kind == "closed" && e.term == l.term);
+        // Not in the history any more: it may have restarted.
+        .is_none_or(|e| e.kind == "closed" && e.term == l.term);
     let barrier = mind
         .out
         .memory

@@ -75,7 +75,7 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
         .reference()
         .is_some_and(|me| l.sync.holds(&me.member, me.incarnation));
     let may_win =
-        l.durability == Durability::Async || (counted && l.sync.k > 0) || forced.is_some();
+        counted && (l.durability == Durability::Async || l.sync.k > 0) || forced.is_some();
     let settled = mind.is_settled();
     let wished = asked.is_some_and(|r| r.kind == RequestKind::Failover);
     if mind.is_paused() && !wished {
@@ -87,6 +87,17 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
             mind.because("no_failover_in_pause", text);
         }
         return;
+    }
+    let now = mind.o.now;
+    if mind.o.lease_seen == LeaseSeen::Lapsed
+        && settled
+        && mind.o.promises.held_until.is_some_and(|t| t > now)
+    {
+        let text = format!(
+            "the lease of {} cannot be renewed, and this member has promised it not to elect anybody yet",
+            leader.member
+        );
+        return mind.because("promised", text);
     }
     match mind.o.lease_seen {
         LeaseSeen::Lapsed if may_win && settled => {
@@ -102,8 +113,13 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
             mind.open_election(view, l, preferred, forced.is_some(), &cause);
         }
         LeaseSeen::Lapsed if !may_win && settled => {
+            let why = if l.sync.members.is_empty() {
+                "it was alone: only it has every acknowledged commit"
+            } else {
+                "this member is not one of those that may take over"
+            };
             let text = format!(
-                "the lease of {} seems over, but it was alone ({}): only it has every acknowledged commit",
+                "the lease of {} seems over, but {why} ({})",
                 leader.member, l.sync
             );
             mind.because("leader_was_alone", text);

@@ -5,24 +5,26 @@ use std::time::Duration;
 
 use super::{Mind, PROOF_SEEN_MAX, Task};
 use crate::observe::Server;
+use crate::promise::PromiseNeed;
 use crate::records::{Change, ClusterView, Key, Leadership, OrderKind, Record};
 use crate::settings::Durability;
-use crate::sync::{SyncInput, SyncSet, SyncStep, next_step};
+use crate::sync::mode::{self, Modes};
+use crate::sync::{SyncInput, SyncSet, SyncStep};
 use crate::types::{Incarnation, Lsn, MemberId};
 
-/// One step of 3.2 towards the sync set that fits the standbys that are there.
+/// One step of 3.2 towards the mode that is wished and the standbys that are there.
 pub(super) fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    if l.durability == Durability::Strict {
+        say_if_writes_wait(mind, l, s);
+    }
+    if mind.o.promises.living_since.is_some() {
+        // A change whose outcome is unknown would have to be covered by promises too.
+        return mind.because(
+            "on_promises",
+            "the coordinator is away and standbys promise not to elect anybody: the sync set stays as it is",
+        );
+    }
     let wanted = wanted_members(mind, view, l, s);
-    let wanted_k = if l.durability == Durability::Async {
-        0
-    } else {
-        mind.settings.sync_standbys
-    };
-    let wanted = if wanted_k == 0 {
-        BTreeMap::new()
-    } else {
-        wanted
-    };
     if !s.sync_in_force {
         mind.because(
             "sync_pending",
@@ -37,14 +39,21 @@ pub(super) fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership,
         .barrier
         .as_ref()
         .map_or(Lsn(u64::MAX), |(_, lsn)| *lsn);
-    let step = next_step(&SyncInput {
-        coordinator: &l.sync,
-        postgres: &s.sync_configured,
-        wanted: &wanted,
-        wanted_k,
-        barrier,
-        standbys: &s.standbys,
-    });
+    let modes = Modes {
+        in_force: l.durability,
+        wish: mind.settings.durability,
+    };
+    let (step, durability) = mode::next_step(
+        modes,
+        &SyncInput {
+            coordinator: &l.sync,
+            postgres: &s.sync_configured,
+            wanted: &wanted,
+            wanted_k: mind.settings.sync_standbys,
+            barrier,
+            standbys: &s.standbys,
+        },
+    );
     match step {
         SyncStep::WaitFlushed(set) => mind.because(
             "sync_waiting",
@@ -58,24 +67,117 @@ pub(super) fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership,
             mind.start(Task::SetSync(set));
         }
         SyncStep::SetCoordinator(set) if !opening(mind) => {
-            let text = format!("sync set: {set}");
-            mind.because("sync_change", text.clone());
-            let history = mind.event(view, l.term, "sync_set", text);
-            propose(mind, view, &set);
-            mind.submit(Change {
-                expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
-                puts: vec![
-                    Record::Leadership(Leadership {
-                        sync: set,
-                        ..l.clone()
-                    }),
-                    history,
-                ],
-                deletes: vec![],
-            });
+            write_sync(mind, view, l, set, durability);
         }
         SyncStep::Done | SyncStep::SetCoordinator(_) => {}
     }
+}
+
+/// Tells the coordinator the new sync set, and with it the mode.
+fn write_sync(
+    mind: &mut Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    sync: SyncSet,
+    durability: Durability,
+) {
+    let (kind, text) = if durability == l.durability {
+        ("sync_set", format!("sync set: {sync}"))
+    } else {
+        (
+            "durability",
+            format!(
+                "durability {} becomes {durability}; sync set: {sync}",
+                l.durability
+            ),
+        )
+    };
+    mind.because("sync_change", text.clone());
+    let history = mind.event(view, l.term, kind, text);
+    propose(mind, view, &sync, durability);
+    mind.submit(Change {
+        expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
+        puts: vec![
+            Record::Leadership(Leadership {
+                sync,
+                durability,
+                ..l.clone()
+            }),
+            history,
+        ],
+        deletes: vec![],
+    });
+}
+
+/// `strict` with too few standbys: the operator sees why writes wait.
+fn say_if_writes_wait(mind: &mut Mind<'_>, l: &Leadership, s: &Server) {
+    let k = mind.settings.sync_standbys;
+    let there = s
+        .standbys
+        .iter()
+        .filter(|b| b.streaming && l.sync.holds(&b.member, b.incarnation))
+        .count();
+    if there < k as usize {
+        let text = format!(
+            "durability strict: writes wait until {k} standbys of the sync set stream (now {there}); start them, or set durability to quorum"
+        );
+        mind.because("writes_wait", text);
+    }
+}
+
+/// What PostgreSQL is to wait for from its first write on, with this record in the coordinator.
+pub(super) fn names_of(mind: &Mind<'_>, l: &Leadership) -> SyncSet {
+    if l.durability == Durability::Strict {
+        let k = mind.settings.sync_standbys.max(l.sync.k);
+        return mode::strict_names(&l.sync.members, k);
+    }
+    if l.durability == Durability::Async {
+        return SyncSet::default();
+    }
+    l.sync.clone()
+}
+
+/// Every sync set that the coordinator may hold, with its mode; none if an earlier life of this agent may have
+/// proposed anything.
+pub(super) fn promise_needs(
+    mind: &Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+) -> Vec<PromiseNeed> {
+    let revision = view.revision_of(&Key::Leadership);
+    let memory = &mind.out.memory;
+    if memory.first_revision == Some(revision) {
+        return vec![];
+    }
+    let proposed = memory.proposed.as_ref().filter(|(on, _)| *on == revision);
+    let mut needs = vec![PromiseNeed::of(&l.sync, l.durability)];
+    for (set, durability) in proposed.into_iter().flat_map(|(_, sets)| sets) {
+        needs.push(PromiseNeed::of(set, *durability));
+    }
+    needs.dedup();
+    needs
+}
+
+/// A leader whose agent restarted does not know what its earlier life proposed, and no promise counts until that
+/// is settled: it is settled while the coordinator is there.
+pub(super) fn settle_early(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    let revision = view.revision_of(&Key::Leadership);
+    if mind.out.memory.first_revision == Some(revision) && !opening(mind) {
+        mind.because(
+            "settling",
+            "what this agent's earlier life proposed is settled, so that standby promises count",
+        );
+        settle(mind, l, revision);
+    }
+}
+
+/// Writes the leadership anew, unchanged: every change under way expects the old revision.
+fn settle(mind: &mut Mind<'_>, l: &Leadership, revision: u64) {
+    mind.submit(Change {
+        expect: vec![(Key::Leadership, revision)],
+        puts: vec![Record::Leadership(l.clone())],
+        deletes: vec![],
+    });
 }
 
 /// The proof failed, or was lost with the agent that made it: it is made again, for what is configured where
@@ -90,29 +192,30 @@ fn prove_again(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Serv
     if now.since(since) < PROOF_SEEN_MAX {
         return;
     }
-    let known =
-        s.sync_configured.k <= u32::try_from(s.sync_configured.members.len()).unwrap_or(u32::MAX);
-    let set = if known && s.sync_configured.covers(&l.sync) {
-        &s.sync_configured
+    let names = names_of(mind, l);
+    let known = !s.sync_configured.is_closed() && s.sync_configured.covers(&names);
+    let set = if known {
+        s.sync_configured.clone()
     } else {
-        &l.sync
+        names
     };
-    if !is_settled_for(mind, view, l, set) {
+    if !is_settled_for(mind, view, l, &set) {
         return;
     }
-    mind.start(Task::SetSync(set.clone()));
+    mind.start(Task::SetSync(set));
 }
 
 /// More proposals without an answer than this are not told apart.
 const PROPOSED_MAX: usize = 16;
 
 /// Remembers what is proposed to the coordinator: it may be written at any time from now on.
-fn propose(mind: &mut Mind<'_>, view: &ClusterView, set: &SyncSet) {
+fn propose(mind: &mut Mind<'_>, view: &ClusterView, set: &SyncSet, durability: Durability) {
     let revision = view.revision_of(&Key::Leadership);
     let proposed = mind.out.memory.proposed.take_if(|(on, _)| *on == revision);
     let mut sets = proposed.map(|(_, sets)| sets).unwrap_or_default();
-    if !sets.contains(set) {
-        sets.push(set.clone());
+    let new = (set.clone(), durability);
+    if !sets.contains(&new) {
+        sets.push(new);
     }
     if sets.len() > PROPOSED_MAX {
         // As after a restart: anything may have been proposed.
@@ -138,7 +241,7 @@ pub(super) fn is_settled_for(
     let uncovered = memory
         .proposed
         .as_ref()
-        .is_some_and(|(on, sets)| *on == revision && sets.iter().any(|s| !set.covers(s)));
+        .is_some_and(|(on, sets)| *on == revision && sets.iter().any(|(s, _)| !set.covers(s)));
     if !earlier_life && !uncovered {
         return true;
     }
@@ -147,11 +250,7 @@ pub(super) fn is_settled_for(
         "an earlier change of the sync set may still be under way: settling that first",
     );
     if !opening(mind) {
-        mind.submit(Change {
-            expect: vec![(Key::Leadership, revision)],
-            puts: vec![Record::Leadership(l.clone())],
-            deletes: vec![],
-        });
+        settle(mind, l, revision);
     }
     false
 }

@@ -1,5 +1,6 @@
 //! Scenario tables for the decision: a situation, and what it must come to, in one line each.
 
+mod durability;
 mod electing;
 mod joining;
 mod leading;
@@ -8,7 +9,9 @@ mod random;
 use proptest::prelude::*;
 
 use super::*;
-use crate::observe::{Lease, LeaseSeen, Me, MemberStatus, PeerView, Server, TaskFailure, TaskView};
+use crate::observe::{
+    Lease, LeaseSeen, Me, MemberStatus, PeerView, PromiseView, Server, TaskFailure, TaskView,
+};
 use crate::records::{
     At, ClusterRecord, MemberRecord, MemberRef, Request, RequestKind, RequestPhase, Seal,
     TimelineRecord,
@@ -122,6 +125,7 @@ impl Scene {
             view: Some(ClusterView::default()),
             lease: None,
             lease_seen: LeaseSeen::Unknown,
+            promises: PromiseView::default(),
             peers: BTreeMap::new(),
             data: DataView::Empty,
             server: ServerView::Down,

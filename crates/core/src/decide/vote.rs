@@ -1,15 +1,17 @@
 //! Opening an election, sealing in it, winning it (failover protocol, 2.3 and 3.1).
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use super::{Mind, OpenElection, Task};
-use crate::election::Ballot;
+use crate::election::{Ballot, CatchUp};
 use crate::observe::ServerView;
 use crate::records::{
     Change, ClusterView, Key, Leadership, MemberRef, Record, RequestKind, Seal, TimelineRecord,
 };
 use crate::settings::Durability;
 use crate::sync::SyncSet;
+use crate::timeline::Relation;
 use crate::types::{Lsn, MemberId};
 
 impl Mind<'_> {
@@ -71,6 +73,10 @@ pub(super) fn election_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leaders
         // The fence rule has already stopped it.
         ServerView::Running(s) if !s.in_recovery => {}
         ServerView::Running(_) => match mind.o.sealed.clone().filter(|s| s.term == l.term) {
+            None if mind.o.promises.held_until.is_some_and(|t| t > now) => mind.because(
+                "promised",
+                "this member has promised the former leader not to seal yet: waiting for the end of that promise",
+            ),
             None => mind.start(Task::Seal { term: l.term }),
             Some(seal) => sealed_rule(mind, view, l, seal),
         },
@@ -119,6 +125,9 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
             format!("waiting a moment for the seal of {wanted}, which a switchover wants"),
         );
     }
+    if let Some(catch_up) = &tally.catch_up {
+        return catch_up_rule(mind, view, l, catch_up, &seal, &tally.why);
+    }
     if tally.winner.as_ref() == Some(&me) {
         mind.because(
             "won",
@@ -138,6 +147,75 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
         if all_heard(mind, view, l) {
             operator_override(mind, view, l);
         }
+    }
+}
+
+/// How long one member may try to get the missing WAL before the next one may.
+const CATCH_UP_TURN: Duration = Duration::from_secs(15);
+
+/// 3.1.4: a member that never leads holds the most. One of the others gets the rest from it, seals anew and wins
+/// as usual; the others take their turn if it does not.
+fn catch_up_rule(
+    mind: &mut Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    c: &CatchUp,
+    seal: &Seal,
+    why: &str,
+) {
+    let timelines = view
+        .timelines
+        .as_ref()
+        .map(|t| t.value.clone())
+        .unwrap_or_default();
+    let able: Vec<&MemberId> = c
+        .followers
+        .iter()
+        .filter(|m| {
+            view.seals.get(*m).is_some_and(|s| {
+                let s = &s.value;
+                timelines.relation(s.timeline, s.lsn, c.timeline) == Relation::Prefix
+            })
+        })
+        .collect();
+    let since = mind.out.memory.election_since;
+    let waited = since.map_or(Duration::ZERO, |(_, at)| mind.o.now.since(at));
+    let turn = usize::try_from(waited.as_secs() / CATCH_UP_TURN.as_secs()).unwrap_or(usize::MAX);
+    if let Some(safe) = c.or_else.as_ref().filter(|_| turn >= able.len()) {
+        if *safe == mind.o.me.id {
+            let why = format!(
+                "{} could not be had; {safe} holds every acknowledged commit",
+                c.lsn
+            );
+            mind.because("won", format!("this member takes the leadership: {why}"));
+            return win(mind, view, l, seal, &why);
+        }
+        return mind.because(
+            "yields",
+            format!("waiting for {safe} to take the leadership"),
+        );
+    }
+    match turn.checked_rem(able.len()).and_then(|i| able.get(i)) {
+        Some(turns) if **turns == mind.o.me.id => {
+            mind.because("catching_up", why);
+            mind.start(Task::CatchUp {
+                from: c.from.clone(),
+                term: l.term,
+                timeline: c.timeline,
+                lsn: c.lsn,
+            });
+        }
+        Some(turns) => mind.because(
+            "yields",
+            format!("waiting for {turns} to get the missing WAL from {}: {why}", c.from),
+        ),
+        None => mind.because(
+            "no_winner",
+            format!(
+                "nobody can be promoted: {} holds the most WAL and never leads, and the WAL of the others is no part of its history; give it a priority above 0",
+                c.from
+            ),
+        ),
     }
 }
 
@@ -246,12 +324,17 @@ fn win(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: &Seal, why
 }
 
 /// 3.1, rule 5: V' = V plus the old leader, less the winner, and k' = k. Every acknowledged commit is on
-/// k + 1 of the former leader and V, so on k of V' whoever won.
+/// k + 1 of the former leader and V, so on k of V' whoever won. In `async` the others of V may follow the winner;
+/// the former leader only once it streams again, as its WAL may have a tail of its own.
 pub fn next_sync(l: &Leadership, winner: &MemberRef) -> SyncSet {
-    if l.durability == Durability::Async || l.allow_data_loss {
+    if l.allow_data_loss {
         return SyncSet::default();
     }
     let mut members = l.sync.members.clone();
+    if l.durability == Durability::Async {
+        members.remove(&winner.member);
+        return SyncSet { members, k: 0 };
+    }
     if let Some(previous) = &l.previous {
         members.insert(previous.member.clone(), previous.incarnation);
     }

@@ -156,10 +156,66 @@ fn a_dead_member_with_the_most_wal_is_waited_for_only_if_it_must_be() {
 fn async_takes_the_longest_within_the_limit() {
     let mut c = case(2, 1).seal(1, 995).seal(2, 980);
     c.leadership.durability = Durability::Async;
-    c.leadership.sync = SyncSet::default();
+    c.leadership.sync.k = 0;
     assert_eq!(c.tally().winner, Some(id(1)));
     c.alive.remove(&id(1));
     assert_eq!(c.tally().winner, None);
+}
+
+#[test]
+fn in_async_only_those_that_the_leader_had_listed_stand() {
+    let mut c = case(2, 0).seal(1, 999).seal(2, 995);
+    c.leadership.durability = Durability::Async;
+    c.leadership.sync.members.remove(&id(1));
+    assert_eq!(c.tally().winner, Some(id(2)));
+    c.leadership.sync.members.clear();
+    let t = c.tally();
+    assert_eq!(t.winner, None);
+    assert!(t.why.contains("streamed from m0"), "{}", t.why);
+    // Anybody may who holds what the former leader sealed: it leads no longer.
+    let c = c.seal(1, 800).seal(2, 800).seal(0, 900);
+    assert_eq!(c.tally().winner, Some(id(0)));
+    assert_eq!(
+        c.seal(1, 900).tally().winner,
+        Some(id(0)),
+        "a tie goes by name"
+    );
+}
+
+#[test]
+fn strict_counts_as_quorum_does() {
+    let mut c = case(2, 1).seal(1, 50);
+    c.leadership.durability = Durability::Strict;
+    assert_eq!(c.tally().winner, None);
+    assert_eq!(c.seal(2, 60).tally().winner, Some(id(2)));
+}
+
+#[test]
+fn what_a_member_that_never_leads_holds_is_fetched_first() {
+    let mut c = case(2, 1).seal(1, 50).seal(2, 60);
+    c.members.get_mut(&id(2)).unwrap().value.priority = 0;
+    let t = c.tally();
+    assert_eq!(t.winner, None);
+    let catch_up = t.catch_up.unwrap();
+    assert_eq!((catch_up.from, catch_up.lsn), (id(2), Lsn(60)));
+    assert_eq!(catch_up.followers, [id(1)]);
+    // It has it now.
+    let c = c.seal(1, 60);
+    assert_eq!((c.tally().winner, c.tally().catch_up), (Some(id(1)), None));
+    // The holder is away: it may hold an acknowledged commit alone.
+    let mut c = c.seal(1, 50);
+    c.alive.remove(&id(2));
+    assert_eq!((c.tally().winner, c.tally().catch_up), (None, None));
+    // The former leader itself must not lead again, and was alone: whoever gets its WAL may.
+    let mut c = case(1, 1).seal(0, 60).seal(1, 50);
+    c.leadership.sync = SyncSet::default();
+    c.members.get_mut(&id(0)).unwrap().value.priority = 0;
+    assert_eq!(c.tally().catch_up.unwrap().followers, [id(1)]);
+    assert_eq!(c.seal(1, 60).tally().winner, Some(id(1)));
+    // Nobody who could lead has sealed.
+    let mut c = case(2, 1).seal(2, 60);
+    c.members.get_mut(&id(2)).unwrap().value.priority = 0;
+    assert_eq!((c.tally().winner, c.tally().catch_up), (None, None));
 }
 
 #[test]

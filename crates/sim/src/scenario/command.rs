@@ -254,6 +254,7 @@ impl Stage {
         let priority = number
             .parse()
             .map_err(|_| format!("\"{number}\" is not a number"))?;
+        self.world.members[m].priority = priority;
         if let Some(a) = &mut self.world.members[m].agent {
             a.obs.me.priority = priority;
         }

@@ -14,7 +14,19 @@ fn elected() -> Scene {
         timeline(1, None, 0),
         timeline(2, Some(1), 1000),
     ]));
+    s.view().history = event("elected", 2);
     s
+}
+
+/// The history's last event about how the leader came to be.
+fn event(kind: &str, term: u64) -> Option<At<crate::records::History>> {
+    at(crate::records::History(vec![Event {
+        at_ms: 0,
+        term: Term(term),
+        member: id("a"),
+        kind: kind.into(),
+        text: String::new(),
+    }]))
 }
 
 #[test]
@@ -159,13 +171,7 @@ fn a_leader_that_restarted_in_place_opens_when_its_wal_is_safe() {
         let mut s = Scene::leader().leadership(|l| l.open = false).server(|s| {
             s.standbys = vec![standby_of("b", flushed), standby_of("c", flushed)];
         });
-        s.view().history = at(crate::records::History(vec![Event {
-            at_ms: 0,
-            term: Term(1),
-            member: id("a"),
-            kind: "closed".into(),
-            text: String::new(),
-        }]));
+        s.view().history = event("closed", 1);
         s
     };
     check("not yet", closed(999), "hold 1 : leading recovering");

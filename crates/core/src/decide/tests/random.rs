@@ -80,10 +80,10 @@ impl Dice {
             leader: self.maybe(Self::member),
             previous: self.maybe(Self::member),
             sync: self.set(),
-            durability: if self.roll(3) == 0 {
-                Durability::Async
-            } else {
-                Durability::Quorum
+            durability: match self.roll(4) {
+                0 => Durability::Async,
+                1 => Durability::Strict,
+                _ => Durability::Quorum,
             },
             timeline: TimelineId(u32::try_from(self.roll(5)).unwrap()),
             open: self.yes(),
