@@ -169,29 +169,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         .and_then(|l| l.leader.as_ref())
         .map(|l| l.member.clone());
     let members = members(o, view, &own, leader.as_ref());
-    let mut warnings: Vec<String> = members
-        .iter()
-        .filter(|m| !m.agent_alive)
-        .map(|m| format!("{} has not been heard of", m.id))
-        .collect();
-    for m in members.iter().filter(|m| !m.pending_restart.is_empty()) {
-        let what = m.pending_restart.join(", ");
-        warnings.push(format!(
-            "{} waits for a restart ({what}): craton restart --all --pending",
-            m.id
-        ));
-    }
-    warnings.extend(on_promises(o));
-    let wish = settings.durability;
-    if let Some(l) = leadership.filter(|l| l.durability != wish) {
-        warnings.push(format!(
-            "durability {wish} is wished and {} is in force; craton explain says what is missing",
-            l.durability
-        ));
-    }
-    if o.view.is_none() {
-        warnings.push("the coordinator has no majority (or has not answered yet): this is what this agent knows alone".into());
-    }
+    let warnings = warnings(o, view, &members);
     StatusView {
         cluster: o.cluster_name.clone(),
         answered_by: o.me.id.clone(),
@@ -211,18 +189,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
                 _ => leadership.is_some_and(|l| l.open),
             },
         },
-        lease: LeaseView {
-            holder: leader.clone(),
-            remaining_ms: o
-                .lease
-                .map(|l| u64::try_from(l.until.since(o.now).as_millis()).unwrap_or(0)),
-            ttl_ms: settings.ttl_ms,
-            heartbeat_ms: settings.heartbeat_ms,
-            promises_ms: o
-                .promises
-                .living_since
-                .map(|t| u64::try_from(o.now.since(t).as_millis()).unwrap_or(u64::MAX)),
-        },
+        lease: lease(o, view, leader.clone()),
         hold: topology.is_some_and(|t| t.hold),
         election: leadership
             .filter(|l| l.leader.is_none())
@@ -242,6 +209,51 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         at_ms: o.wall_ms,
         version: env!("CARGO_PKG_VERSION").into(),
     }
+}
+
+fn lease(o: &Observation, view: &ClusterView, holder: Option<MemberId>) -> LeaseView {
+    let settings = view.settings();
+    LeaseView {
+        holder,
+        remaining_ms: o
+            .lease
+            .map(|l| u64::try_from(l.until.since(o.now).as_millis()).unwrap_or(0)),
+        ttl_ms: settings.ttl_ms,
+        heartbeat_ms: settings.heartbeat_ms,
+        promises_ms: o
+            .promises
+            .living_since
+            .map(|t| u64::try_from(o.now.since(t).as_millis()).unwrap_or(u64::MAX)),
+    }
+}
+
+/// What an operator should look at.
+fn warnings(o: &Observation, view: &ClusterView, members: &[MemberView]) -> Vec<String> {
+    let mut warnings: Vec<String> = members
+        .iter()
+        .filter(|m| !m.agent_alive)
+        .map(|m| format!("{} has not been heard of", m.id))
+        .collect();
+    for m in members.iter().filter(|m| !m.pending_restart.is_empty()) {
+        let what = m.pending_restart.join(", ");
+        warnings.push(format!(
+            "{} waits for a restart ({what}): craton restart --all --pending",
+            m.id
+        ));
+    }
+    warnings.extend(on_promises(o));
+    let wish = view.settings().durability;
+    let leadership = view.leadership.as_ref().map(|l| &l.value);
+    if let Some(l) = leadership.filter(|l| l.durability != wish) {
+        warnings.push(format!(
+            "durability {wish} is wished and {} is in force; craton explain says what is missing",
+            l.durability
+        ));
+    }
+    if o.view.is_none() {
+        warnings.push("the coordinator has no majority (or has not answered yet): this is what this agent knows alone".into());
+    }
+    warnings
 }
 
 fn paused(o: &Observation, view: &ClusterView) -> Option<PauseView> {

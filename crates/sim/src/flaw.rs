@@ -83,6 +83,7 @@ impl Flaw {
                     }
                 }
             }
+            Self::SealDespitePromise => o.promises.held_until = None,
             Self::ModeBeforePostgres => mode_before_postgres(o),
             _ => {}
         }

@@ -42,8 +42,6 @@ pub struct Net {
     pub away: Vec<bool>,
     /// WAL takes this much longer to a member, nanoseconds.
     pub wal_lag: Vec<u64>,
-    /// `away[m]`: the member reaches neither the store nor the voters, its own among them.
-    pub away: Vec<bool>,
     /// A member's transactions take this much longer to the store, nanoseconds.
     pub store_lag: Vec<u64>,
 }
@@ -135,7 +133,6 @@ impl World {
                 delay_factor: 1,
                 away: vec![false; n],
                 wal_lag: vec![0; n],
-                away: vec![false; n],
                 store_lag: vec![0; n],
             },
             conns: BTreeMap::new(),

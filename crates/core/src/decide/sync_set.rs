@@ -266,7 +266,8 @@ pub(super) fn opening(mind: &Mind<'_>) -> bool {
 /// A standby that is nearer to the leader than this has caught up, and may enter V.
 const CAUGHT_UP_BYTES: u64 = 1 << 20;
 
-/// Members of V stay while they are healthy or within their grace; others enter when they have caught up.
+/// Members of V stay while they are healthy or within their grace; others enter when they have caught up. In
+/// `async` V lists who streams and is near enough to follow.
 fn wanted_members(
     mind: &mut Mind<'_>,
     view: &ClusterView,
@@ -280,6 +281,8 @@ fn wanted_members(
         .memory
         .leading_since
         .map_or(Duration::ZERO, |(_, at)| now.since(at));
+    let listing =
+        l.durability == Durability::Async && mind.settings.durability == Durability::Async;
     let mut wanted = BTreeMap::new();
     for b in s
         .standbys
@@ -303,7 +306,11 @@ fn wanted_members(
         let in_v = l.sync.holds(&b.member, b.incarnation);
         let caught_up =
             b.flush_lsn > Lsn::ZERO && s.end.bytes_since(b.flush_lsn) <= CAUGHT_UP_BYTES;
-        if now.since(seen) < grace && (in_v || caught_up) && !leaves(view, l, &b.member) {
+        // In `async` it costs no commit to list one that is slow: who is near enough may follow.
+        let near = b.flush_lsn > Lsn::ZERO
+            && s.end.bytes_since(b.flush_lsn) <= mind.settings.max_lag_bytes;
+        let counts = now.since(seen) < grace && (in_v || caught_up);
+        if (counts || (listing && near)) && !leaves(view, l, &b.member) {
             wanted.insert(b.member.clone(), b.incarnation);
         }
     }

@@ -93,6 +93,29 @@ fn towards_async_the_coordinator_comes_first() {
 }
 
 #[test]
+fn async_lists_who_is_near_enough_to_follow() {
+    let behind = |bytes: u64| {
+        asynchronous()
+            .server(|s| {
+                s.end = Lsn(1000 + bytes);
+                s.standbys.truncate(1);
+            })
+            .after(2200)
+    };
+    let l = |s: &Scene| written(s).sync;
+    assert_eq!(
+        l(&behind(16 << 20)),
+        set(0, &["b"]),
+        "slow, and within max_lag_bytes"
+    );
+    assert_eq!(
+        l(&behind((16 << 20) + 1)),
+        set(0, &[]),
+        "too far behind to follow"
+    );
+}
+
+#[test]
 fn strict_waits_and_says_so() {
     check("as it is", strict(), "hold 1 : leading");
     let gone = strict()
