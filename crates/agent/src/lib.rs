@@ -5,6 +5,7 @@
 //!   [`slots`]: upkeep.
 //! * [`lease`]: renewals and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
+//! * `trust`: the agent's certificate.
 //! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
 
 pub mod act;
@@ -21,6 +22,7 @@ pub mod server;
 pub mod slots;
 pub mod state;
 pub mod store;
+mod trust;
 pub mod views;
 
 pub use config::{AgentConfig, Peer, Secrets};

@@ -14,6 +14,7 @@ use craton_coordinator::embedded::{Embedded, EmbeddedConfig};
 use craton_core::Term;
 use craton_core::topology::Topology;
 use craton_pg::{Binaries, CloneProgress, Instance, InstanceConfig, StopMode};
+use craton_trust::Trust;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -26,7 +27,7 @@ use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::metrics::AgentMetrics;
 use crate::server::LocalServer;
 use crate::state::StateFile;
-use crate::{parameters, slots};
+use crate::{parameters, slots, trust};
 
 /// How often the metrics are brought up to date.
 const METRICS_INTERVAL: Duration = Duration::from_secs(1);
@@ -70,6 +71,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
 pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
+    let trust = trust::open(&config)?;
     make_dir(&config.dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(LEASE_THREADS)
@@ -77,9 +79,10 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
         .enable_all()
         .build()
         .map_err(io("cannot start the lease's runtime"))?;
-    let outcome = match start_coordinator(&config, &secrets, &runtime).await {
+    let outcome = match start_coordinator(&config, &secrets, trust.clone(), &runtime).await {
         Ok(embedded) => {
-            let outcome = run_with(config, embedded.clone(), runtime.handle(), shutdown).await;
+            let outcome =
+                run_with(config, embedded.clone(), trust, runtime.handle(), shutdown).await;
             embedded.stop().await;
             outcome
         }
@@ -89,20 +92,20 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
     outcome
 }
 
-/// As [`run`], with a coordinator that is there already. `lease_runtime` carries the lease, and should carry
+/// As [`run`], with a coordinator and certificates that are there already. `lease_runtime` carries the lease, and should carry
 /// nothing that waits for a disk.
 pub async fn run_with(
     config: AgentConfig,
     coordinator: Arc<dyn Coordinator>,
+    trust: Option<Arc<Trust>>,
     lease_runtime: &tokio::runtime::Handle,
     shutdown: watch::Receiver<bool>,
 ) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
-    let token = Token::from_file(&config.secrets.join("api-token"))
-        .map_err(|e| AgentError::Config(e.to_string()))?;
+    let token = trust::token(&config, trust.as_deref())?;
     make_dir(&config.dir)?;
-    let server = local_server(&config, &secrets)?;
+    let server = local_server(&config, &secrets, trust.as_deref())?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
     let adopted = server.instance.adopt().await?;
     if let Some(process) = adopted.clone() {
@@ -134,11 +137,15 @@ pub async fn run_with(
         (&coordinator, &server),
         seen.clone(),
         topology,
-        token,
+        Admission {
+            token,
+            trust: trust.clone(),
+        },
         &shutdown,
     )
     .await?;
     let mut background = tokio::task::JoinSet::new();
+    trust::keep(trust, &config, &server, &mut background);
     background.spawn(Arc::clone(&server).watch());
     background.spawn(Arc::clone(&server).knock());
     background.spawn(slots::keep(Arc::clone(&server), seen.clone()));
@@ -236,7 +243,11 @@ fn make_dir(dir: &Path) -> Result<(), AgentError> {
         .map_err(io(format!("cannot create {}", dir.display())))
 }
 
-fn local_server(config: &AgentConfig, secrets: &Secrets) -> Result<Arc<LocalServer>, AgentError> {
+fn local_server(
+    config: &AgentConfig,
+    secrets: &Secrets,
+    trust: Option<&Trust>,
+) -> Result<Arc<LocalServer>, AgentError> {
     let binaries = Binaries::find(config.bin_dir.as_deref())?;
     let instance = Instance::new(InstanceConfig {
         binaries,
@@ -252,6 +263,7 @@ fn local_server(config: &AgentConfig, secrets: &Secrets) -> Result<Arc<LocalServ
         passfile,
         config.postgresql.clone(),
         config.networks.clone(),
+        trust.map(trust::for_postgres),
     ))
 }
 
@@ -281,6 +293,7 @@ fn write_passfile(dir: &Path, secrets: &Secrets) -> Result<PathBuf, AgentError> 
 async fn start_coordinator(
     config: &AgentConfig,
     secrets: &Secrets,
+    trust: Option<Arc<Trust>>,
     runtime: &tokio::runtime::Runtime,
 ) -> Result<Arc<Embedded>, AgentError> {
     let settings = EmbeddedConfig::new(
@@ -294,7 +307,8 @@ async fn start_coordinator(
         config.peer_listen.clone(),
         config.dir.join("coordinator"),
         secrets.peers.clone(),
-    );
+    )
+    .with_trust(trust);
     runtime
         .spawn(async move { Embedded::start(settings).await })
         .await
@@ -302,12 +316,18 @@ async fn start_coordinator(
         .map_err(|e| AgentError::Coordinator(e.to_string()))
 }
 
+/// What opens the control API.
+struct Admission {
+    token: Option<Token>,
+    trust: Option<Arc<Trust>>,
+}
+
 async fn serve_http(
     config: &AgentConfig,
     (coordinator, server): (&Arc<dyn Coordinator>, &Arc<LocalServer>),
     seen: watch::Receiver<Option<Seen>>,
     topology: watch::Receiver<Arc<Topology>>,
-    token: Token,
+    admission: Admission,
     shutdown: &watch::Receiver<bool>,
 ) -> Result<AgentMetrics, AgentError> {
     let mut metrics = Metrics::new();
@@ -326,11 +346,11 @@ async fn serve_http(
         origins: Arc::new(config.origins.clone()),
     });
     let router = Service::new(Arc::new(metrics), move || health(&seen))
-        .with_api(routes, token)
+        .with_api(routes, admission.token)
         .router();
     let shutdown = shutdown.clone();
     tokio::spawn(async move {
-        if let Err(error) = serve(listener, router, shutdown).await {
+        if let Err(error) = serve(listener, router, admission.trust, shutdown).await {
             tracing::error!(%error, "the control API ended");
         }
     });

@@ -45,7 +45,16 @@ pub struct Cli {
         hide_env_values = true
     )]
     pub api: Vec<String>,
-    /// File with the token for the agents named by --api
+    /// Directory with authority.pem and operator.pem for the agents named by --api, as `craton join` makes it
+    #[arg(
+        long,
+        global = true,
+        env = "CRATON_CERTS",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    pub certs: Option<PathBuf>,
+    /// File with a token that opens the API of the agents named by --api, instead of a certificate
     #[arg(
         long,
         global = true,
@@ -233,7 +242,14 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     }
     let json = cli.json;
     let dir = layout::directory(cli.dir.as_deref())?;
-    let access = || Access::open(&cli.api, cli.token_file.as_ref(), &dir);
+    let access = || {
+        Access::open(
+            &cli.api,
+            cli.certs.as_deref(),
+            cli.token_file.as_ref(),
+            &dir,
+        )
+    };
     match cli.command {
         Command::Up(args) => up::run(&dir, &args),
         Command::Down(args) => down::run(&dir, &args),

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+use crate::certificates;
 use crate::layout::{HOST, Layout};
 
 /// Random bytes in a generated secret.
@@ -82,7 +83,8 @@ pub fn ensure(layout: &Layout) -> anyhow::Result<()> {
         );
     }
     let pgpass = pgpass.concat();
-    write_private(&layout.secret(names::PGPASS), &pgpass)
+    write_private(&layout.secret(names::PGPASS), &pgpass)?;
+    certificates::ensure_local(layout)
 }
 
 /// Reads a secret's one line.

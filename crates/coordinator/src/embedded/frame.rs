@@ -182,7 +182,12 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         frame.extend_from_slice(&tag(&self.key, self.seq, &payload));
         frame.extend_from_slice(&payload);
         self.seq += 1;
-        timeout(FRAME_TIMEOUT, self.to.write_all(&frame))
+        let write = async {
+            self.to.write_all(&frame).await?;
+            // TLS may hold back what did not fit into the socket.
+            self.to.flush().await
+        };
+        timeout(FRAME_TIMEOUT, write)
             .await
             .map_err(|_| FrameError::TimedOut)??;
         Ok(())

@@ -1,0 +1,55 @@
+//! A certificate is replaced in the last half of its life, without a restart.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use tokio::task::JoinSet;
+
+use crate::authority::{Authority, KEY_FILE, ensure_certificate};
+use crate::channel::Trust;
+use crate::files::TlsSettings;
+
+/// How often a certificate's age is looked at.
+pub const RENEWAL_INTERVAL: Duration = Duration::from_secs(600);
+
+/// For a part on a host that has the authority's key (in `dir`): issues the part's certificate anew in time, and
+/// after the authority was replaced. [`Trust::keep_fresh`] takes it up.
+pub async fn renew_by_key(trust: Arc<Trust>, dir: PathBuf, hosts: Vec<String>) {
+    loop {
+        let (this, from, hosts) = (Arc::clone(&trust), dir.clone(), hosts.clone());
+        let outcome = tokio::task::spawn_blocking(move || renew_once(&this, &from, &hosts)).await;
+        match outcome {
+            Ok(Ok(true)) => tracing::info!("issued a new certificate for this part"),
+            Ok(Ok(false)) | Err(_) => {}
+            Ok(Err(error)) => {
+                tracing::warn!(%error, "cannot issue a new certificate; the present one is used until it ends");
+            }
+        }
+        tokio::time::sleep(RENEWAL_INTERVAL).await;
+    }
+}
+
+fn renew_once(trust: &Trust, dir: &Path, hosts: &[String]) -> crate::Result<bool> {
+    let key = dir.join(KEY_FILE);
+    if !key.exists() {
+        return Ok(false);
+    }
+    let authority = Authority::load(&key)?;
+    ensure_certificate(&authority, trust.files(), &trust.identity(), hosts)
+}
+
+/// Looks after the certificate of a daemon whose settings name a directory: takes up what changed there, and issues
+/// it anew where the authority's key is beside it (a local cluster). Own files are only watched.
+pub fn keep(trust: &Arc<Trust>, settings: &TlsSettings, tasks: &mut JoinSet<()>) {
+    tasks.spawn(Arc::clone(trust).keep_fresh());
+    if let (Some(dir), None) = (&settings.dir, &settings.certificate) {
+        let hosts = trust.facts().hosts;
+        tasks.spawn(renew_by_key(Arc::clone(trust), dir.clone(), hosts));
+    }
+}
+
+/// True if the part that has this certificate should ask for a new one.
+pub fn is_due(trust: &Trust) -> bool {
+    trust.facts().is_due(SystemTime::now())
+}
