@@ -73,7 +73,7 @@ pub fn routes(enrolment: Enrolment) -> Router {
     Router::new()
         .route("/v1/join-tokens", post(make_token))
         .route("/v1/certificate", post(renew))
-        .route("/v1/topology/authority", get(authority))
+        .route("/v1/authority", get(authority))
         .with_state(enrolment)
 }
 
@@ -110,7 +110,13 @@ impl Enrolment {
         let this = self.clone();
         tokio::task::spawn_blocking(move || work(&this))
             .await
-            .map_err(|e| Refusal(StatusCode::INTERNAL_SERVER_ERROR, e.to_string(), "try again"))?
+            .map_err(|e| {
+                Refusal(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    e.to_string(),
+                    "try again",
+                )
+            })?
     }
 
     fn signer(&self) -> Outcome<Authority> {
@@ -201,7 +207,10 @@ fn check(request: &TokenRequest) -> Outcome<Ticket> {
     }
     if request.ttl_s == 0 || Duration::from_secs(request.ttl_s) > TOKEN_TTL_MAX {
         let days = TOKEN_TTL_MAX.as_secs() / 86_400;
-        return Err(bad(format!("a token is good for 1 second to {days} days"), hint));
+        return Err(bad(
+            format!("a token is good for 1 second to {days} days"),
+            hint,
+        ));
     }
     if request.hosts.len() > craton_trust::authority::HOSTS_MAX {
         return Err(bad("too many hosts in one certificate", hint));
@@ -227,7 +236,12 @@ async fn keep_token(e: &Enrolment, request: &TokenRequest) -> Outcome<TokenView>
     let authority = e.blocking(Enrolment::authority_view).await?;
     let value = serde_json::to_string(&ticket).map_err(|e| bad(e.to_string(), "try again"))?;
     let snapshot = e.coordinator.read().await.map_err(|e| unavailable(&e))?;
-    let kept = || snapshot.entries.range(PREFIX.to_owned()..).take_while(|(key, _)| key.starts_with(PREFIX));
+    let kept = || {
+        snapshot
+            .entries
+            .range(PREFIX.to_owned()..)
+            .take_while(|(key, _)| key.starts_with(PREFIX))
+    };
     let expired: Vec<Op> = kept()
         .filter(|(_, at)| {
             serde_json::from_str::<Ticket>(&at.value).is_ok_and(|t| t.expires_at_ms <= now_ms())

@@ -5,7 +5,7 @@
 //!   [`slots`]: upkeep.
 //! * [`lease`]: renewals and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
-//! * `trust`: the agent's certificate.
+//! * `trust`: the agent's certificate; `enrol`: new parts, and new certificates for them.
 //! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
 
 pub mod act;
@@ -13,6 +13,7 @@ pub mod agent;
 pub mod api;
 pub mod clock;
 pub mod config;
+mod enrol;
 pub mod fencing;
 pub mod lease;
 pub mod metrics;

@@ -22,6 +22,7 @@ use crate::act::Actor;
 use crate::agent::{Agent, Parts, Seen};
 use crate::api::{self, Api};
 use crate::config::{AgentConfig, Secrets};
+use crate::enrol::{self, Enrolment};
 use crate::fencing::Fencing;
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::metrics::AgentMetrics;
@@ -345,9 +346,20 @@ async fn serve_http(
         server: Arc::clone(server),
         origins: Arc::new(config.origins.clone()),
     });
-    let router = Service::new(Arc::new(metrics), move || health(&seen))
-        .with_api(routes, admission.token)
-        .router();
+    let enrolment = Enrolment {
+        cluster: config.cluster.clone(),
+        secrets: config.secrets.clone(),
+        coordinator: Arc::clone(coordinator),
+    };
+    let mut service = Service::new(Arc::new(metrics), move || health(&seen));
+    // Keys and passwords are handed out through TLS alone.
+    let routes = if admission.trust.is_some() {
+        service = service.with_open(enrol::open_routes(enrolment.clone()));
+        routes.merge(enrol::routes(enrolment))
+    } else {
+        routes
+    };
+    let router = service.with_api(routes, admission.token).router();
     let shutdown = shutdown.clone();
     tokio::spawn(async move {
         if let Err(error) = serve(listener, router, admission.trust, shutdown).await {

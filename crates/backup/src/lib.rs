@@ -34,10 +34,11 @@ pub mod wal_sink;
 use std::sync::Arc;
 use std::time::Duration;
 
+use craton_console::renewal;
 use craton_console::{Client, Metrics, Service, Token, TopologyFeed, serve};
 use craton_core::topology::Topology;
 use craton_repo::layout::SegmentForm;
-use craton_trust::{Role, TlsMode, Trust, renewal};
+use craton_trust::{Role, TlsMode, Trust};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -143,7 +144,12 @@ async fn run_with(
     };
     let upkeep = trust.clone().map(|trust| {
         let mut upkeep = JoinSet::new();
-        renewal::keep(&trust, &shared.config.tls, &mut upkeep);
+        renewal::keep(
+            &trust,
+            &shared.config.tls,
+            &shared.config.agents,
+            &mut upkeep,
+        );
         upkeep
     });
     tasks.spawn(receiver.run());

@@ -23,8 +23,9 @@ const fn rule(prefix: &'static str, method: Option<Method>, roles: &'static [Rol
 }
 
 /// The first rule that fits counts.
-const RULES: [Rule; 5] = [
+const RULES: [Rule; 6] = [
     rule("/v1/topology", Some(Method::GET), &Role::ALL),
+    rule("/v1/authority", Some(Method::GET), &Role::ALL),
     // Between agents alone: a promise of a member that another's leadership rests on.
     rule("/v1/promise", None, &[Role::Node]),
     // A new certificate for whoever shows the present one.
@@ -76,6 +77,8 @@ mod tests {
             (&post, "/v1/promise", "n"),
             (&get, "/v1/promise", "n"),
             (&post, "/v1/certificate", "npbo"),
+            (&get, "/v1/authority", "npbo"),
+            (&post, "/v1/join-tokens", "no"),
             (&get, "/v2/anything", ""),
             (&get, "/", ""),
         ] {

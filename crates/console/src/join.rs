@@ -64,7 +64,7 @@ pub struct CertificateView {
     pub authority: String,
 }
 
-/// Whom the cluster trusts: `GET /v1/topology/authority`.
+/// Whom the cluster trusts: `GET /v1/authority`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct AuthorityView {
     /// The cluster's name.

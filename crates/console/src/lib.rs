@@ -6,6 +6,7 @@
 //! * [`access`]: which role may do what.
 //! * [`client`]: a small HTTP/1.0 client with deadlines, for JSON and for newline-delimited JSON.
 //! * [`topology`]: keeps a stream to each agent and believes the newest topology.
+//! * [`join`]: what is said about tokens and certificates; [`renewal`]: a daemon's certificate is kept fresh.
 //! * [`views`]: what the agent's API says and the command line prints.
 //!
 //! HTTP/1.0 in the client is on purpose: one request a connection, the body ends where the connection
@@ -14,7 +15,9 @@
 
 pub mod access;
 pub mod client;
+pub mod join;
 pub mod metrics;
+pub mod renewal;
 pub mod server;
 pub mod token;
 pub mod topology;

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use craton_trust::authority::{self, sha256};
+use craton_trust::authority::{self, KEY_FILE, sha256};
 use craton_trust::files::write_secret;
 use craton_trust::join::hex;
-use craton_trust::{Role, Trust, TrustError, renewal};
+use craton_trust::{Role, TlsSettings, Trust, TrustError, renewal};
+use tokio::task::JoinSet;
 
 use crate::client::{Client, ClientError};
 use crate::join::{AuthorityView, CertificateRequest, CertificateView};
@@ -26,6 +27,26 @@ pub enum RenewalError {
     /// It cannot be made or stored.
     #[error(transparent)]
     Trust(#[from] TrustError),
+}
+
+/// Looks after a daemon's certificate: takes up what changed on disk, and gets a new one in time, from the authority's
+/// key where that lies beside it (a local cluster), else from an agent. Files of one's own are only watched.
+pub fn keep(
+    trust: &Arc<Trust>,
+    settings: &TlsSettings,
+    agents: &[String],
+    tasks: &mut JoinSet<()>,
+) {
+    tasks.spawn(Arc::clone(trust).keep_fresh());
+    let (Some(dir), None) = (&settings.dir, &settings.certificate) else {
+        return;
+    };
+    if dir.join(KEY_FILE).exists() {
+        let hosts = trust.facts().hosts;
+        tasks.spawn(renewal::renew_by_key(Arc::clone(trust), dir.clone(), hosts));
+    } else {
+        tasks.spawn(renew_over_api(Arc::clone(trust), agents.to_vec()));
+    }
 }
 
 /// Looks after a certificate for ever: takes up new authorities, and gets a new certificate in the last half of the
@@ -58,8 +79,7 @@ pub async fn renew_once(trust: &Arc<Trust>, agents: &[String]) -> Result<bool, R
     let client = Client::trusted(Arc::clone(trust), Role::Node).with_timeout(SIGN_TIMEOUT);
     let mut last = RenewalError::Nobody;
     for agent in agents {
-        let told: Result<AuthorityView, _> =
-            client.get_json(agent, "/v1/topology/authority").await;
+        let told: Result<AuthorityView, _> = client.get_json(agent, "/v1/authority").await;
         match told {
             Ok(authority) => return take_up(trust, &client, agent, &authority).await,
             Err(error) => last = RenewalError::Agents(error),
@@ -87,16 +107,7 @@ async fn take_up(
         .map_err(RenewalError::Agents)?;
     // The authorities first: the new certificate may come from one that was not trusted yet.
     store_authority(trust, &signed.authority)?;
-    if files.key == files.certificate {
-        write_secret(&files.certificate, &format!("{}{key}", signed.certificate))?;
-    } else {
-        return Err(TrustError::Settings(format!(
-            "{} and {} are files of your own and are not replaced",
-            files.certificate.display(),
-            files.key.display()
-        ))
-        .into());
-    }
+    write_secret(&files.certificate, &format!("{}{key}", signed.certificate))?;
     Ok(true)
 }
 

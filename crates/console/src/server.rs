@@ -99,6 +99,7 @@ pub struct Service {
     metrics: Arc<Metrics>,
     health: HealthProbe,
     api: Option<(Router, Guard)>,
+    open: Router,
 }
 
 /// What opens `/v1/`.
@@ -112,6 +113,8 @@ struct Guard {
 pub struct Visitor {
     /// From its certificate.
     pub identity: Option<Identity>,
+    /// The hosts that its certificate names.
+    pub hosts: Vec<String>,
     known: Known,
 }
 
@@ -122,6 +125,7 @@ impl Service {
             metrics,
             health: Arc::new(health),
             api: None,
+            open: Router::new(),
         }
     }
 
@@ -130,6 +134,13 @@ impl Service {
     #[must_use]
     pub fn with_api(mut self, routes: Router, token: Option<Token>) -> Self {
         self.api = Some((routes, Guard { token }));
+        self
+    }
+
+    /// Adds routes that anybody reaches: they have to check by themselves what they are shown.
+    #[must_use]
+    pub fn with_open(mut self, routes: Router) -> Self {
+        self.open = self.open.merge(routes);
         self
     }
 
@@ -147,7 +158,8 @@ impl Service {
             Some((routes, guard)) => routes.layer(middleware::from_fn_with_state(guard, admit)),
             None => Router::new(),
         };
-        open.merge(guarded)
+        open.merge(self.open)
+            .merge(guarded)
             .fallback(not_found)
             .layer(DefaultBodyLimit::max(REQUEST_BODY_MAX))
     }
@@ -362,6 +374,7 @@ impl Connection {
         }
         let visitor = Visitor {
             identity,
+            hosts: stream.peer_hosts(),
             known: self.known,
         };
         let router = self.router.layer(axum::Extension(visitor));

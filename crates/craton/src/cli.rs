@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -10,7 +10,7 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, change, configure, daemons, divergence, down, drill, explain, history, layout, psql,
+    backup, ca, change, configure, daemons, divergence, down, drill, explain, history, join, layout, psql,
     restore, status, supervise, up,
 };
 
@@ -110,6 +110,11 @@ pub enum Command {
     /// Backups, the WAL archive, and the daemon that makes them
     #[command(subcommand)]
     Backup(backup::BackupCommand),
+    /// The cluster's authority, and tokens for hosts that are to join
+    #[command(subcommand)]
+    Ca(ca::CaCommand),
+    /// Get the certificate and the secrets of this host's role, with a token of `craton ca token`
+    Join(join::JoinArgs),
     /// Restore a backup into a new directory that PostgreSQL starts from
     Restore(restore::RestoreArgs),
     /// Break the local cluster on purpose, and measure outage, errors, lost rows and healing
@@ -269,7 +274,27 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Divergence(command) => wait_for(divergence::run(&access()?, command, json)),
         Command::Psql(args) => psql::run(&dir, args),
         Command::Backup(command) => backup::run(&dir, command, json),
+        Command::Ca(command) => run_ca(command, &dir, access, json),
+        Command::Join(args) => wait_for(join::run(args, json)),
         Command::Restore(args) => restore::run(&dir, &args, json),
         Command::Drill(args) => drill::run(&dir, args, json),
+    }
+}
+
+fn run_ca(
+    command: ca::CaCommand,
+    dir: &Path,
+    access: impl Fn() -> anyhow::Result<Access>,
+    json: bool,
+) -> anyhow::Result<u8> {
+    let local = |secrets: Option<PathBuf>| match secrets {
+        Some(secrets) => Ok(secrets),
+        None => layout::Layout::require(dir).map(|l| l.secrets()),
+    };
+    match command {
+        ca::CaCommand::Init { cluster, secrets } => ca::init(&cluster, &secrets, json),
+        ca::CaCommand::Token(args) => wait_for(ca::token(&access()?, args, json)),
+        ca::CaCommand::Show { secrets } => ca::show(&local(secrets)?, json),
+        ca::CaCommand::Rotate { step, secrets } => ca::rotate(step, &local(secrets)?),
     }
 }

@@ -16,9 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use craton_console::renewal;
 use craton_console::{Client, Health, Metrics, Service, Token, TopologyFeed};
 use craton_core::topology::Topology;
-use craton_trust::{Role, Trust, renewal};
+use craton_trust::{Role, Trust};
 use craton_wire::scram::ClientIdentity;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -116,7 +117,7 @@ pub async fn run(
     // Tasks end with this set, on every way out.
     let mut tasks = JoinSet::new();
     if let Some(trust) = &trust {
-        renewal::keep(trust, &config.tls, &mut tasks);
+        renewal::keep(trust, &config.tls, &config.agents, &mut tasks);
     }
     let (_feed, topologies) =
         topology_source(&config, trust.as_ref(), auth_login.clone(), &mut tasks)?;

@@ -68,6 +68,7 @@ struct Current {
     server: Arc<ServerConfig>,
     client: Arc<ClientConfig>,
     stamp: Stamp,
+    signer: Option<Vec<u8>>,
     generation: u64,
 }
 
@@ -139,9 +140,10 @@ impl Current {
         let (own, rest) = loaded
             .chain
             .split_first()
+            .map(|(own, rest)| (own, rest.to_vec()))
             .ok_or_else(|| content(&"holds no certificate"))?;
         // What the others would refuse does not replace what works.
-        chain.check(own, rest, UnixTime::now()).map_err(|e| {
+        chain.check(own, &rest, UnixTime::now()).map_err(|e| {
             content(&format!(
                 "is not accepted by {}: {e}",
                 files.authority.display()
@@ -175,6 +177,7 @@ impl Current {
             server: Arc::new(server),
             client: Arc::new(client),
             stamp,
+            signer: rest.first().map(|der| der.as_ref().to_vec()),
             generation: 0,
         })
     }
@@ -202,6 +205,11 @@ impl Trust {
     /// What else the certificate in use says.
     pub fn facts(&self) -> Facts {
         self.current().facts.clone()
+    }
+
+    /// The certificate of the authority that signed, in DER, if it stands behind the certificate.
+    pub fn signer(&self) -> Option<Vec<u8>> {
+        self.current().signer.clone()
     }
 
     /// Grows whenever files were taken again: certificate, key or authorities.
@@ -318,7 +326,10 @@ impl Trust {
             }
             // A TLS record begins with its kind, 22; what begins with a letter is HTTP, or nothing we know.
             if first.first().is_some_and(u8::is_ascii_alphabetic) {
+                // What came is read once: unread bytes would make a reset of the end, and the answer get lost.
+                let _ = stream.read(&mut [0; 4096]).await;
                 let _ = stream.write_all(PLAIN_HTTP_ANSWER).await;
+                let _ = stream.shutdown().await;
                 return Err(io::Error::new(
                     io::ErrorKind::InvalidData,
                     "it speaks no TLS",
@@ -589,6 +600,23 @@ pub enum Stream<S> {
     Plain(S),
     /// Through TLS.
     Tls(Box<tokio_rustls::TlsStream<S>>),
+}
+
+impl<S> Stream<S> {
+    /// The hosts that the certificate of the other end names.
+    pub fn peer_hosts(&self) -> Vec<String> {
+        let Self::Tls(stream) = self else {
+            return Vec::new();
+        };
+        let own = stream
+            .get_ref()
+            .1
+            .peer_certificates()
+            .and_then(<[_]>::first);
+        own.and_then(|der| Facts::of_certificate(der).ok())
+            .map(|facts| facts.hosts)
+            .unwrap_or_default()
+    }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Stream<S> {

@@ -259,6 +259,13 @@ pub fn write_secret(path: &Path, text: &str) -> Result<()> {
             .create_new(true)
             .mode(0o600)
             .open(&temporary)?;
+        // Root works in directories of the user that the daemons run as: what it writes there is that user's.
+        let dir = path
+            .parent()
+            .filter(|_| rustix::process::geteuid().is_root());
+        if let Some(owner) = dir.and_then(|dir| std::fs::metadata(dir).ok()) {
+            std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+        }
         file.write_all(text.as_bytes())?;
         file.sync_all()?;
         std::fs::rename(&temporary, path)?;

@@ -6,6 +6,7 @@
 //! * [`files`]: where certificates and keys are, and how they get there whole.
 //! * [`channel`]: a TLS connection whose other end is known. Reloads what changed on disk.
 //! * [`doorstep`]: connections whose other end is not known yet.
+//! * [`join`]: the token with which a new host joins.
 //! * [`renewal`]: a certificate is replaced long before it ends.
 //!
 //! # What holds
@@ -21,6 +22,7 @@ pub mod channel;
 pub mod doorstep;
 pub mod files;
 pub mod identity;
+pub mod join;
 pub mod renewal;
 
 pub use authority::Authority;

@@ -4,11 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::task::JoinSet;
-
 use crate::authority::{Authority, KEY_FILE, ensure_certificate};
 use crate::channel::Trust;
-use crate::files::TlsSettings;
 
 /// How often a certificate's age is looked at.
 pub const RENEWAL_INTERVAL: Duration = Duration::from_secs(600);
@@ -37,16 +34,6 @@ fn renew_once(trust: &Trust, dir: &Path, hosts: &[String]) -> crate::Result<bool
     }
     let authority = Authority::load(&key)?;
     ensure_certificate(&authority, trust.files(), &trust.identity(), hosts)
-}
-
-/// Looks after the certificate of a daemon whose settings name a directory: takes up what changed there, and issues
-/// it anew where the authority's key is beside it (a local cluster). Own files are only watched.
-pub fn keep(trust: &Arc<Trust>, settings: &TlsSettings, tasks: &mut JoinSet<()>) {
-    tasks.spawn(Arc::clone(trust).keep_fresh());
-    if let (Some(dir), None) = (&settings.dir, &settings.certificate) {
-        let hosts = trust.facts().hosts;
-        tasks.spawn(renew_by_key(Arc::clone(trust), dir.clone(), hosts));
-    }
 }
 
 /// True if the part that has this certificate should ask for a new one.
