@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -55,66 +55,18 @@ fn strangers_cost_their_connection_and_nothing_else() {
     }
     let sizes_before = daemons(&c);
     let logs_before = log_bytes(&c);
-    let stop = Arc::new(AtomicBool::new(false));
-    let (written, failed) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let writer = Writer::default();
     std::thread::scope(|scope| {
-        let writer = {
-            let (stop, written, failed) =
-                (Arc::clone(&stop), Arc::clone(&written), Arc::clone(&failed));
-            let c = &c;
-            scope.spawn(move || {
-                let mut last = String::new();
-                while !stop.load(Ordering::Relaxed) {
-                    let out = c.craton(&[
-                        "psql",
-                        "-U",
-                        "postgres",
-                        "-d",
-                        "postgres",
-                        "-c",
-                        "INSERT INTO writes VALUES (1)",
-                    ]);
-                    let counter = if out.status.success() {
-                        &written
-                    } else {
-                        &failed
-                    };
-                    counter.fetch_add(1, Ordering::Relaxed);
-                    if !out.status.success() {
-                        last = text(&out);
-                    }
-                }
-                last
-            })
-        };
+        scope.spawn(|| writer.run(&c));
         for (port, kind) in &ports {
-            let began = Instant::now();
-            for round in 0..40 {
-                noise(*port, round);
-            }
-            for input in special(*kind) {
-                say(*port, &input);
-            }
-            reset(*port);
-            let peak = flood_and_slow(&c, *port);
-            println!(
-                "port {port} ({kind:?}): {:?}, descriptors at the peak {peak:?}",
-                began.elapsed()
-            );
+            attack(&c, *port, *kind);
         }
-        stop.store(true, Ordering::Relaxed);
-        let last = writer.join().unwrap();
-        assert_eq!(
-            failed.load(Ordering::Relaxed),
-            0,
-            "writes failed: {last}\n{}",
-            c.logs()
-        );
+        writer.stop.store(true, Ordering::Relaxed);
     });
-    assert!(
-        written.load(Ordering::Relaxed) > 10,
-        "the writer did nearly nothing"
-    );
+    let written = writer.written.load(Ordering::Relaxed);
+    let last = writer.last_failure.into_inner().unwrap();
+    assert_eq!(last, None, "a write failed: {}", c.logs());
+    assert!(written > 10, "the writer did nearly nothing");
     let after = c.wait_status("a whole cluster", Duration::from_secs(60), whole);
     assert_eq!(
         after["term"], before["term"],
@@ -128,14 +80,53 @@ fn strangers_cost_their_connection_and_nothing_else() {
         "-Atc",
         "SELECT count(*) FROM writes",
     ]);
-    assert_eq!(count, written.load(Ordering::Relaxed).to_string());
+    assert_eq!(count, written.to_string());
     settled(&c, &sizes_before);
     let grown = log_bytes(&c).saturating_sub(logs_before);
-    println!(
+    eprintln!(
         "logs grew by {grown} bytes, {} writes",
         written.load(Ordering::Relaxed)
     );
     assert!(grown < LOG_GROWTH_MAX, "the logs grew by {grown} bytes");
+}
+
+/// A client that writes, one session a row, until it is told to stop.
+#[derive(Default)]
+struct Writer {
+    stop: AtomicBool,
+    written: AtomicU64,
+    last_failure: Mutex<Option<String>>,
+}
+
+impl Writer {
+    fn run(&self, c: &Cluster) {
+        let insert = "INSERT INTO writes VALUES (1)";
+        while !self.stop.load(Ordering::Relaxed) {
+            let out = c.craton(&["psql", "-U", "postgres", "-d", "postgres", "-c", insert]);
+            if out.status.success() {
+                self.written.fetch_add(1, Ordering::Relaxed);
+            } else {
+                *self.last_failure.lock().unwrap() = Some(text(&out));
+            }
+        }
+    }
+}
+
+/// Everything at one port.
+fn attack(c: &Cluster, port: u16, kind: Kind) {
+    let began = Instant::now();
+    for round in 0..40 {
+        noise(port, round);
+    }
+    for input in special(kind) {
+        say(port, &input);
+    }
+    reset(port);
+    let peak = flood_and_slow(c, port);
+    eprintln!(
+        "port {port} ({kind:?}): {:?}, most descriptors meanwhile {peak:?}",
+        began.elapsed()
+    );
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -189,7 +180,7 @@ fn noise(port: u16, seed: u64) {
         3 => b"POST /v1/switchover HTTP/1.1\r\n".to_vec(),
         _ => Vec::new(),
     };
-    for _ in 0..1 + (seed * 97) % 3000 {
+    for _ in 0..=(seed * 97) % 3000 {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
@@ -309,7 +300,7 @@ fn settled(c: &Cluster, before: &BTreeMap<String, Size>) {
             })
             .collect();
         if grown.is_empty() {
-            println!("before {before:?}\nafter  {now:?}");
+            eprintln!("before {before:?}\nafter  {now:?}");
             return;
         }
         assert!(

@@ -467,6 +467,7 @@ fn database_roles_have_the_least_rights(c: &Cluster) {
             "SELECT r.rolname || ' ' || p.oid::regprocedure FROM pg_proc p, aclexplode(p.proacl) a JOIN pg_roles r ON r.oid = a.grantee WHERE r.rolname ~ '^craton_' ORDER BY 1"
         ),
         "craton_proxy craton.user_lookup(text)\n\
+         craton_proxy craton.waits_for_standbys(integer)\n\
          craton_rewind pg_ls_dir(text,boolean,boolean)\n\
          craton_rewind pg_read_binary_file(text)\n\
          craton_rewind pg_read_binary_file(text,bigint,bigint,boolean)\n\

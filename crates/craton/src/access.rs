@@ -49,7 +49,11 @@ impl Access {
         }
         let token = token_file.map(|path| Token::from_file(path)).transpose()?;
         let client = match (certificates, token) {
-            (Some(dir), None) => Client::trusted(certificates::operator(dir)?, Role::Node),
+            (Some(dir), None) => {
+                let trust = certificates::operator(dir)?;
+                certificates::renew_if_due(&trust, agents);
+                Client::trusted(trust, Role::Node)
+            }
             (Some(dir), token) => {
                 let guest = Guest::of_authorities(&dir.join(BUNDLE_FILE))?;
                 Client::guest(guest, Role::Node, token)

@@ -4,10 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use craton_trust::authority::{self, Authority, KEY_FILE, ensure_certificate};
-use craton_trust::{Identity, Role, TlsFiles, Trust};
+use craton_trust::{Identity, Role, TlsFiles, Trust, renewal};
 
+use crate::cli::wait_for;
 use crate::exit::{Problem, USAGE};
 use crate::layout::{HOST, Layout};
+use crate::output;
 
 /// The file of an operator's certificate, in a directory of certificates.
 pub const OPERATOR: &str = "operator";
@@ -58,4 +60,22 @@ pub fn operator(dir: &Path) -> anyhow::Result<Arc<Trust>> {
         return Err(Problem::new(USAGE, what, hint).into());
     }
     Ok(Trust::open(files)?)
+}
+
+/// On a host without the authority's key an agent signs an operator's new certificate, while the present one is good.
+pub fn renew_if_due(trust: &Arc<Trust>, agents: &[String]) {
+    if !renewal::is_due(trust) {
+        return;
+    }
+    let renewed = wait_for(async {
+        craton_console::renewal::renew_once(trust, agents).await?;
+        trust.reload()?;
+        anyhow::Ok(())
+    });
+    if let Err(error) = renewed {
+        let hours = trust.valid_for().as_secs() / 3600;
+        output::note(format!(
+            "warning: this operator's certificate is valid for {hours} more hours and could not be renewed: {error:#}"
+        ));
+    }
 }

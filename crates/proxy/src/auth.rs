@@ -89,10 +89,7 @@ pub struct Verifiers {
 
 impl Verifiers {
     /// Starts the task that asks; it ends with the last handle.
-    pub fn start(
-        asker: Arc<Asker>,
-        routes: watch::Receiver<Arc<Routes>>,
-    ) -> Arc<Self> {
+    pub fn start(asker: Arc<Asker>, routes: watch::Receiver<Arc<Routes>>) -> Arc<Self> {
         let (requests, waiting) = mpsc::channel(LOOKUPS_WAITING_MAX);
         let config = Arc::clone(&asker.config);
         tokio::spawn(answer_lookups(asker, routes, waiting));
