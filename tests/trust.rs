@@ -50,6 +50,7 @@ fn only_the_trusted_get_in() {
     replication_is_encrypted_and_mutual(&c);
     database_roles_have_the_least_rights(&c);
     a_new_certificate_needs_no_restart(&c);
+    the_authority_is_replaced_while_the_cluster_runs(&c);
 }
 
 /// A directory with a certificate made for this test, and the cluster's bundle.
@@ -191,6 +192,18 @@ fn bad_certificates_are_refused_and_it_is_said_why(c: &Cluster) {
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+        // A port that takes connections and says nothing: the request ends at its deadline.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let silent_address = silent.local_addr().unwrap().to_string();
+        let hasty = stranger.clone().with_timeout(Duration::from_millis(200));
+        let error = hasty
+            .get_text(&silent_address, "/health")
+            .await
+            .unwrap_err();
+        assert!(
+            error.to_string().contains("did not answer within 200 ms"),
+            "{error}"
+        );
         // Without TLS.
         let (status, error) = p.get(&Client::new(None), "/health").await;
         assert!(
@@ -542,6 +555,98 @@ fn a_new_certificate_needs_no_restart(c: &Cluster) {
     }
     let after = c.wait_status("a whole cluster", Duration::from_secs(30), whole);
     assert_eq!(after["term"], before["term"]);
+}
+
+/// Waits for a condition of a running cluster.
+async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
+    let deadline = Instant::now() + Duration::from_secs(40);
+    while !holds().await {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// `craton ca rotate` in its three steps; nothing is restarted, and at no moment a part is without trust.
+fn the_authority_is_replaced_while_the_cluster_runs(c: &Cluster) {
+    let p = Place::of(c);
+    let before = c.json(&["status"]);
+    let at = |offset: u16| format!("127.0.0.1:{}", c.base_port + offset);
+    let ports = [
+        (at(21), Role::Node),
+        (at(22), Role::Node),
+        (at(23), Role::Node),
+        (at(41), Role::Proxy),
+        (at(42), Role::Backup),
+    ];
+    let former = tempfile::tempdir().unwrap();
+    let rotate = |step: &str| c.expect_ok(&c.craton(&["ca", "rotate", step]), step);
+    rotate("begin");
+    let next = Authority::load(&p.secrets.join("authority-next.key")).unwrap();
+    let both = std::fs::read_to_string(p.secrets.join("authority.pem")).unwrap();
+    let former = certificate(
+        former.path(),
+        &p.authority,
+        Role::Operator,
+        tomorrow(),
+        &both,
+    );
+    let coming = tempfile::tempdir().unwrap();
+    let coming = certificate(coming.path(), &next, Role::Operator, tomorrow(), &both);
+    let pem = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(pem.path(), next.certificate_pem()).unwrap();
+    let reach = async |trust: &Arc<Trust>, port: &str, role: Role| {
+        let client = Client::trusted(Arc::clone(trust), role).with_timeout(PATIENCE);
+        status_of(client.get_text(port, "/health").await).0 != 0
+    };
+    runtime().block_on(async {
+        for (port, role) in &ports {
+            until("both authorities are trusted", || {
+                reach(&coming, port, *role)
+            })
+            .await;
+        }
+        rotate("switch");
+        let guest = Guest::of_authorities(pem.path()).unwrap();
+        for (port, role) in &ports {
+            until("the new authority's certificate is shown", || async {
+                let client = Client::guest(Arc::clone(&guest), *role, None);
+                status_of(client.get_text(port, "/health").await).0 != 0
+            })
+            .await;
+        }
+        rotate("finish");
+        for (port, role) in &ports {
+            until("the former authority opens nothing", || async {
+                !reach(&former, port, *role).await
+            })
+            .await;
+        }
+    });
+    let after = c.wait_status("a whole cluster", Duration::from_secs(60), whole);
+    assert_eq!(after["term"], before["term"]);
+    let shown = c.json(&["ca", "show"]);
+    assert!(
+        shown
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|s| s["problem"].is_null()),
+        "{shown}"
+    );
+    // A standby that connects anew is trusted by the new authority's word.
+    c.sql(&[
+        "-d",
+        "postgres",
+        "-U",
+        "postgres",
+        "-Atc",
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_replication",
+    ]);
+    c.wait_status(
+        "a whole cluster after new connections",
+        Duration::from_secs(60),
+        whole,
+    );
 }
 
 /// As root the cluster belongs to `postgres`: the file must stay readable to it.

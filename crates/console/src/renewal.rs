@@ -70,7 +70,7 @@ pub async fn renew_over_api(trust: Arc<Trust>, agents: Vec<String>) {
                 }
             }
         }
-        tokio::time::sleep(renewal::RENEWAL_INTERVAL).await;
+        tokio::time::sleep(renewal::ASK_INTERVAL).await;
     }
 }
 
