@@ -10,8 +10,8 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, ca, change, configure, daemons, divergence, down, drill, explain, history, join, layout, psql,
-    restore, status, supervise, up,
+    backup, ca, change, configure, daemons, divergence, down, drill, explain, history, join,
+    layout, psql, restore, status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.

@@ -165,6 +165,13 @@ pub struct PgTls {
 impl Upstream {
     /// The connection string for libpq. `dbname` is left out for replication connections.
     pub(crate) fn conninfo(&self, dbname: Option<&str>) -> String {
+        // A leader whose host is gone must not hold a standby for the kernel's two minutes.
+        self.conninfo_within(2, dbname)
+    }
+
+    /// The same with another limit on connecting, in seconds: a clone is not started again for a slow handshake.
+    pub(crate) fn conninfo_within(&self, limit_s: u8, dbname: Option<&str>) -> String {
+        let limit = limit_s.to_string();
         let mut text = String::new();
         let port = self.port.to_string();
         let passfile = self.passfile.display().to_string();
@@ -174,8 +181,7 @@ impl Upstream {
             ("user", &self.user),
             ("passfile", &passfile),
             ("application_name", &self.application_name),
-            // A leader whose host is gone must not hold a standby for the kernel's two minutes.
-            ("connect_timeout", "2"),
+            ("connect_timeout", &limit),
             ("keepalives_idle", "5"),
             ("keepalives_interval", "2"),
             ("keepalives_count", "3"),
