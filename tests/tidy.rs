@@ -206,20 +206,25 @@ fn dependencies_point_down() {
         ("wire", &["core"][..]),
         ("repo", &["core"][..]),
         ("fence", &[][..]),
-        ("pg", &["core", "wire"][..]),
-        ("coordinator", &["core"][..]),
-        ("console", &["core"][..]),
+        ("pg", &["core", "wire", "trust"][..]),
+        ("trust", &[][..]),
+        ("coordinator", &["core", "trust"][..]),
+        ("console", &["core", "trust"][..]),
         (
             "agent",
-            &["core", "pg", "coordinator", "console", "fence"][..],
+            &["core", "pg", "coordinator", "console", "fence", "trust"][..],
         ),
-        ("proxy", &["core", "wire", "pg", "console"][..]),
-        ("backup", &["core", "wire", "repo", "pg", "console"][..]),
+        ("proxy", &["core", "wire", "pg", "console", "trust"][..]),
+        (
+            "backup",
+            &["core", "wire", "repo", "pg", "console", "trust"][..],
+        ),
         ("sim", &["core", "coordinator"][..]),
         (
             "craton",
             &[
                 "core", "pg", "console", "fence", "agent", "proxy", "backup", "sim", "repo",
+                "trust",
             ][..],
         ),
     ]);
@@ -248,14 +253,19 @@ fn dependencies_point_down() {
 /// Invariant 4: outside crates that only their owner may name.
 #[test]
 fn outside_crates_have_one_owner() {
-    let owners: [(&str, &[&str]); 8] = [
+    let owners: [(&str, &[&str]); 12] = [
         ("tokio-postgres", &["pg", "craton"]),
         ("postgres-protocol", &["pg", "craton"]),
         ("axum", &["console", "agent", "proxy", "backup"]),
-        ("hyper", &["coordinator"]),
         ("clap", &["craton"]),
         ("comfy-table", &["craton"]),
         ("zstd", &["repo"]),
+        ("hyper", &["console", "coordinator"]),
+        ("hyper-util", &["console", "coordinator"]),
+        ("rustls", &["trust", "coordinator"]),
+        ("tokio-rustls", &["trust", "coordinator"]),
+        ("rcgen", &["trust"]),
+        ("x509-parser", &["trust"]),
         ("blake3", &["repo"]),
     ];
     let mut problems = Vec::new();

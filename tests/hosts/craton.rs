@@ -69,8 +69,8 @@ impl Craton {
             .iter()
             .map(|(name, _)| format!("{}:{API_PORT}", net.host(name).ip))
             .collect();
-        let access = Access::open(&agents, Some(&secrets.join("api-token")), &net.dir)
-            .expect("the token is there");
+        let access = Access::open(&agents, Some(&secrets), None, &net.dir)
+            .expect("the operator's certificate is there");
         let cluster = Self {
             client: Client::on(net.host(CLIENT.0)),
             daemons: Daemons::default(),
@@ -173,18 +173,18 @@ impl Craton {
         let secrets = self.net.dir.join("secrets");
         format!(
             "[proxy]\nlisten = \"{ip}:{WRITE_PORT}\"\nlisten_read = \"{ip}:{READ_PORT}\"\nhttp = \"{ip}:8080\"\n\
-             agents = {:?}\nagent_token_file = \"{}\"\nauth_password_file = \"{}\"\n",
+             agents = {:?}\nauth_password_file = \"{}\"\ntls = {{ dir = \"{}\" }}\n",
             self.access.agents,
-            secrets.join("api-token").display(),
             secrets.join("proxy").display(),
+            secrets.display(),
         )
     }
 
     /// Runs a command of the binary on the client's host.
     pub fn craton(&self, args: &[&str]) -> Result<String, String> {
-        let token = self.net.dir.join("secrets/api-token");
+        let secrets = self.net.dir.join("secrets");
         let agents = self.access.agents.join(",");
-        let common = ["--api", &agents, "--token-file", path(&token)];
+        let common = ["--api", &agents, "--certs", path(&secrets)];
         let all = [&common[..], args].concat();
         let host = self.net.host(CLIENT.0);
         let out = host
@@ -224,6 +224,14 @@ fn make_secrets(dir: &Path) -> PathBuf {
         let file = secrets.join(name);
         std::fs::write(&file, text).expect("a secret");
         std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).expect("its mode");
+    }
+    // The agents issue their own certificates from this.
+    let authority = craton_trust::authority::ensure(&secrets, "hosts").expect("an authority");
+    for role in [craton_trust::Role::Proxy, craton_trust::Role::Operator] {
+        let files = craton_trust::TlsFiles::in_dir(&secrets, role.as_str());
+        let identity = craton_trust::Identity::new("hosts", role, "test").expect("a name");
+        craton_trust::authority::ensure_certificate(&authority, &files, &identity, &[])
+            .expect("a certificate");
     }
     run("chown", &["-R", "postgres:", path(&secrets)]).expect("the secrets get their owner");
     secrets

@@ -130,6 +130,12 @@ fn settings(root: &Path) -> String {
             "Settings",
         ),
         (
+            "[node.tls], [proxy.tls], [backup.tls]",
+            "Certificates of a part. TLS is on: without them a daemon does not start.",
+            "crates/trust/src/files.rs",
+            "TlsSettings",
+        ),
+        (
             "[proxy]",
             "The proxy.",
             "crates/proxy/src/config.rs",

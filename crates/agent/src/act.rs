@@ -260,6 +260,7 @@ impl Actor {
             passfile: self.server.passfile.clone(),
             application_name: application_name(&self.me, incarnation),
             slot: Some(self.me.slot_name()),
+            tls: self.server.tls.clone(),
         })
     }
 

@@ -1,4 +1,4 @@
-//! The control API: `/v1/…` on the agent's port, for the bearer of the token.
+//! The control API: `/v1/…` on the agent's port, for holders of certificates with a fitting role, or of the token.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

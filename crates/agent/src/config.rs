@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use craton_core::MemberId;
 use craton_core::settings::Settings;
+use craton_trust::TlsSettings;
 use serde::{Deserialize, Serialize};
 
 /// A voter of the coordinator.
@@ -66,6 +67,13 @@ pub struct AgentConfig {
     /// The program that is started as the fence (`<program> fence …`); the running one if not given.
     #[serde(default)]
     pub fence_program: Option<PathBuf>,
+    /// Certificates, where they are not `authority.pem` and `node-MEMBER.pem` in the directory of the secrets.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub tls: TlsSettings,
+}
+
+fn is_default(tls: &TlsSettings) -> bool {
+    *tls == TlsSettings::default()
 }
 
 fn loopback() -> String {
@@ -109,7 +117,7 @@ impl AgentConfig {
 
 /// The files in the secrets directory; each holds one secret in its first line and is readable by its
 /// owner alone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Secrets {
     /// Password of the superuser `postgres`.
     pub superuser: String,
@@ -121,8 +129,15 @@ pub struct Secrets {
     pub rewind: String,
     /// What the coordinators of the cluster know each other by.
     pub peers: String,
-    /// The bearer token of the control API.
-    pub api_token: String,
+    /// The bearer token of the control API; without it only certificates open it.
+    pub api_token: Option<String>,
+}
+
+/// Passwords stay out of logs.
+impl std::fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secrets(…)")
+    }
 }
 
 impl Secrets {
@@ -152,13 +167,18 @@ impl Secrets {
             Ok(secret)
         };
         let [superuser, replication, proxy, rewind, peers, api_token] = Self::FILES;
+        let api_token = if dir.join(api_token).exists() {
+            Some(read(api_token)?)
+        } else {
+            None
+        };
         Ok(Self {
             superuser: read(superuser)?,
             replication: read(replication)?,
             proxy: read(proxy)?,
             rewind: read(rewind)?,
             peers: read(peers)?,
-            api_token: read(api_token)?,
+            api_token,
         })
     }
 }

@@ -5,6 +5,7 @@
 //!   [`slots`]: upkeep.
 //! * [`lease`]: renewals, [`promises`]: what stands in for them, and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
+//! * `trust`: the agent's certificate; `enrol`: new parts, and new certificates for them.
 //! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
 
 pub mod act;
@@ -12,6 +13,7 @@ pub mod agent;
 pub mod api;
 pub mod clock;
 pub mod config;
+mod enrol;
 pub mod fencing;
 pub mod lease;
 pub mod metrics;
@@ -22,6 +24,7 @@ pub mod server;
 pub mod slots;
 pub mod state;
 pub mod store;
+mod trust;
 pub mod views;
 
 pub use config::{AgentConfig, Peer, Secrets};

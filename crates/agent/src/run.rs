@@ -16,6 +16,7 @@ use craton_core::Term;
 use craton_core::promise::Book;
 use craton_core::topology::Topology;
 use craton_pg::{Binaries, CloneProgress, Instance, InstanceConfig, StopMode};
+use craton_trust::{Role, Trust};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -23,13 +24,14 @@ use crate::act::Actor;
 use crate::agent::{Agent, Parts, Seen};
 use crate::api::{self, Api};
 use crate::config::{AgentConfig, Secrets};
+use crate::enrol::{self, Enrolment};
 use crate::fencing::Fencing;
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::metrics::AgentMetrics;
 use crate::promises::OverHttp;
 use crate::server::LocalServer;
 use crate::state::StateFile;
-use crate::{parameters, slots};
+use crate::{parameters, slots, trust};
 
 /// How often the metrics are brought up to date.
 const METRICS_INTERVAL: Duration = Duration::from_secs(1);
@@ -73,6 +75,7 @@ fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
 pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
+    let trust = trust::open(&config)?;
     make_dir(&config.dir)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(LEASE_THREADS)
@@ -80,9 +83,10 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
         .enable_all()
         .build()
         .map_err(io("cannot start the lease's runtime"))?;
-    let outcome = match start_coordinator(&config, &secrets, &runtime).await {
+    let outcome = match start_coordinator(&config, &secrets, trust.clone(), &runtime).await {
         Ok(embedded) => {
-            let outcome = run_with(config, embedded.clone(), runtime.handle(), shutdown).await;
+            let outcome =
+                run_with(config, embedded.clone(), trust, runtime.handle(), shutdown).await;
             embedded.stop().await;
             outcome
         }
@@ -92,20 +96,20 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
     outcome
 }
 
-/// As [`run`], with a coordinator that is there already. `lease_runtime` carries the lease, and should carry
+/// As [`run`], with a coordinator and certificates that are there already. `lease_runtime` carries the lease, and should carry
 /// nothing that waits for a disk.
 pub async fn run_with(
     config: AgentConfig,
     coordinator: Arc<dyn Coordinator>,
+    trust: Option<Arc<Trust>>,
     lease_runtime: &tokio::runtime::Handle,
     shutdown: watch::Receiver<bool>,
 ) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
-    let token = Token::from_file(&config.secrets.join("api-token"))
-        .map_err(|e| AgentError::Config(e.to_string()))?;
+    let token = trust::token(&config, trust.as_deref())?;
     make_dir(&config.dir)?;
-    let server = local_server(&config, &secrets)?;
+    let server = local_server(&config, &secrets, trust.as_deref())?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
     let adopted = server.instance.adopt().await?;
     if let Some(process) = adopted.clone() {
@@ -114,7 +118,11 @@ pub async fn run_with(
         let standby = server.instance.data_dir().join("standby.signal").exists();
         server.hold(process, !standby);
     }
-    let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, &token);
+    let asker = match &trust {
+        Some(trust) => Client::trusted(Arc::clone(trust), Role::Node),
+        None => Client::new(token.clone()),
+    };
+    let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, asker);
     if let Some(process) = adopted.filter(|_| server.is_maybe_primary()) {
         // The former agent may have been killed between the start and the order. After the lease: the
         // deadline must stand on the board before it is armed.
@@ -139,11 +147,16 @@ pub async fn run_with(
         &coordinator,
         seen.clone(),
         topology,
-        (token, Arc::clone(&actor)),
+        Admission {
+            token,
+            trust: trust.clone(),
+        },
+        &actor,
         &shutdown,
     )
     .await?;
     let mut background = tokio::task::JoinSet::new();
+    trust::keep(trust, &config, &server, &mut background);
     background.spawn(Arc::clone(&server).watch());
     background.spawn(Arc::clone(&server).knock());
     background.spawn(slots::keep(Arc::clone(&server), seen.clone()));
@@ -172,7 +185,7 @@ fn start_lease(
     coordinator: &Arc<dyn Coordinator>,
     fencing: &Arc<Fencing>,
     runtime: &tokio::runtime::Handle,
-    token: &Token,
+    asker: Client,
 ) -> LeaseKeeper {
     let timing = LeaseTiming {
         ttl: config.initial.ttl(),
@@ -182,7 +195,7 @@ fn start_lease(
     let fencing = Arc::clone(fencing);
     let sink: DeadlineSink = Arc::new(move |until| fencing.deadline(until));
     let _inside = runtime.enter();
-    let asker = Arc::new(OverHttp(Client::new(Some(token.clone()))));
+    let asker = Arc::new(OverHttp(asker));
     LeaseKeeper::start(
         config.member.clone(),
         (Arc::clone(coordinator), asker),
@@ -249,7 +262,11 @@ fn make_dir(dir: &Path) -> Result<(), AgentError> {
         .map_err(io(format!("cannot create {}", dir.display())))
 }
 
-fn local_server(config: &AgentConfig, secrets: &Secrets) -> Result<Arc<LocalServer>, AgentError> {
+fn local_server(
+    config: &AgentConfig,
+    secrets: &Secrets,
+    trust: Option<&Trust>,
+) -> Result<Arc<LocalServer>, AgentError> {
     let binaries = Binaries::find(config.bin_dir.as_deref())?;
     let instance = Instance::new(InstanceConfig {
         binaries,
@@ -265,6 +282,7 @@ fn local_server(config: &AgentConfig, secrets: &Secrets) -> Result<Arc<LocalServ
         passfile,
         config.postgresql.clone(),
         config.networks.clone(),
+        trust.map(trust::for_postgres),
     ))
 }
 
@@ -294,6 +312,7 @@ fn write_passfile(dir: &Path, secrets: &Secrets) -> Result<PathBuf, AgentError> 
 async fn start_coordinator(
     config: &AgentConfig,
     secrets: &Secrets,
+    trust: Option<Arc<Trust>>,
     runtime: &tokio::runtime::Runtime,
 ) -> Result<Arc<Embedded>, AgentError> {
     let settings = EmbeddedConfig::new(
@@ -307,7 +326,8 @@ async fn start_coordinator(
         config.peer_listen.clone(),
         config.dir.join("coordinator"),
         secrets.peers.clone(),
-    );
+    )
+    .with_trust(trust);
     runtime
         .spawn(async move { Embedded::start(settings).await })
         .await
@@ -315,12 +335,19 @@ async fn start_coordinator(
         .map_err(|e| AgentError::Coordinator(e.to_string()))
 }
 
+/// What opens the control API.
+struct Admission {
+    token: Option<Token>,
+    trust: Option<Arc<Trust>>,
+}
+
 async fn serve_http(
     config: &AgentConfig,
     coordinator: &Arc<dyn Coordinator>,
     seen: watch::Receiver<Option<Seen>>,
     topology: watch::Receiver<Arc<Topology>>,
-    (token, actor): (Token, Arc<Actor>),
+    admission: Admission,
+    actor: &Arc<Actor>,
     shutdown: &watch::Receiver<bool>,
 ) -> Result<AgentMetrics, AgentError> {
     let mut metrics = Metrics::new();
@@ -337,14 +364,25 @@ async fn serve_http(
         coordinator: Arc::clone(coordinator),
         server: Arc::clone(&actor.server),
         origins: Arc::new(config.origins.clone()),
-        actor,
+        actor: Arc::clone(actor),
     });
-    let router = Service::new(Arc::new(metrics), move || health(&seen))
-        .with_api(routes, token)
-        .router();
+    let enrolment = Enrolment {
+        cluster: config.cluster.clone(),
+        secrets: config.secrets.clone(),
+        coordinator: Arc::clone(coordinator),
+    };
+    let mut service = Service::new(Arc::new(metrics), move || health(&seen));
+    // Keys and passwords are handed out through TLS alone.
+    let routes = if admission.trust.is_some() {
+        service = service.with_open(enrol::open_routes(enrolment.clone()));
+        routes.merge(enrol::routes(enrolment))
+    } else {
+        routes
+    };
+    let router = service.with_api(routes, admission.token).router();
     let shutdown = shutdown.clone();
     tokio::spawn(async move {
-        if let Err(error) = serve(listener, router, shutdown).await {
+        if let Err(error) = serve(listener, router, admission.trust, shutdown).await {
             tracing::error!(%error, "the control API ended");
         }
     });

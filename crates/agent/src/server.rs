@@ -10,7 +10,7 @@ use craton_core::records::Seal;
 use craton_core::sync::{StandbyView, SyncSet, parse_application_name};
 use craton_core::{BootTime, Lsn, MemberId, Term};
 use craton_pg::{
-    Control, DataDir, HbaRule, Instance, ManagedConfig, Postmaster, ServerSample, SyncNames,
+    Control, DataDir, HbaRule, Instance, ManagedConfig, PgTls, Postmaster, ServerSample, SyncNames,
     Upstream,
 };
 use tokio::sync::Notify;
@@ -82,6 +82,8 @@ pub struct LocalServer {
     pub parameters: Parameters,
     /// Who may log in from where.
     pub networks: Vec<String>,
+    /// PostgreSQL's certificate: the agent's own.
+    pub tls: Option<PgTls>,
     /// Wakes the agent's loop.
     pub changed: Notify,
     look: Notify,
@@ -95,6 +97,7 @@ impl LocalServer {
         passfile: PathBuf,
         settings: BTreeMap<String, String>,
         networks: Vec<String>,
+        tls: Option<PgTls>,
     ) -> Arc<Self> {
         Arc::new(Self {
             control: instance.control(),
@@ -102,6 +105,7 @@ impl LocalServer {
             passfile,
             parameters: Parameters::new(settings),
             networks,
+            tls,
             changed: Notify::new(),
             look: Notify::new(),
             known: Mutex::new(Known::default()),
@@ -457,7 +461,8 @@ impl LocalServer {
             upstream,
             sync,
             settings: self.parameters.to_write(),
-            hba: HbaRule::standard(&networks),
+            hba: HbaRule::standard(&networks, self.tls.is_some()),
+            tls: self.tls.clone(),
         }
     }
 

@@ -35,11 +35,8 @@ pub(crate) async fn take(shared: &Arc<Shared>, source: &TopologyMember) -> Resul
     let started_at_ms = now_ms();
     let id = free_id(&repository, started_at_ms)?;
     let config = &shared.config;
-    let login = config.login(
-        &source.host,
-        source.port,
-        &format!("{}_base", config.application_name),
-    )?;
+    let name = format!("{}_base", config.application_name);
+    let login = config.login(shared.trust.as_ref(), source, &name)?;
     let mut connection = ReplicationConnection::connect(&login).await?;
     let identity = connection.identify_system().await?;
     if identity.system_id != repository.descriptor().system_id {

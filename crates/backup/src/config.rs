@@ -2,9 +2,12 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use craton_core::topology::TopologyMember;
 use craton_pg::replication::{ReplicationLogin, ServerAddress};
+use craton_trust::{Expect, Role, TlsSettings, Trust};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{BackupError, Result};
@@ -23,8 +26,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// The agents' APIs, `host:port`; one is enough, all are better.
     pub agents: Vec<String>,
-    /// The file of the token that opens the agents' API and this one.
-    pub token_file: PathBuf,
+    /// The file of a token that opens this daemon's API beside certificates. Without TLS it is needed, and opens the
+    /// agents' APIs as well.
+    #[serde(default)]
+    pub token_file: Option<PathBuf>,
     /// The role that replicates.
     #[serde(default = "default_user")]
     pub user: String,
@@ -53,6 +58,9 @@ pub struct Config {
     /// Read base backups at no more than so many kB a second (32 to 1048576).
     #[serde(default)]
     pub max_rate_kb: Option<u32>,
+    /// This daemon's certificate (role `backup`): `dir`, or the files one by one.
+    #[serde(default)]
+    pub tls: TlsSettings,
 }
 
 fn default_listen() -> SocketAddr {
@@ -79,10 +87,11 @@ impl Config {
     /// How to log in to a server.
     pub(crate) fn login(
         &self,
-        host: &str,
-        port: u16,
+        trust: Option<&Arc<Trust>>,
+        member: &TopologyMember,
         application_name: &str,
     ) -> Result<ReplicationLogin> {
+        let (host, port) = (member.host.as_str(), member.port);
         // A host that is a path names the directory of a Unix socket, as in libpq.
         let address = if host.starts_with('/') {
             ServerAddress::Unix(PathBuf::from(host), port)
@@ -99,6 +108,10 @@ impl Config {
                 .transpose()?,
             application_name: application_name.to_owned(),
             timeout: CONNECT_TIMEOUT,
+            tls: trust.map(|trust| {
+                let expect = Expect::Exactly(Role::Node, member.id.as_str().to_owned());
+                (Arc::clone(trust), expect)
+            }),
         })
     }
 }

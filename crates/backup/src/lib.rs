@@ -34,9 +34,11 @@ pub mod wal_sink;
 use std::sync::Arc;
 use std::time::Duration;
 
+use craton_console::renewal;
 use craton_console::{Client, Metrics, Service, Token, TopologyFeed, serve};
 use craton_core::topology::Topology;
 use craton_repo::layout::SegmentForm;
+use craton_trust::{Role, TlsMode, Trust};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -57,16 +59,39 @@ const GAUGES_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Runs the daemon until `shutdown` turns true: follows the leader that the agents tell of.
 pub async fn run(config: Config, shutdown: watch::Receiver<bool>) -> Result<()> {
-    let token =
-        Token::from_file(&config.token_file).map_err(|e| BackupError::Config(e.to_string()))?;
+    let (trust, token) = (open_trust(&config)?, open_token(&config)?);
     if config.agents.is_empty() {
         return Err(BackupError::Config(
             "no agents are named, so no leader can be found; set backup.agents to their API addresses".into(),
         ));
     }
-    let feed = TopologyFeed::start(config.agents.clone(), &Client::new(Some(token)));
+    let client = Client::either(trust.as_ref(), Role::Node, token);
+    let feed = TopologyFeed::start(config.agents.clone(), &client);
     let topology = feed.subscribe();
-    run_with_topology(config, topology, shutdown).await
+    run_with(config, trust, topology, shutdown).await
+}
+
+/// The certificate; `None` where TLS is off.
+fn open_trust(config: &Config) -> Result<Option<Arc<Trust>>> {
+    let settings = |e: craton_trust::TrustError| BackupError::Config(e.to_string());
+    let files = config
+        .tls
+        .files("backup.tls", None, "backup")
+        .map_err(settings)?;
+    files.map(Trust::open).transpose().map_err(settings)
+}
+
+/// The token, if there is one; without TLS there must be.
+fn open_token(config: &Config) -> Result<Option<Token>> {
+    match &config.token_file {
+        Some(path) => Token::from_file(path)
+            .map(Some)
+            .map_err(|e| BackupError::Config(e.to_string())),
+        None if config.tls.mode == TlsMode::Off => Err(BackupError::Config(
+            "backup.token_file is missing: without TLS a token is all that protects the API".into(),
+        )),
+        None => Ok(None),
+    }
 }
 
 /// Like [`run`], with the leader told by the caller.
@@ -75,8 +100,17 @@ pub async fn run_with_topology(
     topology: watch::Receiver<Option<Arc<Topology>>>,
     shutdown: watch::Receiver<bool>,
 ) -> Result<()> {
-    let token =
-        Token::from_file(&config.token_file).map_err(|e| BackupError::Config(e.to_string()))?;
+    let trust = open_trust(&config)?;
+    run_with(config, trust, topology, shutdown).await
+}
+
+async fn run_with(
+    config: Config,
+    trust: Option<Arc<Trust>>,
+    topology: watch::Receiver<Option<Arc<Topology>>>,
+    shutdown: watch::Receiver<bool>,
+) -> Result<()> {
+    let token = open_token(&config)?;
     let _lock = Repository::lock(&config.repository)?;
     let listener = TcpListener::bind(config.listen).await.map_err(|e| {
         BackupError::Config(format!(
@@ -86,7 +120,7 @@ pub async fn run_with_topology(
     })?;
     let mut metrics = Metrics::new();
     let handles = BackupMetrics::register(&mut metrics);
-    let shared = Arc::new(Shared::new(config, handles));
+    let shared = Arc::new(Shared::new(config, trust.clone(), handles));
     // What is there can be listed and shown before the first leader is found.
     if let Ok(known) = Repository::open(&shared.config.repository) {
         shared.repository.get_or_init(|| known);
@@ -108,11 +142,22 @@ pub async fn run_with_topology(
         requests,
         shutdown: shutdown.clone(),
     };
+    let upkeep = trust.clone().map(|trust| {
+        let mut upkeep = JoinSet::new();
+        renewal::keep(
+            &trust,
+            &shared.config.tls,
+            &shared.config.agents,
+            &mut upkeep,
+        );
+        upkeep
+    });
     tasks.spawn(receiver.run());
     tasks.spawn(scheduler.run());
     tasks.spawn(compress_segments(Arc::clone(&shared), shutdown.clone()));
     tasks.spawn(renew_gauges(shared, shutdown.clone()));
-    let served = serve(listener, service.router(), shutdown).await;
+    let served = serve(listener, service.router(), trust, shutdown).await;
+    drop(upkeep);
     // Each ends by itself at shutdown, the receiver after a last flush.
     while tasks.join_next().await.is_some() {}
     served.map_err(|e| BackupError::Config(format!("the HTTP server failed: {e}")))

@@ -142,7 +142,8 @@ impl Receiver {
     /// Streams from a leader for as long as it leads, timeline after timeline.
     async fn follow(&mut self, leader: &TopologyMember) -> Result<()> {
         let config = &self.shared.config;
-        let login = config.login(&leader.host, leader.port, &config.application_name)?;
+        let trust = self.shared.trust.as_ref();
+        let login = config.login(trust, leader, &config.application_name)?;
         let mut connection = ReplicationConnection::connect(&login).await?;
         let slot = config.slot.clone();
         if connection.ensure_physical_slot(&slot).await? {
@@ -323,7 +324,8 @@ impl Receiver {
             }
         }
         let config = &self.shared.config;
-        let login = config.login(&leader.host, leader.port, &config.application_name)?;
+        let trust = self.shared.trust.as_ref();
+        let login = config.login(trust, leader, &config.application_name)?;
         let mut connection = ReplicationConnection::connect(&login).await?;
         let kept = connection
             .read_slot(slot)
@@ -359,7 +361,7 @@ impl Receiver {
     async fn catch_up(&mut self, member: &TopologyMember, until: Lsn) -> Result<()> {
         let config = &self.shared.config;
         let name = format!("{}_catch_up", config.application_name);
-        let login = config.login(&member.host, member.port, &name)?;
+        let login = config.login(self.shared.trust.as_ref(), member, &name)?;
         let mut connection = ReplicationConnection::connect(&login).await?;
         let prepared = self.prepare(&mut connection).await?;
         let start = prepared

@@ -1,8 +1,9 @@
 //! What the daemon's tasks tell each other.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use craton_core::{Lsn, MemberId, TimelineId};
+use craton_trust::Trust;
 use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
@@ -29,6 +30,8 @@ pub(crate) struct Streaming {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) config: Config,
+    /// The certificate; none where TLS is off.
+    pub(crate) trust: Option<Arc<Trust>>,
     pub(crate) metrics: BackupMetrics,
     /// Set once the first leader has told whose WAL it is.
     pub(crate) repository: OnceLock<Repository>,
@@ -41,9 +44,10 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, metrics: BackupMetrics) -> Self {
+    pub(crate) fn new(config: Config, trust: Option<Arc<Trust>>, metrics: BackupMetrics) -> Self {
         Self {
             config,
+            trust,
             metrics,
             repository: OnceLock::new(),
             streaming: watch::Sender::new(Streaming::default()),

@@ -1,7 +1,9 @@
-//! A small HTTP/1.0 client: one request a connection, a deadline on every step, bounded answers.
+//! A small HTTP/1.0 client over TLS: one request a connection, a deadline on every step, bounded answers.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use craton_trust::{Expect, Guest, Role, Stream, Trust};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -27,15 +29,23 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nothing answers at the address.
-    #[error("cannot reach http://{address}: {source}")]
+    #[error("cannot reach {address}: {source}")]
     Unreachable {
         /// `host:port`.
         address: String,
         /// What the system said.
         source: std::io::Error,
     },
+    /// The two ends do not trust each other. No request was looked at.
+    #[error("no trusted connection to {address}: {source}")]
+    Untrusted {
+        /// `host:port`.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
     /// The deadline passed.
-    #[error("http://{address}{path} did not answer within {} ms", timeout.as_millis())]
+    #[error("{address}{path} did not answer within {} ms", timeout.as_millis())]
     TimedOut {
         /// `host:port`.
         address: String,
@@ -45,7 +55,7 @@ pub enum ClientError {
         timeout: Duration,
     },
     /// The connection broke in the middle.
-    #[error("the connection to http://{address} broke: {source}")]
+    #[error("the connection to {address} broke: {source}")]
     Broken {
         /// `host:port`.
         address: String,
@@ -66,7 +76,7 @@ pub enum ClientError {
     },
     /// The answer is not what was expected there: another service, or another version.
     #[error(
-        "http://{address}{path} gave an answer that cannot be read: {reason}; is it the API port of the same version?"
+        "{address}{path} gave an answer that cannot be read: {reason}; is it the API port of the same version?"
     )]
     Malformed {
         /// `host:port`.
@@ -83,13 +93,16 @@ impl ClientError {
     pub fn hint(&self) -> Option<&str> {
         match self {
             Self::Refused { hint, .. } => hint.as_deref(),
+            Self::Untrusted { .. } => Some(
+                "compare the certificates on both sides (`craton ca show`); `craton join` gets a new one",
+            ),
             _ => None,
         }
     }
 
     /// True when the request never reached a server, so that asking another one is safe.
     pub fn never_sent(&self) -> bool {
-        matches!(self, Self::Unreachable { .. })
+        matches!(self, Self::Unreachable { .. } | Self::Untrusted { .. })
     }
 }
 
@@ -97,12 +110,26 @@ impl ClientError {
 #[derive(Clone, Debug)]
 pub struct Client {
     token: Option<Token>,
+    way: Way,
     timeout: Duration,
 }
 
+/// How a server is reached, and who it has to be.
+#[derive(Clone, Debug)]
+enum Way {
+    /// Without TLS: for isolated tests.
+    Plain,
+    /// With a certificate on both sides.
+    Trusted(Arc<Trust>, Expect),
+    /// Only the server has one.
+    Guest(Arc<Guest>, Role),
+}
+
+type Connection = Stream<TcpStream>;
+
 struct Answer {
     status: u16,
-    reader: BufReader<TcpStream>,
+    reader: BufReader<Connection>,
 }
 
 /// Names the request in errors.
@@ -129,6 +156,13 @@ impl Target<'_> {
     }
 
     fn broken(&self, source: std::io::Error) -> ClientError {
+        // In TLS 1.3 a client hears only after its first request that its certificate is refused.
+        if source.kind() == std::io::ErrorKind::PermissionDenied {
+            return ClientError::Untrusted {
+                address: self.address.to_owned(),
+                source,
+            };
+        }
         ClientError::Broken {
             address: self.address.to_owned(),
             source,
@@ -145,12 +179,47 @@ impl Target<'_> {
 }
 
 impl Client {
-    /// A client that shows `token` with every request and waits [`REQUEST_TIMEOUT`].
+    /// A client without TLS, for isolated tests, that shows `token` with every request and waits
+    /// [`REQUEST_TIMEOUT`].
     pub fn new(token: Option<Token>) -> Self {
         Self {
             token,
+            way: Way::Plain,
             timeout: REQUEST_TIMEOUT,
         }
+    }
+
+    /// A client that shows its certificate and talks to holders of this role alone.
+    pub fn trusted(trust: Arc<Trust>, role: Role) -> Self {
+        Self {
+            way: Way::Trusted(trust, Expect::Role(role)),
+            ..Self::new(None)
+        }
+    }
+
+    /// A client that has no certificate, shows `token` if it has one, and talks to holders of this role alone.
+    pub fn guest(guest: Arc<Guest>, role: Role, token: Option<Token>) -> Self {
+        Self {
+            way: Way::Guest(guest, role),
+            ..Self::new(token)
+        }
+    }
+
+    /// With a certificate where there is one, else without TLS and with the token.
+    pub fn either(trust: Option<&Arc<Trust>>, role: Role, token: Option<Token>) -> Self {
+        match trust {
+            Some(trust) => Self::trusted(Arc::clone(trust), role),
+            None => Self::new(token),
+        }
+    }
+
+    /// The same for one server: it has to be this one.
+    #[must_use]
+    pub fn expecting(mut self, expect: Expect) -> Self {
+        if let Way::Trusted(_, whom) = &mut self.way {
+            *whom = expect;
+        }
+        self
     }
 
     /// The same with another deadline for a whole request (for a stream: for its head).
@@ -243,12 +312,23 @@ impl Client {
         target: &Target<'_>,
         body: Option<&str>,
     ) -> Result<Answer, ClientError> {
-        let mut stream = TcpStream::connect(target.address)
+        let stream = TcpStream::connect(target.address)
             .await
             .map_err(|e| target.unreachable(e))?;
         stream
             .set_nodelay(true)
             .map_err(|e| target.unreachable(e))?;
+        let untrusted = |source| ClientError::Untrusted {
+            address: target.address.to_owned(),
+            source,
+        };
+        let mut stream = match &self.way {
+            Way::Plain => Stream::Plain(stream),
+            Way::Trusted(trust, expect) => {
+                trust.connect(stream, expect).await.map_err(untrusted)?
+            }
+            Way::Guest(guest, role) => guest.connect(stream, *role).await.map_err(untrusted)?.0,
+        };
         let mut head = format!(
             "{method} {} HTTP/1.0\r\nHost: {}\r\n",
             target.path, target.address
@@ -269,11 +349,12 @@ impl Client {
             .write_all(head.as_bytes())
             .await
             .map_err(|e| target.broken(e))?;
+        stream.flush().await.map_err(|e| target.broken(e))?;
         read_head(stream, target).await
     }
 }
 
-async fn read_head(stream: TcpStream, target: &Target<'_>) -> Result<Answer, ClientError> {
+async fn read_head(stream: Connection, target: &Target<'_>) -> Result<Answer, ClientError> {
     let mut reader = BufReader::new(stream);
     let mut status = None;
     let mut left = HEAD_MAX;
@@ -336,7 +417,7 @@ fn parse<T: DeserializeOwned>(address: &str, path: &str, text: &str) -> Result<T
 fn refused(target: &Target<'_>, status: u16, text: &str) -> ClientError {
     let view = serde_json::from_str::<ErrorView>(text).unwrap_or_else(|_| ErrorView {
         error: format!(
-            "http://{}{} answered with status {status}",
+            "{}{} answered with status {status}",
             target.address, target.path
         ),
         hint: None,
@@ -352,7 +433,7 @@ fn refused(target: &Target<'_>, status: u16, text: &str) -> ClientError {
 /// An answer that goes on, line by line.
 #[derive(Debug)]
 pub struct LineStream {
-    reader: BufReader<TcpStream>,
+    reader: BufReader<Connection>,
     line: Vec<u8>,
     address: String,
     path: String,

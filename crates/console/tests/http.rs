@@ -63,9 +63,9 @@ async fn start() -> Running {
     let service = Service::new(Arc::new(metrics), || {
         Health::failing("down", "no PostgreSQL")
     })
-    .with_api(routes, Token::new(TOKEN).unwrap());
+    .with_api(routes, Token::new(TOKEN));
     let (stop, stopped) = watch::channel(false);
-    let served = tokio::spawn(serve(listener, service.router(), stopped));
+    let served = tokio::spawn(serve(listener, service.router(), None, stopped));
     Running {
         address,
         stop,

@@ -1,17 +1,20 @@
-//! How a command finds a cluster's agents: by address and token, or as the local cluster of a directory.
+//! How a command finds a cluster's agents: by address and certificate (or token), or as the local cluster of a
+//! directory.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use craton_console::views::StatusView;
 use craton_console::{Client, ClientError, Token};
+use craton_trust::authority::{BUNDLE_FILE, KEY_FILE};
+use craton_trust::{Guest, Role};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
-use crate::exit::{Problem, UNREACHABLE};
+use crate::certificates;
+use crate::exit::{Problem, UNREACHABLE, USAGE};
 use crate::layout::Layout;
-use crate::secrets::names;
 
 /// How long a question about the state may take: a frozen agent must not hold up the others' answers.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(1500);
@@ -27,16 +30,17 @@ pub struct Access {
 impl Access {
     /// The agents of a local cluster.
     pub fn local(layout: &Layout) -> anyhow::Result<Self> {
-        let token = Token::from_file(&layout.secret(names::API_TOKEN))?;
+        let trust = certificates::operator(&layout.secrets())?;
         Ok(Self {
             agents: layout.api_addresses(),
-            client: Client::new(Some(token)),
+            client: Client::trusted(trust, Role::Node),
         })
     }
 
     /// The agents named on the command line, else those of the local cluster in `dir`.
     pub fn open(
         agents: &[String],
+        certificates: Option<&Path>,
         token_file: Option<&PathBuf>,
         dir: &Path,
     ) -> anyhow::Result<Self> {
@@ -44,9 +48,30 @@ impl Access {
             return Self::local(&Layout::require(dir)?);
         }
         let token = token_file.map(|path| Token::from_file(path)).transpose()?;
+        let client = match (certificates, token) {
+            (Some(dir), None) => {
+                let trust = certificates::operator(dir)?;
+                certificates::renew_if_due(&trust, agents);
+                Client::trusted(trust, Role::Node)
+            }
+            (Some(dir), token) => {
+                let guest = Guest::of_authorities(&dir.join(BUNDLE_FILE))?;
+                Client::guest(guest, Role::Node, token)
+            }
+            // Plain HTTP, for isolated tests: agents with TLS refuse it and say so.
+            (None, Some(token)) => Client::new(Some(token)),
+            (None, None) => {
+                return Err(Problem::new(
+                    USAGE,
+                    "--api needs --certs: the directory with the operator's certificate",
+                    format!("`craton join` makes one; on a member's host it is the directory of the secrets, with {KEY_FILE}"),
+                )
+                .into());
+            }
+        };
         Ok(Self {
             agents: agents.to_vec(),
-            client: Client::new(token),
+            client,
         })
     }
 
@@ -88,8 +113,10 @@ impl Access {
 
     fn nobody(&self, last: Option<ClientError>) -> anyhow::Error {
         match last {
-            // A wrong token is not an unreachable cluster.
-            Some(error @ ClientError::Refused { .. }) => error.into(),
+            // A wrong token or certificate is not an unreachable cluster.
+            Some(error @ (ClientError::Refused { .. } | ClientError::Untrusted { .. })) => {
+                error.into()
+            }
             Some(error) => {
                 let what = format!(
                     "no agent answers ({}); the last one: {error}",

@@ -10,14 +10,15 @@ use craton_backup::views::{
 };
 use craton_backup::wal_fetch::{EXIT_NOT_THERE, EXIT_UNREACHABLE, Fetched, wal_fetch};
 use craton_backup::{Repository, catalog};
-use craton_console::{Client, ClientError, Token};
+use craton_console::{Client, ClientError};
 use craton_repo::manifest::BackupId;
+use craton_trust::Role;
 
 use crate::cli::{DaemonArgs, wait_for};
 use crate::exit::{self, Problem};
 use crate::layout::{Layout, address};
 use crate::output::{self, Colour, cell, paint, plain};
-use crate::{daemons, secrets};
+use crate::{certificates, daemons};
 
 /// How often a running backup is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
@@ -112,18 +113,24 @@ pub fn run(dir: &Path, command: BackupCommand, json: bool) -> anyhow::Result<u8>
 }
 
 /// The daemon of a local cluster.
-struct Daemon {
+pub struct Daemon {
     address: String,
     client: Client,
 }
 
 impl Daemon {
-    fn local(layout: &Layout) -> anyhow::Result<Self> {
-        let token = Token::from_file(&layout.secret(secrets::names::API_TOKEN))?;
+    /// Where it is, and a certificate that it takes.
+    pub fn local(layout: &Layout) -> anyhow::Result<Self> {
+        let trust = certificates::operator(&layout.secrets())?;
         Ok(Self {
             address: address(layout.backup_http_port()),
-            client: Client::new(Some(token)),
+            client: Client::trusted(trust, Role::Backup),
         })
+    }
+
+    /// What its health page says.
+    pub async fn health(&self) -> Result<String, ClientError> {
+        self.client.get_text(&self.address, "/health").await
     }
 
     async fn status(&self) -> Result<BackupStatusView, ClientError> {

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::future::Future;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -10,8 +10,8 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, change, configure, daemons, divergence, down, drill, explain, history, layout, psql,
-    restore, status, supervise, up,
+    backup, ca, change, configure, daemons, divergence, down, drill, explain, history, join,
+    layout, psql, restore, status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -45,7 +45,16 @@ pub struct Cli {
         hide_env_values = true
     )]
     pub api: Vec<String>,
-    /// File with the token for the agents named by --api
+    /// Directory with authority.pem and operator.pem for the agents named by --api, as `craton join` makes it
+    #[arg(
+        long,
+        global = true,
+        env = "CRATON_CERTS",
+        value_name = "DIR",
+        hide_env_values = true
+    )]
+    pub certs: Option<PathBuf>,
+    /// File with a token that opens the API of the agents named by --api, instead of a certificate
     #[arg(
         long,
         global = true,
@@ -101,6 +110,11 @@ pub enum Command {
     /// Backups, the WAL archive, and the daemon that makes them
     #[command(subcommand)]
     Backup(backup::BackupCommand),
+    /// The cluster's authority, and tokens for hosts that are to join
+    #[command(subcommand)]
+    Ca(ca::CaCommand),
+    /// Get the certificate and the secrets of this host's role, with a token of `craton ca token`
+    Join(join::JoinArgs),
     /// Restore a backup into a new directory that PostgreSQL starts from
     Restore(restore::RestoreArgs),
     /// Break the local cluster on purpose, and measure outage, errors, lost rows and healing
@@ -236,7 +250,14 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     }
     let json = cli.json;
     let dir = layout::directory(cli.dir.as_deref())?;
-    let access = || Access::open(&cli.api, cli.token_file.as_ref(), &dir);
+    let access = || {
+        Access::open(
+            &cli.api,
+            cli.certs.as_deref(),
+            cli.token_file.as_ref(),
+            &dir,
+        )
+    };
     match cli.command {
         Command::Up(args) => up::run(&dir, &args),
         Command::Down(args) => down::run(&dir, &args),
@@ -256,7 +277,27 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Divergence(command) => wait_for(divergence::run(&access()?, command, json)),
         Command::Psql(args) => psql::run(&dir, args),
         Command::Backup(command) => backup::run(&dir, command, json),
+        Command::Ca(command) => run_ca(command, &dir, access, json),
+        Command::Join(args) => wait_for(join::run(args, json)),
         Command::Restore(args) => restore::run(&dir, &args, json),
         Command::Drill(args) => drill::run(&dir, args, json),
+    }
+}
+
+fn run_ca(
+    command: ca::CaCommand,
+    dir: &Path,
+    access: impl Fn() -> anyhow::Result<Access>,
+    json: bool,
+) -> anyhow::Result<u8> {
+    let local = |secrets: Option<PathBuf>| match secrets {
+        Some(secrets) => Ok(secrets),
+        None => layout::Layout::require(dir).map(|l| l.secrets()),
+    };
+    match command {
+        ca::CaCommand::Init { cluster, secrets } => ca::init(&cluster, &secrets, json),
+        ca::CaCommand::Token(args) => wait_for(ca::token(&access()?, args, json)),
+        ca::CaCommand::Show { secrets } => ca::show(&local(secrets)?, json),
+        ca::CaCommand::Rotate { step, secrets } => ca::rotate(step, &local(secrets)?),
     }
 }

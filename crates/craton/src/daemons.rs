@@ -55,6 +55,15 @@ fn lock(args: &DaemonArgs) -> anyhow::Result<Option<RunLock>> {
     Ok(taken)
 }
 
+/// Passwords and keys are in this process's memory: no core file may hold them, and no other process of the same user
+/// may read them. What it starts (PostgreSQL, the fence) begins anew with the system's setting (prctl(2)).
+fn keep_memory_private() {
+    use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "this process may leave core files, with passwords and keys in them");
+    }
+}
+
 /// Runs a daemon until it ends or is told to; `work` gets the shutdown signal.
 fn run<F, E>(work: impl FnOnce(watch::Receiver<bool>) -> F) -> anyhow::Result<u8>
 where
@@ -62,6 +71,7 @@ where
     E: Into<anyhow::Error>,
 {
     log_to_stderr("info", true);
+    keep_memory_private();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

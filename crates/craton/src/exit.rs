@@ -96,7 +96,7 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
             | ClientError::TimedOut { .. }
             | ClientError::Broken { .. },
         ) => UNREACHABLE,
-        Some(ClientError::Refused { .. }) => REFUSED,
+        Some(ClientError::Refused { .. } | ClientError::Untrusted { .. }) => REFUSED,
         Some(ClientError::Malformed { .. }) | None => FAILURE,
     }
 }
@@ -108,7 +108,9 @@ pub fn hint_of(error: &anyhow::Error) -> Option<String> {
         return problem.hint.clone();
     }
     match error.downcast_ref::<ClientError>()? {
-        ClientError::Refused { hint, .. } => hint.clone(),
+        error @ (ClientError::Refused { .. } | ClientError::Untrusted { .. }) => {
+            error.hint().map(ToOwned::to_owned)
+        }
         ClientError::Unreachable { .. } => {
             Some("is the cluster up? `craton up` starts a local one".to_owned())
         }

@@ -5,6 +5,7 @@
 //! * [`access`]: how a command finds the agents; [`ask`]: who asks, and is it meant; [`output`]: the only place that prints.
 //! * [`layout`], [`secrets`], [`owner`], [`preflight`], [`processes`], [`sessions`]: one local cluster on this machine.
 //! * [`up`], [`down`], [`supervise`], [`ready`], [`sample`]: its life. [`drill`]: breaking it on purpose.
+//! * [`certificates`]: who may talk to whom.
 //! * [`daemons`], [`config`], [`settings`]: the long-running parts and their `craton.toml`.
 //! * the rest: one command a file.
 
@@ -16,6 +17,8 @@ use clap::Parser as _;
 pub mod access;
 pub mod ask;
 pub mod backup;
+pub mod ca;
+pub mod certificates;
 pub mod change;
 pub mod cli;
 pub mod config;
@@ -27,6 +30,7 @@ pub mod drill;
 pub mod exit;
 pub mod explain;
 pub mod history;
+pub mod join;
 pub mod layout;
 pub mod output;
 pub mod owner;

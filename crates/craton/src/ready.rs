@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use craton_console::{Client, ClientError};
+use craton_console::ClientError;
 use tokio::time::{Instant, sleep};
 
 use crate::access::Access;
 use crate::drill::missing_redundancy;
 use crate::exit::{NOT_IN_TIME, Problem};
-use crate::layout::{Daemon, Layout, address};
+use crate::layout::{Daemon, Layout};
 use crate::output;
 use crate::sessions::{Login, value};
 
@@ -124,16 +124,19 @@ async fn look(stage: Stage, layout: &Layout, access: &Access, login: &Login) -> 
                 "the proxy answers for writes and for reads".to_owned(),
             )
         }
-        Stage::Backup => match Client::new(None)
-            .get_text(&address(layout.backup_http_port()), "/health")
-            .await
-        {
-            Ok(_) => (true, "the backup daemon is at work".to_owned()),
-            Err(ClientError::Refused { error, .. }) => {
-                (false, format!("the backup daemon is not ready: {error}"))
+        Stage::Backup => {
+            let daemon = match crate::backup::Daemon::local(layout) {
+                Ok(daemon) => daemon,
+                Err(error) => return (false, format!("{error:#}")),
+            };
+            match daemon.health().await {
+                Ok(_) => (true, "the backup daemon is at work".to_owned()),
+                Err(ClientError::Refused { error, .. }) => {
+                    (false, format!("the backup daemon is not ready: {error}"))
+                }
+                Err(error) => (false, format!("the backup daemon does not answer: {error}")),
             }
-            Err(error) => (false, format!("the backup daemon does not answer: {error}")),
-        },
+        }
     }
 }
 

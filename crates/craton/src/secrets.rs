@@ -8,6 +8,7 @@ use std::path::Path;
 
 use anyhow::Context as _;
 
+use crate::certificates;
 use crate::layout::{HOST, Layout};
 
 /// Random bytes in a generated secret.
@@ -36,31 +37,22 @@ pub mod names {
     pub const PGPASS: &str = "pgpass";
 }
 
-/// Every generated secret.
-const GENERATED: [&str; 7] = [
+/// The generated secrets of every cluster.
+const GENERATED: [&str; 6] = [
     names::SUPERUSER,
     names::REPLICATION,
     names::PROXY,
     names::REWIND,
-    names::MAP,
     names::PEERS,
     names::API_TOKEN,
 ];
 
 /// Makes the directory and whatever is missing in it. Existing secrets stay.
 pub fn ensure(layout: &Layout) -> anyhow::Result<()> {
-    let dir = layout.secrets();
-    if !dir.is_dir() {
-        std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&dir)
-            .with_context(|| format!("cannot create {}", dir.display()))?;
-    }
-    for name in GENERATED {
-        let path = layout.secret(name);
-        if !path.exists() {
-            write_private(&path, &format!("{}\n", generate()))?;
-        }
+    ensure_common(&layout.secrets())?;
+    let map = layout.secret(names::MAP);
+    if !map.exists() {
+        write_private(&map, &format!("{}\n", generate()))?;
     }
     let members = layout
         .cluster
@@ -82,7 +74,25 @@ pub fn ensure(layout: &Layout) -> anyhow::Result<()> {
         );
     }
     let pgpass = pgpass.concat();
-    write_private(&layout.secret(names::PGPASS), &pgpass)
+    write_private(&layout.secret(names::PGPASS), &pgpass)?;
+    certificates::ensure_local(layout)
+}
+
+/// Makes the directory and the secrets that every cluster has, where they are missing.
+pub fn ensure_common(dir: &Path) -> anyhow::Result<()> {
+    if !dir.is_dir() {
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(dir)
+            .with_context(|| format!("cannot create {}", dir.display()))?;
+    }
+    for name in GENERATED {
+        let path = dir.join(name);
+        if !path.exists() {
+            craton_trust::files::write_secret(&path, &format!("{}\n", generate()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Reads a secret's one line.

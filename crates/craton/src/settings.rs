@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use craton_agent::{AgentConfig, Peer};
 use craton_core::MemberId;
 use craton_core::settings::{Durability, Settings};
+use craton_trust::TlsSettings;
 
 use crate::config;
 use crate::layout::{Daemon, HOST, Layout, address};
@@ -37,7 +38,7 @@ fn proxy(layout: &Layout) -> craton_proxy::ProxyConfig {
         listen_read: Some(address(layout.proxy_read_port())),
         http: address(layout.proxy_http_port()),
         agents: layout.api_addresses(),
-        agent_token_file: Some(layout.secret(names::API_TOKEN)),
+        tls: TlsSettings::in_dir(&layout.secrets()),
         auth_password_file: Some(layout.secret(names::PROXY)),
         ..craton_proxy::ProxyConfig::default()
     }
@@ -49,7 +50,7 @@ fn backup(layout: &Layout) -> craton_backup::Config {
         repository: layout.repository(),
         listen: (HOST, layout.backup_http_port()).into(),
         agents: layout.api_addresses(),
-        token_file: layout.secret(names::API_TOKEN),
+        token_file: None,
         user: "craton_replication".to_owned(),
         password_file: Some(layout.secret(names::REPLICATION)),
         slot: "craton_backup".to_owned(),
@@ -59,6 +60,7 @@ fn backup(layout: &Layout) -> craton_backup::Config {
         backup_interval_s: BACKUP_INTERVAL_S,
         prefer_standby: false,
         max_rate_kb: None,
+        tls: TlsSettings::in_dir(&layout.secrets()),
     }
 }
 
@@ -95,6 +97,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         },
         origins: BTreeMap::new(),
         fence_program: Some(layout.binary()),
+        tls: TlsSettings::default(),
     })
 }
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{PgError, Result};
 use crate::files;
+use crate::roles::{PROXY_ROLE, REPLICATION_ROLE, REWIND_ROLE};
 use crate::sync::SyncNames;
 
 /// Parameters that take effect only at a start (`context = postmaster` in `pg_settings`).
@@ -121,6 +122,10 @@ pub(crate) const OWNED_KEYS: &[&str] = &[
     "recovery_target_time",
     "recovery_target_timeline",
     "recovery_target_xid",
+    "ssl",
+    "ssl_ca_file",
+    "ssl_cert_file",
+    "ssl_key_file",
     "synchronous_standby_names",
     "unix_socket_directories",
     "unix_socket_permissions",
@@ -141,11 +146,32 @@ pub struct Upstream {
     pub application_name: String,
     /// The physical slot that keeps WAL for us there.
     pub slot: Option<String>,
+    /// What is shown to it and what it must show; without, encryption is as the server likes (isolated tests).
+    pub tls: Option<PgTls>,
+}
+
+/// Files for TLS between PostgreSQL servers, all in PEM. The server re-reads them at a reload, libpq at each
+/// connection.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PgTls {
+    /// The authorities that are trusted.
+    pub authority: PathBuf,
+    /// The member's certificate; it names the host under which others reach it.
+    pub certificate: PathBuf,
+    /// Its key, mode 0600. May be the same file.
+    pub key: PathBuf,
 }
 
 impl Upstream {
     /// The connection string for libpq. `dbname` is left out for replication connections.
     pub(crate) fn conninfo(&self, dbname: Option<&str>) -> String {
+        // A leader whose host is gone must not hold a standby for the kernel's two minutes.
+        self.conninfo_within(2, dbname)
+    }
+
+    /// The same with another limit on connecting, in seconds: a clone is not started again for a slow handshake.
+    pub(crate) fn conninfo_within(&self, limit_s: u8, dbname: Option<&str>) -> String {
+        let limit = limit_s.to_string();
         let mut text = String::new();
         let port = self.port.to_string();
         let passfile = self.passfile.display().to_string();
@@ -155,14 +181,25 @@ impl Upstream {
             ("user", &self.user),
             ("passfile", &passfile),
             ("application_name", &self.application_name),
-            // A leader whose host is gone must not hold a standby for the kernel's two minutes.
-            ("connect_timeout", "2"),
+            ("connect_timeout", &limit),
             ("keepalives_idle", "5"),
             ("keepalives_interval", "2"),
             ("keepalives_count", "3"),
             ("tcp_user_timeout", "10000"),
-            ("sslmode", "prefer"),
         ];
+        let files = self.tls.as_ref().map(|tls| {
+            [&tls.authority, &tls.certificate, &tls.key].map(|path| path.display().to_string())
+        });
+        match &files {
+            Some([authority, certificate, key]) => pairs.extend([
+                ("sslmode", "verify-full"),
+                ("ssl_min_protocol_version", "TLSv1.3"),
+                ("sslrootcert", authority.as_str()),
+                ("sslcert", certificate.as_str()),
+                ("sslkey", key.as_str()),
+            ]),
+            None => pairs.push(("sslmode", "prefer")),
+        }
         if let Some(dbname) = dbname {
             pairs.push(("dbname", dbname));
         }
@@ -188,28 +225,43 @@ pub struct HbaRule {
     pub user: String,
     /// CIDR network, or `all`, `samehost`, `samenet`.
     pub address: String,
-    /// `scram-sha-256`, `md5`, `trust`, `reject`, …
+    /// `scram-sha-256`, `reject`, …
     pub method: String,
+    /// Only with TLS (`hostssl`).
+    pub tls: bool,
+    /// Only with a certificate of the cluster's authority, besides what the method asks for.
+    pub certificate: bool,
 }
 
 impl HbaRule {
-    /// SCRAM for everybody from these networks, for queries and for replication.
-    pub fn standard(networks: &[&str]) -> Vec<Self> {
-        let rule = |database: &str, user: &str, address: &str| Self {
+    /// What each of the cluster's own roles may reach, and nothing else; then SCRAM for everybody else from these
+    /// networks. With `tls` the own roles need TLS and a certificate of the authority besides their password: a
+    /// stolen password alone replicates nothing.
+    pub fn standard(networks: &[&str], tls: bool) -> Vec<Self> {
+        let rule = |database: &str, user: &str, address: &str, own: bool| Self {
             database: database.to_owned(),
             user: user.to_owned(),
             address: address.to_owned(),
             method: "scram-sha-256".to_owned(),
+            tls: tls && own,
+            certificate: tls && own,
         };
-        networks
+        let own = [
+            ("replication", REPLICATION_ROLE),
+            ("postgres", REWIND_ROLE),
+            ("postgres", PROXY_ROLE),
+        ];
+        let mut rules: Vec<Self> = networks
             .iter()
-            .flat_map(|n| {
-                [
-                    rule("replication", "craton_replication", n),
-                    rule("all", "all", n),
-                ]
-            })
-            .collect()
+            .flat_map(|n| own.map(|(database, role)| rule(database, role, n, true)))
+            .collect();
+        // The first line that fits counts: past this one nothing matches the own roles.
+        rules.push(Self {
+            method: "reject".to_owned(),
+            ..rule("all", &own.map(|(_, role)| role).join(","), "all", false)
+        });
+        rules.extend(networks.iter().map(|n| rule("all", "all", n, false)));
+        rules
     }
 }
 
@@ -224,6 +276,8 @@ pub struct ManagedConfig {
     pub settings: BTreeMap<String, String>,
     /// Who may connect over TCP.
     pub hba: Vec<HbaRule>,
+    /// The server's own TLS.
+    pub tls: Option<PgTls>,
 }
 
 /// What writing the configuration changed.
@@ -295,9 +349,13 @@ pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<Config
 }
 
 /// What says which role the server plays: only a change of the role changes it.
-const ROLE_KEYS: [&str; 3] = [
+const ROLE_KEYS: [&str; 7] = [
     "primary_conninfo",
     "primary_slot_name",
+    "ssl",
+    "ssl_ca_file",
+    "ssl_cert_file",
+    "ssl_key_file",
     "synchronous_standby_names",
 ];
 
@@ -387,7 +445,15 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
         ),
         ("synchronous_standby_names", managed.sync.setting()),
     ];
-    for (key, value) in owned {
+    let tls = managed.tls.as_ref().map(|tls| {
+        [
+            ("ssl", "on".to_owned()),
+            ("ssl_ca_file", path(&tls.authority)),
+            ("ssl_cert_file", path(&tls.certificate)),
+            ("ssl_key_file", path(&tls.key)),
+        ]
+    });
+    for (key, value) in owned.into_iter().chain(tls.into_iter().flatten()) {
         all.insert(
             key.to_owned(),
             one_line("PostgreSQL setting", &value)?.to_owned(),
@@ -446,9 +512,15 @@ fn hba(place: &Place<'_>, rules: &[HbaRule]) -> Result<String> {
     for rule in rules {
         let [database, user, address, method] =
             [&rule.database, &rule.user, &rule.address, &rule.method].map(|t| hba_token(t));
+        let kind = if rule.tls { "hostssl" } else { "host" };
+        let certificate = if rule.certificate {
+            " clientcert=verify-ca"
+        } else {
+            ""
+        };
         let _ = writeln!(
             text,
-            "host {} {} {} {}",
+            "{kind} {} {} {} {}{certificate}",
             database?, user?, address?, method?
         );
     }
@@ -532,6 +604,7 @@ mod tests {
             passfile: "/a b/it's".into(),
             application_name: "a@0000000000000001".into(),
             slot: Some("craton_b".into()),
+            tls: None,
         }
     }
 
@@ -539,7 +612,7 @@ mod tests {
     fn tells_what_changed_and_what_needs_a_restart() {
         let dir = tempfile::tempdir().unwrap();
         let mut managed = ManagedConfig {
-            hba: HbaRule::standard(&["127.0.0.1/32"]),
+            hba: HbaRule::standard(&["127.0.0.1/32"], false),
             ..Default::default()
         };
         assert!(write_in(dir.path(), &managed).unwrap().any());
@@ -570,6 +643,11 @@ mod tests {
             upstream: Some(upstream()),
             sync: SyncNames::Nobody,
             settings: BTreeMap::from([("work_mem".to_owned(), "8MB".to_owned())]),
+            tls: Some(PgTls {
+                authority: "/s/authority.pem".into(),
+                certificate: "/s/a.pem".into(),
+                key: "/s/a.pem".into(),
+            }),
             ..Default::default()
         };
         write_in(dir.path(), &managed).unwrap();
@@ -590,6 +668,56 @@ mod tests {
             after.changed, ["pg_hba.conf"; 0],
             "role or settings differ: {after:?}"
         );
+    }
+
+    #[test]
+    fn own_roles_reach_what_they_need_by_tls_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let tls = PgTls {
+            authority: "/s/authority.pem".into(),
+            certificate: "/s/a b.pem".into(),
+            key: "/s/a b.pem".into(),
+        };
+        let managed = ManagedConfig {
+            hba: HbaRule::standard(&["10.0.0.0/24"], true),
+            upstream: Some(Upstream {
+                tls: Some(tls.clone()),
+                ..upstream()
+            }),
+            tls: Some(tls),
+            ..Default::default()
+        };
+        write_in(dir.path(), &managed).unwrap();
+        let hba = std::fs::read_to_string(dir.path().join("pg_hba.conf")).unwrap();
+        assert_eq!(
+            hba.lines().skip(1).collect::<Vec<_>>(),
+            [
+                "local all postgres peer map=craton",
+                "local all all scram-sha-256",
+                "hostssl replication craton_replication 10.0.0.0/24 scram-sha-256 clientcert=verify-ca",
+                "hostssl postgres craton_rewind 10.0.0.0/24 scram-sha-256 clientcert=verify-ca",
+                "hostssl postgres craton_proxy 10.0.0.0/24 scram-sha-256 clientcert=verify-ca",
+                "host all craton_replication,craton_rewind,craton_proxy all reject",
+                "host all all 10.0.0.0/24 scram-sha-256",
+            ]
+        );
+        let text = std::fs::read_to_string(dir.path().join("postgresql.conf")).unwrap();
+        let settings = parse_settings(&text);
+        assert_eq!(settings["ssl_key_file"], "/s/a b.pem");
+        let conninfo = &settings["primary_conninfo"];
+        for part in [
+            "sslmode='verify-full'",
+            "ssl_min_protocol_version='TLSv1.3'",
+            "sslrootcert='/s/authority.pem'",
+            "sslkey='/s/a b.pem'",
+        ] {
+            assert!(conninfo.contains(part), "{conninfo}");
+        }
+        let refused = ManagedConfig {
+            settings: BTreeMap::from([("ssl".to_owned(), "off".to_owned())]),
+            ..Default::default()
+        };
+        assert!(write_in(dir.path(), &refused).is_err());
     }
 
     #[test]
@@ -632,7 +760,7 @@ mod tests {
         }
         let rule = HbaRule {
             address: "all # x".into(),
-            ..HbaRule::standard(&["all"])[0].clone()
+            ..HbaRule::standard(&["all"], false)[0].clone()
         };
         let managed = ManagedConfig {
             hba: vec![rule],

@@ -23,6 +23,9 @@ use crate::postmaster::{Postmaster, StartMode};
 use crate::processes;
 use crate::sync::{Proven, SyncNames};
 
+/// How long pg_basebackup and pg_rewind may take to connect, in seconds.
+const SIDE_CONNECT_LIMIT_S: u8 = 10;
+
 /// How often a start is looked at.
 const READY_POLL: Duration = Duration::from_millis(10);
 /// How much of the log goes into an error message.
@@ -684,7 +687,7 @@ impl Instance {
             application_name: application_name.to_owned(),
             ..upstream.clone()
         }
-        .conninfo(dbname)
+        .conninfo_within(SIDE_CONNECT_LIMIT_S, dbname)
     }
 }
 

@@ -42,7 +42,7 @@ pub mod sync;
 
 pub use binaries::{Binaries, PgVersion};
 pub use clone::CloneProgress;
-pub use config::{ConfigChange, HbaRule, ManagedConfig, Upstream};
+pub use config::{ConfigChange, HbaRule, ManagedConfig, PgTls, Upstream};
 pub use control::Control;
 pub use control_data::{ClusterState, ControlData};
 pub use disk::DiskSpace;

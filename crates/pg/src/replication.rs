@@ -10,9 +10,11 @@ mod wal_stream;
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use craton_core::{Lsn, TimelineId};
+use craton_trust::{Expect, Trust};
 use craton_wire::replication::{MalformedMessage, ServerReport, quote_identifier};
 
 pub use base_backup::{BackupEvent, BaseBackup, TablespaceInfo};
@@ -55,6 +57,9 @@ pub struct ReplicationLogin {
     pub application_name: String,
     /// How long connecting and logging in may take together.
     pub timeout: Duration,
+    /// Over TCP: the certificate that is shown, and whom the server's must name. Without, nothing is encrypted
+    /// (isolated tests).
+    pub tls: Option<(Arc<Trust>, Expect)>,
 }
 
 /// The password stays out of logs.
@@ -77,6 +82,14 @@ pub enum ReplicationError {
         /// Where.
         address: String,
         /// The system's answer.
+        source: std::io::Error,
+    },
+    /// The two ends do not trust each other.
+    #[error("no trusted connection to PostgreSQL at {address}: {source}")]
+    Untrusted {
+        /// Where.
+        address: String,
+        /// Why.
         source: std::io::Error,
     },
     /// A broken connection.
@@ -306,6 +319,7 @@ mod tests {
             password: Some("hidden".into()),
             application_name: "a".into(),
             timeout: COMMAND_TIMEOUT,
+            tls: None,
         };
         assert!(!format!("{login:?}").contains("hidden"));
     }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use craton_trust::{Expect, Role, Trust};
 use craton_wire::scram::{self, Verifier};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
@@ -88,13 +89,10 @@ pub struct Verifiers {
 
 impl Verifiers {
     /// Starts the task that asks; it ends with the last handle.
-    pub fn start(
-        config: Arc<ProxyConfig>,
-        login: Login,
-        routes: watch::Receiver<Arc<Routes>>,
-    ) -> Arc<Self> {
+    pub fn start(asker: Arc<Asker>, routes: watch::Receiver<Arc<Routes>>) -> Arc<Self> {
         let (requests, waiting) = mpsc::channel(LOOKUPS_WAITING_MAX);
-        tokio::spawn(answer_lookups(Arc::clone(&config), login, routes, waiting));
+        let config = Arc::clone(&asker.config);
+        tokio::spawn(answer_lookups(asker, routes, waiting));
         let known = Mutex::new(BTreeMap::new());
         Arc::new(Self {
             config,
@@ -172,9 +170,17 @@ impl Verifiers {
     }
 }
 
+/// Who asks the servers. Verifiers are worth stealing: they travel through TLS.
+#[derive(Debug)]
+pub(crate) struct Asker {
+    pub(crate) config: Arc<ProxyConfig>,
+    pub(crate) login: Login,
+    /// None for a set without agents, and where TLS is off.
+    pub(crate) trust: Option<Arc<Trust>>,
+}
+
 async fn answer_lookups(
-    config: Arc<ProxyConfig>,
-    login: Login,
+    asker: Arc<Asker>,
     routes: watch::Receiver<Arc<Routes>>,
     mut requests: mpsc::Receiver<Request>,
 ) {
@@ -184,7 +190,7 @@ async fn answer_lookups(
             continue;
         }
         let current = Arc::clone(&routes.borrow());
-        let answer = look_up(&config, &login, &current, &mut open, &request.user).await;
+        let answer = look_up(&asker, &current, &mut open, &request.user).await;
         // The client may have left meanwhile.
         let _ = request.answer.send(answer);
     }
@@ -192,12 +198,12 @@ async fn answer_lookups(
 
 /// Asks on the open connection, or on a new one: of the primary if there is one, else of any standby.
 async fn look_up(
-    config: &ProxyConfig,
-    login: &Login,
+    asker: &Asker,
     routes: &Routes,
     open: &mut Option<(Arc<Target>, Dialog)>,
     user: &str,
 ) -> Result<Secret, LookupError> {
+    let config = asker.config.as_ref();
     if let Some((target, mut dialog)) = open.take().filter(|(target, _)| !target.is_revoked())
         && let Ok(Ok(secret)) = tokio::time::timeout(
             config.connect_timeout(),
@@ -211,7 +217,7 @@ async fn look_up(
     let mut last = "there is none".to_owned();
     for target in routes.targets() {
         let asked = tokio::time::timeout(config.connect_timeout(), async {
-            let mut dialog = introduce(config, login, target).await?;
+            let mut dialog = introduce(asker, target).await?;
             let secret = question(config, &mut dialog, user).await?;
             Ok::<_, ConnectError>((dialog, secret))
         });
@@ -233,18 +239,13 @@ async fn look_up(
 
 /// Whether a server process waits for standbys to confirm what it has committed already. Where the server cannot
 /// be asked, or does not have the function, the answer is no.
-pub(crate) async fn waits_for_standbys(
-    config: &ProxyConfig,
-    login: &Login,
-    target: &Target,
-    process: i32,
-) -> bool {
+pub(crate) async fn waits_for_standbys(asker: &Asker, target: &Target, process: i32) -> bool {
     let asked = async {
-        let mut dialog = introduce(config, login, target).await?;
+        let mut dialog = introduce(asker, target).await?;
         let sql = "SELECT craton.waits_for_standbys($1::integer)::text";
         dialog.ask(sql, &[&process.to_string()]).await
     };
-    match tokio::time::timeout(config.connect_timeout(), asked).await {
+    match tokio::time::timeout(asker.config.connect_timeout(), asked).await {
         Ok(Ok(rows)) => rows
             .first()
             .and_then(|r| r.first())
@@ -257,11 +258,9 @@ pub(crate) async fn waits_for_standbys(
     }
 }
 
-async fn introduce(
-    config: &ProxyConfig,
-    login: &Login,
-    target: &Target,
-) -> Result<Dialog, ConnectError> {
+async fn introduce(asker: &Asker, target: &Target) -> Result<Dialog, ConnectError> {
+    let config = asker.config.as_ref();
+    let expect = Expect::Exactly(Role::Node, target.member.as_str().to_owned());
     let to = Address {
         host: &target.host,
         port: target.port,
@@ -270,7 +269,8 @@ async fn introduce(
             ("database", &config.auth_database),
             ("application_name", "craton proxy auth"),
         ],
-        login,
+        login: &asker.login,
+        tls: asker.trust.as_deref().map(|trust| (trust, &expect)),
     };
     Ok(dial(to, config.connect_timeout()).await?.0)
 }

@@ -3,6 +3,7 @@
 use std::io;
 use std::time::Duration;
 
+use craton_trust::{Expect, Stream, Trust};
 use craton_wire::backend::{Authentication, Fields, data_row, key_data, parameter_status};
 use craton_wire::frame::frame;
 use craton_wire::scram::{self, ClientIdentity};
@@ -112,12 +113,14 @@ pub struct Address<'a> {
     pub parameters: &'a [(&'a str, &'a str)],
     /// What proves it.
     pub login: &'a Login,
+    /// The certificate that is shown, and whom the server's must name; without, nothing is encrypted.
+    pub tls: Option<(&'a Trust, &'a Expect)>,
 }
 
 /// A connection before it is handed to the relay: reads and writes whole messages.
 #[derive(Debug)]
 pub struct Dialog {
-    stream: TcpStream,
+    stream: Stream<TcpStream>,
     address: String,
     buffer: Vec<u8>,
 }
@@ -128,8 +131,15 @@ pub async fn connect(to: Address<'_>, limit: Duration) -> Result<Connected, Conn
     if !dialog.buffer.is_empty() {
         return Err(dialog.broken("it talks before it was asked"));
     }
+    let Dialog {
+        stream, address, ..
+    } = dialog;
+    let Stream::Plain(stream) = stream else {
+        let what = "the relay reads and writes sockets as they are".to_owned();
+        return Err(ConnectError::Protocol { address, what });
+    };
     Ok(Connected {
-        stream: dialog.stream,
+        stream,
         parameters,
         process,
         key,
@@ -150,6 +160,13 @@ pub async fn dial(to: Address<'_>, limit: Duration) -> Result<(Dialog, Greeting)
             .await
             .map_err(unreachable)?;
         tune(&stream).map_err(unreachable)?;
+        let stream = match to.tls {
+            None => Stream::Plain(stream),
+            Some((trust, expect)) => trust
+                .connect_postgres(stream, expect)
+                .await
+                .map_err(unreachable)?,
+        };
         let mut dialog = Dialog {
             stream,
             address: address.clone(),
@@ -196,7 +213,11 @@ impl Dialog {
     }
 
     async fn send(&mut self, bytes: &[u8]) -> Result<(), ConnectError> {
-        self.stream.write_all(bytes).await.map_err(|e| self.lost(e))
+        let sent = async {
+            self.stream.write_all(bytes).await?;
+            self.stream.flush().await
+        };
+        sent.await.map_err(|e| self.lost(e))
     }
 
     /// The next message; an error of the server's is one here too.

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use craton_trust::{TlsMode, TlsSettings};
 use serde::{Deserialize, Serialize};
 
 /// When a server connection goes back to its pool.
@@ -58,8 +59,10 @@ pub struct ProxyConfig {
     pub http: String,
     /// The agents whose topology is followed, `host:port` of their control APIs.
     pub agents: Vec<String>,
-    /// The file with the token that opens the agents' API.
+    /// The file with the token that opens the agents' API where TLS is off.
     pub agent_token_file: Option<PathBuf>,
+    /// The proxy's certificate (role `proxy`): `dir`, or the files one by one.
+    pub tls: TlsSettings,
     /// Servers without agents: roles are found by asking each of them every `probe_interval_ms`. The proxy can
     /// only watch such a set; it takes something else to fail it over.
     pub backends: Vec<StaticBackend>,
@@ -125,6 +128,7 @@ impl Default for ProxyConfig {
             http: "127.0.0.1:8080".into(),
             agents: Vec::new(),
             agent_token_file: None,
+            tls: TlsSettings::default(),
             backends: Vec::new(),
             probe_interval_ms: 1000,
             probe_timeout_ms: 1000,
@@ -173,9 +177,9 @@ impl ProxyConfig {
             (false, false) => {
                 return problem("names both agents and backends: keep one of the two");
             }
-            (false, true) if self.agent_token_file.is_none() => {
+            (false, true) if self.tls.mode == TlsMode::Off && self.agent_token_file.is_none() => {
                 return problem(
-                    "agents needs agent_token_file, the file with the token of their API",
+                    "agents without TLS needs agent_token_file, the file with the token of their API",
                 );
             }
             _ => {}
@@ -338,6 +342,7 @@ mod tests {
         assert!(text(ProxyConfig::default()).contains("neither agents nor backends"));
         let agents = ProxyConfig {
             agents: vec!["a:1".into()],
+            tls: TlsSettings::off(),
             ..ProxyConfig::default()
         };
         assert!(text(agents).contains("agent_token_file"));

@@ -16,8 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use craton_console::renewal;
 use craton_console::{Client, Health, Metrics, Service, Token, TopologyFeed};
 use craton_core::topology::Topology;
+use craton_trust::{Role, Trust};
 use craton_wire::scram::ClientIdentity;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -41,7 +43,7 @@ mod worker;
 
 pub use config::{ConfigError, PoolMode, PoolOverride, ProxyConfig, StaticBackend};
 
-use auth::Verifiers;
+use auth::{Asker, Verifiers};
 use backend::Login;
 use metrics::ProxyMetrics;
 use routes::{Endpoint, Routes};
@@ -72,6 +74,9 @@ pub enum ProxyError {
         /// What the system said.
         source: io::Error,
     },
+    /// The proxy's certificate cannot be used.
+    #[error(transparent)]
+    Trust(#[from] craton_trust::TrustError),
     /// The agents' token cannot be read.
     #[error(transparent)]
     Token(#[from] craton_console::token::TokenError),
@@ -97,6 +102,8 @@ pub async fn run(
     mut shutdown: watch::Receiver<bool>,
 ) -> Result<(), ProxyError> {
     config.check()?;
+    let files = config.tls.files("proxy.tls", None, "proxy")?;
+    let trust = files.map(Trust::open).transpose()?;
     let config = Arc::new(config);
     let mut listeners = vec![(listen("listen", &config.listen).await?, Endpoint::Write)];
     if let Some(address) = &config.listen_read {
@@ -109,18 +116,28 @@ pub async fn run(
 
     // Tasks end with this set, on every way out.
     let mut tasks = JoinSet::new();
-    let (_feed, topologies) = topology_source(&config, auth_login.clone(), &mut tasks)?;
+    if let Some(trust) = &trust {
+        renewal::keep(trust, &config.tls, &config.agents, &mut tasks);
+    }
+    let (_feed, topologies) =
+        topology_source(&config, trust.as_ref(), auth_login.clone(), &mut tasks)?;
     let (publish, routes) = watch::channel(Arc::new(Routes::default()));
     tasks.spawn(routes::follow(topologies, publish));
     tasks.spawn(show_routes(routes.clone(), Arc::clone(&metrics)));
 
-    let verifiers = Verifiers::start(Arc::clone(&config), auth_login.clone(), routes.clone());
+    let asker = Arc::new(Asker {
+        config: Arc::clone(&config),
+        login: auth_login,
+        // A set without agents has no certificates that we could know.
+        trust: trust.clone().filter(|_| !config.agents.is_empty()),
+    });
+    let verifiers = Verifiers::start(Arc::clone(&asker), routes.clone());
     let count = worker_count(&config);
     let shared = Arc::new(Shared::new(
         Arc::clone(&config),
         Arc::clone(&metrics),
         verifiers,
-        auth_login,
+        asker,
         count,
     ));
     let (stop, stopping) = watch::channel(false);
@@ -136,7 +153,7 @@ pub async fn run(
     let router = Service::new(Arc::new(registry), health).router();
     let (end_http, http_ended) = watch::channel(false);
     tasks.spawn(async move {
-        if let Err(error) = craton_console::serve(http, router, http_ended).await {
+        if let Err(error) = craton_console::serve(http, router, trust, http_ended).await {
             tracing::warn!(%error, "metrics and health are not served any more");
         }
     });
@@ -207,6 +224,7 @@ type Topologies = watch::Receiver<Option<Arc<Topology>>>;
 /// Agents that push, or backends that are asked.
 fn topology_source(
     config: &Arc<ProxyConfig>,
+    trust: Option<&Arc<Trust>>,
     login: Login,
     tasks: &mut JoinSet<()>,
 ) -> Result<(Option<TopologyFeed>, Topologies), ProxyError> {
@@ -220,7 +238,8 @@ fn topology_source(
         .as_deref()
         .map(Token::from_file)
         .transpose()?;
-    let feed = TopologyFeed::start(config.agents.clone(), &Client::new(token));
+    let client = Client::either(trust, Role::Node, token);
+    let feed = TopologyFeed::start(config.agents.clone(), &client);
     let topologies = feed.subscribe();
     Ok((Some(feed), topologies))
 }

@@ -241,7 +241,7 @@ impl Door<'_> {
         let shared = &self.worker.shared;
         let limit = shared.config.connect_timeout();
         let withheld = async |to: CancelTarget| {
-            waits_for_standbys(&shared.config, &shared.own_login, &to.target, to.process).await
+            waits_for_standbys(&shared.asker, &to.target, to.process).await
         };
         match shared.cancels.cancel(process, key, limit, withheld).await {
             Outcome::PassedOn => shared.metrics.cancels.inc(),

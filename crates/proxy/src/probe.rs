@@ -70,6 +70,7 @@ async fn ask(config: &ProxyConfig, index: usize, login: &Login) -> Answer {
             ("application_name", "craton proxy probe"),
         ],
         login,
+        tls: None,
     };
     let rows = timeout(limit, async {
         dial(to, limit).await?.0.ask(QUESTION, &[]).await

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::LocalSet;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout, timeout_at};
 
-use crate::auth::{Guessers, Verifiers};
+use crate::auth::{Asker, Guessers, Verifiers};
 use crate::backend::{Address, ConnectError, Login, connect};
 use crate::buffer::Spares;
 use crate::cancel::{CancelTarget, Cancels};
@@ -63,8 +63,8 @@ pub struct Shared {
     pub metrics: Arc<ProxyMetrics>,
     /// Users' verifiers.
     pub verifiers: Arc<Verifiers>,
-    /// The proxy's own, for questions to servers.
-    pub own_login: Login,
+    /// Asks servers in the proxy's own name.
+    pub asker: Arc<Asker>,
     /// Addresses that guess.
     pub guessers: Guessers,
     /// Clients' keys.
@@ -85,14 +85,14 @@ impl Shared {
         config: Arc<ProxyConfig>,
         metrics: Arc<ProxyMetrics>,
         verifiers: Arc<Verifiers>,
-        own_login: Login,
+        asker: Arc<Asker>,
         workers: usize,
     ) -> Self {
         Self {
             config,
             metrics,
             verifiers,
-            own_login,
+            asker,
             guessers: Guessers::default(),
             cancels: Arc::default(),
             clients: AtomicUsize::new(0),
@@ -393,6 +393,7 @@ impl Worker {
             port: target.port,
             parameters: &parameters,
             login: &who.login,
+            tls: None,
         };
         let connected = connect(to, self.config().connect_timeout()).await?;
         let mut values = Values::default();

@@ -317,7 +317,7 @@ pub fn config(root: &Path) -> Config {
         repository: root.join("it's a repository"),
         listen: format!("127.0.0.1:{}", free_port()).parse().unwrap(),
         agents: Vec::new(),
-        token_file: token,
+        token_file: Some(token),
         user: "craton_replication".into(),
         password_file: Some(password),
         slot: "craton_backup".into(),
@@ -327,6 +327,7 @@ pub fn config(root: &Path) -> Config {
         backup_interval_s: 0,
         prefer_standby: false,
         max_rate_kb: None,
+        tls: craton_trust::TlsSettings::off(),
     }
 }
 

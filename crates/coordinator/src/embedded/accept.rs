@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use craton_core::MemberId;
+use craton_trust::doorstep::{Doorstep, Known, Refusals, WAITING_MAX};
 use serde::Serialize;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -22,7 +23,7 @@ use crate::api::{CALL_TIMEOUT, Presence, PresenceMap};
 use crate::clock::Clock;
 use crate::raft::Message;
 
-/// Connections at once, proved or not.
+/// Connections at once, proved or not. The voters need four each.
 const CONNECTIONS_MAX: usize = 256;
 
 /// The longest announcement, in bytes.
@@ -45,20 +46,24 @@ pub(super) struct Acceptor {
 impl Acceptor {
     /// Accepts for ever. Dropping this ends all its connections.
     pub(super) async fn run(self: Arc<Self>, listener: TcpListener) {
-        let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let refusals = Arc::new(Refusals::new("coordinator"));
+        let mut doorstep = Doorstep::new(WAITING_MAX);
         let mut connections = JoinSet::new();
         loop {
             while connections.try_join_next().is_some() {}
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else {
-                return;
-            };
             match listener.accept().await {
+                Ok((_, from)) if connections.len() >= CONNECTIONS_MAX => {
+                    Stats::count(&self.stats.connections_refused);
+                    refusals.count(Some(from), &"too many connections are open");
+                }
                 Ok((stream, _)) => {
-                    let acceptor = Arc::clone(&self);
-                    connections.spawn(async move {
-                        acceptor.serve(stream).await;
-                        drop(place);
-                    });
+                    let (acceptor, known) = (Arc::clone(&self), Known::default());
+                    let (refusals, proved) = (Arc::clone(&refusals), known.clone());
+                    let task = connections
+                        .spawn(async move { acceptor.serve(stream, &refusals, &proved).await });
+                    if doorstep.arrived(task, known) {
+                        Stats::count(&self.stats.connections_refused);
+                    }
                 }
                 Err(e) => {
                     tracing::warn!(error = %e, "the coordinator cannot accept a connection");
@@ -68,17 +73,17 @@ impl Acceptor {
         }
     }
 
-    async fn serve(self: Arc<Self>, stream: TcpStream) {
+    async fn serve(self: Arc<Self>, stream: TcpStream, refusals: &Refusals, known: &Known) {
         tune(&stream);
         let from = stream.peer_addr();
         let session = match accept(stream, &self.identity, |m| self.voters.contains_key(m)).await {
             Ok(session) => session,
             Err(e) => {
                 Stats::count(&self.stats.connections_refused);
-                tracing::warn!(?from, error = %e, "a connection to the coordinator was refused");
-                return;
+                return refusals.count(from.ok(), &e);
             }
         };
+        known.set();
         let (peer, purpose) = (session.peer.clone(), session.purpose);
         let end = match purpose {
             Purpose::Raft => self.take_raft(session).await,

@@ -182,9 +182,99 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         frame.extend_from_slice(&tag(&self.key, self.seq, &payload));
         frame.extend_from_slice(&payload);
         self.seq += 1;
-        timeout(FRAME_TIMEOUT, self.to.write_all(&frame))
+        let write = async {
+            self.to.write_all(&frame).await?;
+            // TLS may hold back what did not fit into the socket.
+            self.to.flush().await
+        };
+        timeout(FRAME_TIMEOUT, write)
             .await
             .map_err(|_| FrameError::TimedOut)??;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn wait<T>(work: impl Future<Output = T>) -> T {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build();
+        runtime.unwrap().block_on(work)
+    }
+
+    /// The frames of these texts, as they go over the wire.
+    fn written(texts: &[String], key: [u8; 32]) -> Vec<u8> {
+        let mut writer = FrameWriter::new(Vec::new());
+        writer.authenticated(Key(key));
+        wait(async {
+            for text in texts {
+                writer.send(text).await.unwrap();
+            }
+        });
+        writer.to
+    }
+
+    /// What a reader takes from these bytes until it ends, and why it ends.
+    fn read(bytes: &[u8], key: Option<[u8; 32]>) -> (Vec<String>, FrameError) {
+        let mut reader = FrameReader::new(bytes);
+        if let Some(key) = key {
+            reader.authenticated(Key(key));
+        }
+        wait(async {
+            let mut taken = Vec::new();
+            loop {
+                match reader.next::<String>().await {
+                    Ok(text) => taken.push(text),
+                    Err(end) => return (taken, end),
+                }
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_end_in_an_error_and_are_not_hoarded(bytes in proptest::collection::vec(any::<u8>(), 0..6000)) {
+            let (taken, _) = read(&bytes, None);
+            prop_assert!(taken.is_empty());
+        }
+
+        #[test]
+        fn what_was_written_is_read_and_what_was_altered_replayed_or_reordered_is_not(
+            texts in proptest::collection::vec(".{0,40}", 2..5),
+            key in any::<[u8; 32]>(),
+            at in any::<proptest::sample::Index>(),
+            bit in 0..8_u32,
+        ) {
+            let bytes = written(&texts, key);
+            let (taken, end) = read(&bytes, Some(key));
+            prop_assert_eq!(&taken, &texts);
+            prop_assert!(matches!(end, FrameError::Closed));
+            let mut altered = bytes.clone();
+            altered[at.index(bytes.len())] ^= 1 << bit;
+            let (taken, _) = read(&altered, Some(key));
+            prop_assert!(taken.len() < texts.len() && texts.starts_with(&taken));
+            let replayed = [&bytes[..], &bytes[..]].concat();
+            let (taken, end) = read(&replayed, Some(key));
+            prop_assert_eq!(&taken, &texts);
+            prop_assert!(matches!(end, FrameError::NotAuthentic));
+            let first = written(&texts[..1], key).len();
+            let (taken, end) = read(&bytes[first..], Some(key));
+            prop_assert!(taken.is_empty() && matches!(end, FrameError::NotAuthentic));
+        }
+    }
+
+    #[test]
+    fn the_length_of_a_strangers_frame_is_bounded_before_anything_is_kept() {
+        let too_long = u32::try_from(HELLO_LEN_MAX + 1).unwrap().to_le_bytes();
+        assert!(matches!(read(&too_long, None).1, FrameError::TooLong(_)));
+        let too_long = u32::try_from(FRAME_LEN_MAX + 1).unwrap().to_le_bytes();
+        assert!(matches!(
+            read(&too_long, Some([1; 32])).1,
+            FrameError::TooLong(_)
+        ));
     }
 }

@@ -32,6 +32,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use craton_core::{MemberId, Term};
+use craton_trust::Trust;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -85,6 +86,8 @@ pub struct EmbeddedConfig {
     pub secret: String,
     /// Raft's timings.
     pub timings: Timings,
+    /// Certificates for the connections between voters; without them nothing is encrypted (isolated tests).
+    pub trust: Option<Arc<Trust>>,
     faults: Faults,
 }
 
@@ -108,8 +111,16 @@ impl EmbeddedConfig {
             dir,
             secret,
             timings,
+            trust: None,
             faults,
         }
+    }
+
+    /// With certificates.
+    #[must_use]
+    pub fn with_trust(mut self, trust: Option<Arc<Trust>>) -> Self {
+        self.trust = trust;
+        self
     }
 
     fn raft(&self) -> Config {
@@ -127,6 +138,7 @@ impl EmbeddedConfig {
             cluster: self.cluster.clone(),
             me: self.me.clone(),
             secret,
+            trust: self.trust.clone(),
         }
     }
 

@@ -16,6 +16,13 @@ async fn three_voters_conform() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_voters_with_certificates_conform() {
+    let cluster = Cluster::start_trusted(3).await;
+    conformance::run(&cluster.handles()).await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_voter_conforms() {
     let cluster = Cluster::start(1).await;
     conformance::run(&cluster.handles()).await;

@@ -13,7 +13,7 @@ use super::{
     COMMAND_TIMEOUT, MESSAGE_BYTES_MAX, ReplicationError, ReplicationLogin, Row, ServerAddress,
 };
 
-/// What bytes go through; a TLS stream will be one as well.
+/// What bytes go through.
 trait Transport: AsyncRead + AsyncWrite + Unpin + Send + Sync {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send + Sync> Transport for T {}
 
@@ -43,7 +43,7 @@ impl ReplicationConnection {
     /// Connects and logs in.
     pub async fn connect(login: &ReplicationLogin) -> Result<Self, ReplicationError> {
         timeout(login.timeout, async {
-            let mut connection = Self::open(&login.address).await?;
+            let mut connection = Self::open(login).await?;
             connection.start(login).await?;
             Ok(connection)
         })
@@ -54,7 +54,8 @@ impl ReplicationConnection {
         }))
     }
 
-    async fn open(address: &ServerAddress) -> Result<Self, ReplicationError> {
+    async fn open(login: &ReplicationLogin) -> Result<Self, ReplicationError> {
+        let address = &login.address;
         let failed = |source| ReplicationError::Connect {
             address: address.to_string(),
             source,
@@ -65,7 +66,16 @@ impl ReplicationConnection {
                     .await
                     .map_err(failed)?;
                 stream.set_nodelay(true).map_err(failed)?;
-                Box::new(stream)
+                match &login.tls {
+                    None => Box::new(stream),
+                    Some((trust, expect)) => {
+                        let trusted = trust.connect_postgres(stream, expect).await;
+                        Box::new(trusted.map_err(|source| ReplicationError::Untrusted {
+                            address: address.to_string(),
+                            source,
+                        })?)
+                    }
+                }
             }
             ServerAddress::Unix(dir, port) => Box::new(
                 UnixStream::connect(dir.join(format!(".s.PGSQL.{port}")))

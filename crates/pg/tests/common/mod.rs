@@ -96,7 +96,7 @@ impl Member {
         let settings = BTreeMap::from([("shared_buffers".to_owned(), "16MB".to_owned())]);
         let managed = ManagedConfig {
             settings,
-            hba: HbaRule::standard(&["127.0.0.1/32"]),
+            hba: HbaRule::standard(&["127.0.0.1/32"], false),
             ..ManagedConfig::default()
         };
         let control = instance.control();
@@ -145,6 +145,7 @@ impl Member {
             passfile: self.passfile.clone(),
             application_name: application_name.into(),
             slot: slot.map(str::to_owned),
+            tls: None,
         }
     }
 

@@ -396,6 +396,7 @@ impl Proxy {
             listen_read: Some(format!("127.0.0.1:{read_port}")),
             http: format!("127.0.0.1:{http}"),
             agent_token_file: Some(token),
+            tls: craton_trust::TlsSettings::off(),
             auth_password_file: Some(password),
             drain_ms: 500,
             ..config
@@ -473,11 +474,9 @@ impl Agent {
         let service = Service::new(Arc::new(Metrics::new()), || {
             craton_console::Health::ok("test")
         });
-        let router = service
-            .with_api(routes, Token::new(TOKEN).unwrap())
-            .router();
+        let router = service.with_api(routes, Token::new(TOKEN)).router();
         let (stop, stopped) = watch::channel(false);
-        tokio::spawn(craton_console::serve(listener, router, stopped));
+        tokio::spawn(craton_console::serve(listener, router, None, stopped));
         Self {
             address,
             topology,

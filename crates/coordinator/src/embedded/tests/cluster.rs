@@ -1,9 +1,13 @@
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use craton_core::MemberId;
+use craton_trust::authority::{Authority, ensure_certificate};
+use craton_trust::files::write_secret;
+use craton_trust::{Identity, Role, TlsFiles, Trust};
 use tokio::time::{Instant, sleep};
 
 use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
@@ -17,6 +21,22 @@ pub(super) struct Cluster {
     configs: BTreeMap<MemberId, EmbeddedConfig>,
     pub(super) nodes: BTreeMap<MemberId, Arc<Embedded>>,
     pub(super) faults: BTreeMap<MemberId, Faults>,
+    /// Signed the voters' certificates, where they have any.
+    pub(super) authority: Option<Authority>,
+}
+
+/// A certificate of this authority, in a directory of its own below `dir`.
+pub(super) fn trust(dir: &Path, authority: &Authority, role: Role, name: &str) -> Arc<Trust> {
+    let dir = dir.join(format!(
+        "certificates-{role}-{name}-{}",
+        rand::random::<u32>()
+    ));
+    std::fs::create_dir(&dir).unwrap();
+    let files = TlsFiles::in_dir(&dir, name);
+    write_secret(&files.authority, authority.certificate_pem()).unwrap();
+    let identity = Identity::new(authority.cluster(), role, name).unwrap();
+    ensure_certificate(authority, &files, &identity, &[]).unwrap();
+    Trust::open(files).unwrap()
 }
 
 pub(super) fn id(i: usize) -> MemberId {
@@ -38,6 +58,25 @@ impl Cluster {
         for i in 0..n {
             cluster.start_node(&id(i)).await;
         }
+        cluster
+    }
+
+    /// With certificates, as outside of tests.
+    pub(super) async fn start_trusted(n: usize) -> Self {
+        let mut cluster = Self::new(n);
+        let authority = Authority::create("test").unwrap();
+        for (me, config) in &mut cluster.configs {
+            config.trust = Some(trust(
+                cluster.dir.path(),
+                &authority,
+                Role::Node,
+                me.as_str(),
+            ));
+        }
+        for i in 0..n {
+            cluster.start_node(&id(i)).await;
+        }
+        cluster.authority = Some(authority);
         cluster
     }
 
@@ -73,6 +112,7 @@ impl Cluster {
             configs,
             nodes: BTreeMap::new(),
             faults,
+            authority: None,
         }
     }
 

@@ -4,7 +4,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::cluster::{Cluster, id, until};
+use craton_trust::Role;
+use craton_trust::authority::Authority;
+
+use super::cluster::{Cluster, id, trust, until};
 use crate::conformance::settle;
 use crate::embedded::Embedded;
 use crate::raft::Standing;
@@ -20,7 +23,11 @@ async fn is_cut(mut stream: TcpStream) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nonsense_costs_only_the_connection() {
-    let cluster = Cluster::start(3).await;
+    shout_at(Cluster::start(3).await).await;
+    shout_at(Cluster::start_trusted(3).await).await;
+}
+
+async fn shout_at(cluster: Cluster) {
     let address = cluster.config(&id(0)).listen;
     let hello = |version: u32, from: &str| {
         let nonce = vec![7_u8; 32];
@@ -78,5 +85,70 @@ async fn another_secret_or_cluster_is_not_let_in() {
     }
     cluster.start_node(&id(1)).await;
     settle(&cluster.handles()).await;
+    cluster.stop().await;
+}
+
+/// The secret and the cluster's name are right; only the certificate is not the member's own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_certificate_opens_the_way_for_its_own_member_alone() {
+    let mut cluster = Cluster::start_trusted(3).await;
+    settle(&cluster.handles()).await;
+    let victim = id(1);
+    cluster.nodes[&victim].stop().await;
+    cluster.kill(&victim);
+    let dir = tempfile::tempdir().unwrap();
+    let authority = cluster.authority.take().unwrap();
+    let stranger = Authority::create("test").unwrap();
+    let wrong = [
+        (
+            "another member's",
+            Some(trust(dir.path(), &authority, Role::Node, "m2")),
+        ),
+        (
+            "a proxy's",
+            Some(trust(dir.path(), &authority, Role::Proxy, "m1")),
+        ),
+        (
+            "another authority's",
+            Some(trust(dir.path(), &stranger, Role::Node, "m1")),
+        ),
+        ("none, and no TLS", None),
+    ];
+    for (what, trust) in wrong {
+        let mut config = cluster.config(&victim);
+        config.dir = dir.path().join(what);
+        config.trust = trust;
+        let refused = cluster.nodes[&id(0)].counters().connections_refused;
+        let impostor = Embedded::start(config).await.unwrap();
+        // The others also refuse to send anything to it: what they dial is not the member that they want.
+        until(what, || async {
+            cluster.nodes[&id(0)].counters().connections_refused > refused + 4
+        })
+        .await;
+        assert_eq!(impostor.status().standing, Standing::Fresh, "{what}");
+        impostor.stop().await;
+    }
+    cluster.start_node(&victim).await;
+    settle(&cluster.handles()).await;
+    cluster.stop().await;
+}
+
+/// As many connections that say nothing as there is room for do not keep a peer out.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_of_silence_does_not_keep_out_a_peer() {
+    let mut cluster = Cluster::start_trusted(3).await;
+    settle(&cluster.handles()).await;
+    let (flooded, peer) = (id(0), id(1));
+    cluster.kill(&peer);
+    let address = cluster.config(&flooded).listen;
+    let mut silent = Vec::new();
+    for _ in 0..300 {
+        silent.push(TcpStream::connect(&address).await.unwrap());
+    }
+    cluster.start_node(&peer).await;
+    cluster.kill(&id(2));
+    // Only these two are left: nothing goes on unless they reach each other.
+    cluster.write(&peer, "flooded", "1").await;
+    drop(silent);
     cluster.stop().await;
 }
