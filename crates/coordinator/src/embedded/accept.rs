@@ -135,7 +135,7 @@ impl Acceptor {
                     session.peer, message.from
                 ));
             }
-            if self.inbox.try_send(Event::Peer(message)).is_err() {
+            if self.inbox.try_send(Event::Peer(Box::new(message))).is_err() {
                 Stats::count(&self.stats.messages_dropped);
             }
         }

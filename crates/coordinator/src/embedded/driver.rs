@@ -29,7 +29,7 @@ const BATCH_MAX: usize = 128;
 const COMPACT_ENTRIES: u64 = 1024;
 
 pub(super) enum Event {
-    Peer(Message),
+    Peer(Box<Message>),
     Txn(Request, oneshot::Sender<CallTold>),
     Read(oneshot::Sender<CallTold>),
     Change {
@@ -155,7 +155,7 @@ impl Driver {
                 if let Some(address) = &message.address {
                     self.links.heard(&message.from, address);
                 }
-                self.raft.step(now, message);
+                self.raft.step(now, *message);
             }
             Event::Change {
                 change,

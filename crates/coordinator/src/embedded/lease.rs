@@ -400,8 +400,8 @@ impl LeaseRound {
         let (majority, voters) = (config.majority(), config.voters.len());
         let mut answers = JoinSet::new();
         let mut count = Count {
-            majority,
             voters,
+            majority,
             ..Count::default()
         };
         for peer in config.voters.keys().filter(|v| **v != self.me) {

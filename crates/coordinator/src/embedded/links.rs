@@ -55,17 +55,17 @@ pub(super) struct Links {
 
 impl Links {
     pub(super) fn new(
-        identity: Arc<Identity>,
-        stats: Arc<Stats>,
-        seeds: BTreeMap<MemberId, String>,
-    ) -> Self {
-        Self {
-            identity,
-            stats,
+        identity: &Arc<Identity>,
+        stats: &Arc<Stats>,
+        seeds: &BTreeMap<MemberId, String>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            identity: Arc::clone(identity),
+            stats: Arc::clone(stats),
             announcement: watch::Sender::new(None),
-            seeds,
+            seeds: seeds.clone(),
             book: Mutex::default(),
-        }
+        })
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {

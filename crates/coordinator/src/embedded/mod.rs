@@ -264,12 +264,7 @@ impl Embedded {
         let (inbox, events) = mpsc::channel(INBOX_MAX);
         let identity = Arc::new(config.identity());
         let mut tasks = JoinSet::new();
-        let seeds = config.voters.clone();
-        let links = Arc::new(Links::new(
-            Arc::clone(&identity),
-            Arc::clone(&stats),
-            seeds.clone(),
-        ));
+        let links = Links::new(&identity, &stats, &config.voters);
         links.follow(raft.settled(), raft.latest());
         let presence = watch::Sender::new(PresenceMap::default());
         let acceptor = Acceptor {
@@ -282,23 +277,22 @@ impl Embedded {
             stats: Arc::clone(&stats),
         };
         tasks.spawn(Arc::new(acceptor).run(listener));
-        tasks.spawn(Arc::clone(&desk).settle(
-            Arc::clone(&links),
-            view.members.clone(),
-            config.me.clone(),
-        ));
-        let driver = Driver {
-            raft,
-            clock,
-            timings: config.timings,
-            disk,
-            desk: Arc::clone(&desk),
-            links: Arc::clone(&links),
-            inbox: events,
-            out,
-            state: State::new(standing),
-        };
-        tasks.spawn(driver.run());
+        let (to, of) = (Arc::clone(&links), view.members.clone());
+        tasks.spawn(Arc::clone(&desk).settle(to, of, config.me.clone()));
+        tasks.spawn(
+            Driver {
+                raft,
+                clock,
+                timings: config.timings,
+                disk,
+                desk: Arc::clone(&desk),
+                links: Arc::clone(&links),
+                inbox: events,
+                out,
+                state: State::new(standing),
+            }
+            .run(),
+        );
         let lease = LeaseRound {
             me: config.me.clone(),
             desk,
@@ -313,7 +307,7 @@ impl Embedded {
             client: rand::random(),
             next_seq: AtomicU64::new(0),
             inbox,
-            seeds,
+            seeds: config.voters,
             links,
             removed: watch::Sender::new(false),
             view,

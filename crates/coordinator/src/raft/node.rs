@@ -181,7 +181,7 @@ pub(super) struct Peer {
 /// What waits for a write to be on disk.
 #[derive(Clone, Debug)]
 enum AfterWrite {
-    Send(Message),
+    Send(Box<Message>),
     OwnVote(RaftTerm),
     OwnEntries(RaftTerm, Index),
 }
@@ -539,7 +539,7 @@ impl Raft {
     /// Sends once everything that was written so far is on disk.
     pub(super) fn send_after_write(&mut self, to: MemberId, body: Body) {
         let message = self.message(to, body);
-        self.after_write(AfterWrite::Send(message));
+        self.after_write(AfterWrite::Send(Box::new(message)));
     }
 
     pub(super) fn own_vote_after_write(&mut self) {
@@ -572,7 +572,7 @@ impl Raft {
 
     fn do_after_write(&mut self, what: AfterWrite) {
         match what {
-            AfterWrite::Send(message) => self.ready.messages.push(message),
+            AfterWrite::Send(message) => self.ready.messages.push(*message),
             AfterWrite::OwnVote(term) if term == self.hard.term => {
                 if self.has_say() {
                     self.count_vote(self.config.me.clone());
