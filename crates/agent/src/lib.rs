@@ -14,6 +14,7 @@ pub mod clock;
 pub mod config;
 pub mod fencing;
 pub mod lease;
+pub mod members;
 pub mod metrics;
 pub mod parameters;
 mod run;
@@ -23,5 +24,6 @@ pub mod state;
 pub mod store;
 pub mod views;
 
-pub use config::{AgentConfig, Peer, Secrets};
+pub use config::{AgentConfig, Peer, Secrets, VoterWish};
+pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};
 pub use run::{AgentError, run, run_with};

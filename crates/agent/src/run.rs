@@ -9,7 +9,8 @@ use std::time::Duration;
 use craton_console::Token;
 use craton_console::metrics::Metrics;
 use craton_console::server::{Health, Service, serve};
-use craton_coordinator::api::Coordinator;
+use craton_console::views::JoinRequest;
+use craton_coordinator::api::{Coordinator, Membership as _};
 use craton_coordinator::embedded::{Embedded, EmbeddedConfig};
 use craton_core::Term;
 use craton_core::topology::Topology;
@@ -23,6 +24,7 @@ use crate::api::{self, Api};
 use crate::config::{AgentConfig, Secrets};
 use crate::fencing::Fencing;
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
+use crate::members;
 use crate::metrics::AgentMetrics;
 use crate::server::LocalServer;
 use crate::state::StateFile;
@@ -54,6 +56,9 @@ pub enum AgentError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// The others have removed this member.
+    #[error("this member was removed from the cluster: its agent stops. To bring the host back in, empty {} and set node.join", .0.display())]
+    Removed(PathBuf),
     /// The coordinator could not start.
     #[error("the coordinator cannot start: {0}")]
     Coordinator(String),
@@ -79,14 +84,39 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
         .map_err(io("cannot start the lease's runtime"))?;
     let outcome = match start_coordinator(&config, &secrets, &runtime).await {
         Ok(embedded) => {
-            let outcome = run_with(config, embedded.clone(), runtime.handle(), shutdown).await;
+            let dir = config.dir.clone();
+            let removed = embedded.removed();
+            let stop = either(shutdown, removed.clone());
+            let outcome = run_with(config, embedded.clone(), runtime.handle(), stop).await;
             embedded.stop().await;
-            outcome
+            let removed = *removed.borrow();
+            outcome.and_then(|()| {
+                if removed {
+                    Err(AgentError::Removed(dir))
+                } else {
+                    Ok(())
+                }
+            })
         }
         Err(error) => Err(error),
     };
     runtime.shutdown_background();
     outcome
+}
+
+/// Turns true with the first of two.
+fn either(mut a: watch::Receiver<bool>, mut b: watch::Receiver<bool>) -> watch::Receiver<bool> {
+    let (tx, rx) = watch::channel(false);
+    tokio::spawn(async move {
+        // A sender that is gone says nothing more.
+        tokio::select! {
+            Ok(_) = a.wait_for(|on| *on) => {}
+            Ok(_) = b.wait_for(|on| *on) => {}
+            else => return,
+        }
+        tx.send_replace(true);
+    });
+    rx
 }
 
 /// As [`run`], with a coordinator that is there already. `lease_runtime` carries the lease, and should carry
@@ -141,8 +171,17 @@ pub async fn run_with(
     let mut background = tokio::task::JoinSet::new();
     background.spawn(Arc::clone(&server).watch());
     background.spawn(Arc::clone(&server).knock());
-    background.spawn(slots::keep(Arc::clone(&server), seen.clone()));
     background.spawn(parameters::keep(Arc::clone(&server)));
+    background.spawn(members::keep_say(
+        Arc::clone(&coordinator),
+        config.member.clone(),
+        config.voter,
+    ));
+    background.spawn(slots::keep(
+        Arc::clone(&server),
+        seen.clone(),
+        Arc::clone(&coordinator),
+    ));
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
@@ -278,23 +317,41 @@ fn write_passfile(dir: &Path, secrets: &Secrets) -> Result<PathBuf, AgentError> 
     Ok(path)
 }
 
+/// No coordinator has ever run here.
+fn is_new(dir: &Path) -> bool {
+    !dir.join(craton_coordinator::embedded::LOG_FILE).exists()
+}
+
 async fn start_coordinator(
     config: &AgentConfig,
     secrets: &Secrets,
     runtime: &tokio::runtime::Runtime,
 ) -> Result<Arc<Embedded>, AgentError> {
-    let settings = EmbeddedConfig::new(
+    let listed = config.peers.iter();
+    let mut peers: Vec<_> = listed
+        .map(|p| (p.member.clone(), p.address.clone()))
+        .collect();
+    let dir = config.dir.join("coordinator");
+    if !config.join.is_empty() && is_new(&dir) {
+        let request = JoinRequest {
+            member: config.member.clone(),
+            address: config.peer_address(),
+        };
+        let token = Token::from_file(&config.secrets.join("api-token"))
+            .map_err(|e| AgentError::Config(e.to_string()))?;
+        peers = members::join(&config.join, token, &request, &config.cluster)
+            .await
+            .map_err(AgentError::Config)?;
+    }
+    let mut settings = EmbeddedConfig::new(
         config.cluster.clone(),
         config.member.clone(),
-        config
-            .peers
-            .iter()
-            .map(|p| (p.member.clone(), p.address.clone()))
-            .collect(),
+        peers,
         config.peer_listen.clone(),
-        config.dir.join("coordinator"),
+        dir,
         secrets.peers.clone(),
     );
+    settings.advertise = Some(config.peer_address());
     runtime
         .spawn(async move { Embedded::start(settings).await })
         .await
@@ -325,6 +382,7 @@ async fn serve_http(
         server: Arc::clone(server),
         origins: Arc::new(config.origins.clone()),
     });
+    let routes = routes.merge(members::routes(Arc::clone(coordinator)));
     let router = Service::new(Arc::new(metrics), move || health(&seen))
         .with_api(routes, token)
         .router();

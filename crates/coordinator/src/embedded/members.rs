@@ -1,5 +1,7 @@
 //! Members that come and go: asking for a change, seeing it through, and being told of one's own removal.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +11,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use super::wire::{Call, CallTold};
 use super::{Embedded, RETRY_INTERVAL, Shared, Try};
-use crate::api::{CALL_TIMEOUT, CoordinatorError};
+use crate::api::{CALL_TIMEOUT, CoordinatorError, MembersError, Membership};
 use crate::raft::{Change, Configuration};
 
 /// How long a change may take, all its steps and tries together.
@@ -30,47 +32,31 @@ pub struct Members {
     pub latest: Configuration,
 }
 
-/// Why a change of the members was not made.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum MembersError {
-    /// The coordinator.
-    #[error(transparent)]
-    Coordinator(#[from] CoordinatorError),
-    /// The Raft leader refuses; nothing was done.
-    #[error("{0}")]
-    Refused(String),
-}
-
-impl Embedded {
-    /// Who takes part.
-    pub fn members(&self) -> Arc<Members> {
-        self.shared.view.members.borrow().clone()
+impl Membership for Embedded {
+    fn members(&self) -> Configuration {
+        self.shared.view.members.borrow().settled.clone()
     }
 
-    /// Pushed when that changes.
-    pub fn watch_members(&self) -> watch::Receiver<Arc<Members>> {
-        self.shared.view.members.clone()
+    fn change(
+        &self,
+        change: Change,
+    ) -> Pin<Box<dyn Future<Output = Result<(), MembersError>> + Send + '_>> {
+        Box::pin(async move {
+            let due = Instant::now() + CHANGE_MAX;
+            self.shared.change(change, due).await?;
+            self.shared.settled(due).await
+        })
     }
 
-    /// Where a member's coordinator is reached from here.
-    pub fn address_of(&self, member: &MemberId) -> Option<String> {
+    fn address_of(&self, member: &MemberId) -> Option<String> {
         if *member == self.shared.me {
             return self.shared.address.clone();
         }
         self.shared.links.address(member)
     }
 
-    /// True once the others have said that this member was removed.
-    pub fn removed(&self) -> watch::Receiver<bool> {
+    fn removed(&self) -> watch::Receiver<bool> {
         self.shared.removed.subscribe()
-    }
-
-    /// Changes the members: returns once the change is committed, and a majority of the voters that there are
-    /// then gives and ends leases by it. The same again is harmless.
-    pub async fn change(&self, change: Change) -> Result<(), MembersError> {
-        let due = Instant::now() + CHANGE_MAX;
-        self.shared.change(change, due).await?;
-        self.shared.settled(due).await
     }
 }
 

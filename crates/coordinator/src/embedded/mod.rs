@@ -4,7 +4,7 @@
 //! * `format`, `disk`: the log file and the thread that writes it.
 //! * `frame`, `handshake`, `wire`: what is said on a connection, and to whom.
 //! * `peer`, `accept`: connections to and from the other members, one for each purpose; `links`: to whom.
-//! * `members`: changing who takes part.
+//! * `members`: changing who takes part; `recover`: when the majority is lost for good.
 //! * `driver`: the task that owns the Raft core and the state machine.
 //! * `lease`: this process's lease voter, and asking all of them.
 //!
@@ -23,6 +23,7 @@ mod lease;
 mod links;
 mod members;
 mod peer;
+mod recover;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -49,15 +50,16 @@ use self::links::Links;
 use self::stats::Stats;
 use self::wire::{Call, CallTold};
 use crate::api::{
-    Answer, CALL_TIMEOUT, Coordinator, CoordinatorError, LeaseHint, PresenceMap, Renewal, Snapshot,
-    Txn, TxnOutcome,
+    Answer, CALL_TIMEOUT, Coordinator, CoordinatorError, LeaseHint, Membership, PresenceMap,
+    Renewal, Snapshot, Txn, TxnOutcome,
 };
 use crate::clock::Clock;
 use crate::kv::{self, Applied, Request};
 use crate::raft::{Config, Index, Raft, Status, Timings};
 
-pub use self::disk::OpenError;
-pub use self::members::{CHANGE_MAX, Members, MembersError};
+pub use self::disk::{LOG_FILE, OpenError};
+pub use self::members::CHANGE_MAX;
+pub use self::recover::{RecoverError, Survey, stand_alone, survey};
 pub use self::stats::Counters;
 
 /// The shortest secret, in bytes.
@@ -572,5 +574,9 @@ impl Coordinator for Embedded {
 
     fn presence(&self) -> watch::Receiver<PresenceMap> {
         self.shared.presence.subscribe()
+    }
+
+    fn membership(&self) -> Option<&dyn Membership> {
+        Some(self)
     }
 }

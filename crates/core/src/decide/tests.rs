@@ -50,6 +50,7 @@ fn record(name: &str) -> MemberRecord {
         api: "h:2".into(),
         priority: 100,
         incarnation: Some(life(name)),
+        leaving: false,
     }
 }
 

@@ -6,9 +6,9 @@ use tokio::sync::oneshot::error::TryRecvError;
 use tokio::time::{Instant, sleep};
 
 use super::cluster::{Cluster, PATIENCE, id, until};
-use crate::api::{Coordinator, CoordinatorError};
+use crate::api::{Coordinator, CoordinatorError, MembersError, Membership};
 use crate::conformance::{put, settle};
-use crate::embedded::{Embedded, MembersError};
+use crate::embedded::{Embedded, RecoverError, stand_alone, survey};
 use crate::raft::{Change, Timings};
 
 const TTL: Duration = Duration::from_millis(1500);
@@ -80,10 +80,7 @@ async fn from_one_voter_to_five_and_back_with_the_lease_held() {
         cluster.sees(&id(i), "a", "1").await;
     }
     let members = cluster.nodes[&id(4)].members();
-    assert_eq!(
-        (members.settled.voters.len(), members.settled.epoch),
-        (5, 4)
-    );
+    assert_eq!((members.voters.len(), members.epoch), (5, 4));
     // The new ones count: two of the five may go.
     cluster.kill(&id(1));
     cluster.kill(&id(2));
@@ -106,10 +103,7 @@ async fn from_one_voter_to_five_and_back_with_the_lease_held() {
     let longest = held.await.unwrap();
     assert!(longest < TTL, "{longest:?} without a renewal");
     let members = cluster.nodes[&id(0)].members();
-    assert_eq!(
-        (members.settled.voters.len(), members.settled.epoch),
-        (1, 8)
-    );
+    assert_eq!((members.voters.len(), members.epoch), (1, 8));
     cluster.stop().await;
 }
 
@@ -200,7 +194,7 @@ async fn a_member_that_moves_is_found_at_its_new_address() {
     cluster.write(&id(1), "a", "1").await;
     until("the log says where it is", || async {
         let members = cluster.nodes[&id(2)].members();
-        members.settled.addresses.get(&id(1)) == Some(&address)
+        members.addresses.get(&id(1)) == Some(&address)
     })
     .await;
     // Restarted, the others find it by the log.
@@ -234,5 +228,50 @@ async fn a_host_that_comes_back_with_an_empty_disk_is_readmitted_by_itself() {
     })
     .await;
     assert!(back.txn(put("b", 0, "3")).await.is_ok());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_survivor_goes_on_when_the_majority_is_lost_for_good() {
+    let mut cluster = Cluster::start(3).await;
+    settle(&cluster.handles()).await;
+    cluster.write(&id(0), "a", "1").await;
+    cluster.sees(&id(1), "a", "1").await;
+    until("the lease", || async {
+        cluster.nodes[&id(0)].renew(Term(4), TTL).await.is_ok()
+    })
+    .await;
+    let dir = cluster.file(&id(1)).parent().unwrap().to_owned();
+    assert!(
+        survey(&dir).is_err(),
+        "not while the voter runs: it has the directory"
+    );
+    for i in [0, 2, 1] {
+        cluster.nodes.remove(&id(i)).unwrap().stop().await;
+    }
+    let known = survey(&dir).unwrap();
+    assert_eq!(known.snapshot.get("a").map(|v| v.value.as_str()), Some("1"));
+    assert!(matches!(
+        stand_alone(&dir, &id(9)),
+        Err(RecoverError::Refused(_))
+    ));
+    let after = stand_alone(&dir, &id(1)).unwrap();
+    assert_eq!(after.config.removed, [id(0), id(2)].into());
+    cluster.start_node(&id(1)).await;
+    cluster.sees(&id(1), "a", "1").await;
+    cluster.write(&id(1), "b", "2").await;
+    until("the lost leader's term is over", || async {
+        cluster.nodes[&id(1)].free(Term(4)).await == Ok(true)
+    })
+    .await;
+    // One that comes back is told, and another host is taken in.
+    cluster.start_node(&id(2)).await;
+    let told = cluster.nodes[&id(2)].removed();
+    until("it is told that it was removed", || async {
+        *told.borrow()
+    })
+    .await;
+    take_in(&mut cluster, &id(1), &id(3)).await;
+    cluster.sees(&id(3), "b", "2").await;
     cluster.stop().await;
 }
