@@ -36,7 +36,7 @@ const SAY_INTERVAL: Duration = Duration::from_secs(2);
 const TRIES_MAX: usize = 20;
 
 /// Asks the members at these addresses, one after the other and for as long as it takes, to take this one in.
-/// Returns the others' coordinators. A refusal ends it.
+/// Returns the others' coordinators. Only another cluster's name ends it.
 pub async fn join(
     at: &[String],
     token: Token,

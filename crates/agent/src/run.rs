@@ -82,7 +82,16 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
         .enable_all()
         .build()
         .map_err(io("cannot start the lease's runtime"))?;
-    let outcome = match start_coordinator(&config, &secrets, &runtime).await {
+    let mut told = shutdown.clone();
+    // Asking to be taken in goes on until somebody does.
+    let started = tokio::select! {
+        started = start_coordinator(&config, &secrets, &runtime) => started,
+        _ = told.wait_for(|on| *on) => {
+            runtime.shutdown_background();
+            return Ok(());
+        }
+    };
+    let outcome = match started {
         Ok(embedded) => {
             let dir = config.dir.clone();
             let removed = embedded.removed();
@@ -90,13 +99,10 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
             let outcome = run_with(config, embedded.clone(), runtime.handle(), stop).await;
             embedded.stop().await;
             let removed = *removed.borrow();
-            outcome.and_then(|()| {
-                if removed {
-                    Err(AgentError::Removed(dir))
-                } else {
-                    Ok(())
-                }
-            })
+            match outcome {
+                Ok(()) if removed => Err(AgentError::Removed(dir)),
+                outcome => outcome,
+            }
         }
         Err(error) => Err(error),
     };

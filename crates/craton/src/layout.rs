@@ -187,7 +187,7 @@ impl Layout {
     }
 
     /// By its name, so that it stays the same while others come and go.
-    fn member_number(&self, id: &MemberId) -> u16 {
+    fn member_number(id: &MemberId) -> u16 {
         let letter = id.as_str().bytes().next().unwrap_or(b'a');
         u16::from(letter.saturating_sub(b'a')) + 1
     }
@@ -204,17 +204,17 @@ impl Layout {
 
     /// A member's PostgreSQL port.
     pub fn postgres_port(&self, id: &MemberId) -> u16 {
-        self.port(10) + self.member_number(id)
+        self.port(10) + Self::member_number(id)
     }
 
     /// A member's agent API port.
     pub fn api_port(&self, id: &MemberId) -> u16 {
-        self.port(20) + self.member_number(id)
+        self.port(20) + Self::member_number(id)
     }
 
     /// A member's coordinator port.
     pub fn coordinator_port(&self, id: &MemberId) -> u16 {
-        self.port(30) + self.member_number(id)
+        self.port(30) + Self::member_number(id)
     }
 
     /// The proxy's HTTP port.

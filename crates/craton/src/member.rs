@@ -12,7 +12,7 @@ use crate::access::Access;
 use crate::exit::{self, NOT_IN_TIME, Problem, USAGE};
 use crate::layout::{Daemon, Layout};
 use crate::output::{self, Colour, cell, paint, plain};
-use crate::{owner, processes, settings};
+use crate::{owner, processes, settings, supervise};
 
 /// How long a change of the members may take before the command stops waiting.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(90);
@@ -127,6 +127,8 @@ async fn forget_local(dir: &Path, member: &MemberId) -> anyhow::Result<()> {
     layout.write()?;
     settings::write_all(&layout)?;
     let name = Daemon::Node(member.clone()).name();
+    // A start that was under way when the description changed is the last one.
+    tokio::time::sleep(supervise::DESCRIPTION_POLL).await;
     let deadline = Instant::now() + STOP_TIMEOUT;
     if let Some(agent) = processes::running(&layout, &name) {
         output::note(format!("{member} stops …"));

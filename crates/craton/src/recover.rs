@@ -28,7 +28,7 @@ pub fn run(args: &RecoverArgs) -> anyhow::Result<u8> {
     let settings: craton_agent::AgentConfig = config::load(&args.daemon, "node")?;
     let dir = settings.dir.join("coordinator");
     let me = settings.member;
-    let before = survey(&dir).map_err(problem)?;
+    let before = survey(&dir).map_err(|e| problem(&e))?;
     let others: Vec<&MemberId> = before.config.members().filter(|m| **m != me).collect();
     output::line(known(&before, &me));
     if others.is_empty() {
@@ -40,7 +40,7 @@ pub fn run(args: &RecoverArgs) -> anyhow::Result<u8> {
     if !args.yes && !confirmed(&me)? {
         return Ok(exit::FAILURE);
     }
-    let after = stand_alone(&dir, &me).map_err(problem)?;
+    let after = stand_alone(&dir, &me).map_err(|e| problem(&e))?;
     let removed: Vec<&str> = after.config.removed.iter().map(MemberId::as_str).collect();
     output::line(format!(
         "{me} is the only voter now (epoch {}); removed: {}\n\
@@ -53,8 +53,8 @@ pub fn run(args: &RecoverArgs) -> anyhow::Result<u8> {
     Ok(exit::OK)
 }
 
-fn problem(error: RecoverError) -> anyhow::Error {
-    let hint = match &error {
+fn problem(error: &RecoverError) -> anyhow::Error {
+    let hint = match error {
         RecoverError::Open(_) => "stop this member's agent first, and run this as its user",
         RecoverError::Refused(_) => "nothing was changed",
     };

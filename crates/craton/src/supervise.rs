@@ -35,7 +35,7 @@ const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 const PROVEN_AFTER: Duration = Duration::from_secs(5);
 
 /// How often the cluster's description is read again: members come and go.
-const DESCRIPTION_POLL: Duration = Duration::from_secs(1);
+pub const DESCRIPTION_POLL: Duration = Duration::from_secs(1);
 
 /// How often a hold file is looked at.
 const HOLD_POLL: Duration = Duration::from_millis(50);
