@@ -18,6 +18,19 @@ pub struct Peer {
     pub address: String,
 }
 
+/// Whether a member that joined gets a say in the coordinator.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VoterWish {
+    /// While that makes the number of voters odd: an even number survives no more losses than one less.
+    #[default]
+    Auto,
+    /// In any case.
+    Always,
+    /// Never.
+    Never,
+}
+
 /// The `[node]` table.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -42,8 +55,20 @@ pub struct AgentConfig {
     pub api_advertise: Option<String>,
     /// Where the coordinator listens, `address:port`.
     pub peer_listen: String,
-    /// All voters, this member included.
+    /// Under which `host:port` others reach the coordinator; as `peers` says, else the listen address, if not given.
+    #[serde(default)]
+    pub peer_advertise: Option<String>,
+    /// The voters that a new cluster begins with, this member included. Later it is only where the others are
+    /// looked for first: who takes part is in the coordinator.
+    #[serde(default)]
     pub peers: Vec<Peer>,
+    /// Control APIs of members, `host:port`, one of which is asked to take this member in when it starts with an
+    /// empty directory. With this, `peers` may be left out.
+    #[serde(default)]
+    pub join: Vec<String>,
+    /// Whether a member that joined gets a say in the coordinator.
+    #[serde(default)]
+    pub voter: VoterWish,
     /// Preference in elections, greater is better; 0: never the leader.
     #[serde(default = "priority")]
     pub priority: u32,
@@ -96,11 +121,20 @@ impl AgentConfig {
             .unwrap_or_else(|| self.api_listen.clone())
     }
 
+    /// Under which address others reach the coordinator.
+    pub fn peer_address(&self) -> String {
+        let listed = self.peers.iter().find(|p| p.member == self.member);
+        self.peer_advertise
+            .clone()
+            .or_else(|| listed.map(|p| p.address.clone()))
+            .unwrap_or_else(|| self.peer_listen.clone())
+    }
+
     /// Says what is wrong, if anything.
     pub fn validate(&self) -> Result<(), String> {
-        if !self.peers.iter().any(|p| p.member == self.member) {
+        if self.join.is_empty() && !self.peers.iter().any(|p| p.member == self.member) {
             return Err(format!(
-                "node.peers does not list this member ({}): list every voter, this one included",
+                "node.peers does not list this member ({}): for a new cluster list every voter, this one included; to join one, name its members' APIs in node.join",
                 self.member
             ));
         }

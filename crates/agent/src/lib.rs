@@ -16,6 +16,7 @@ pub mod config;
 mod enrol;
 pub mod fencing;
 pub mod lease;
+pub mod members;
 pub mod metrics;
 pub mod parameters;
 pub mod promises;
@@ -27,5 +28,6 @@ pub mod store;
 mod trust;
 pub mod views;
 
-pub use config::{AgentConfig, Peer, Secrets};
+pub use config::{AgentConfig, Peer, Secrets, VoterWish};
+pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};
 pub use run::{AgentError, run, run_with};

@@ -10,7 +10,8 @@ use craton_console::Token;
 use craton_console::client::Client;
 use craton_console::metrics::Metrics;
 use craton_console::server::{Health, Service, serve};
-use craton_coordinator::api::Coordinator;
+use craton_console::views::JoinRequest;
+use craton_coordinator::api::{Coordinator, Membership as _};
 use craton_coordinator::embedded::{Embedded, EmbeddedConfig};
 use craton_core::Term;
 use craton_core::promise::Book;
@@ -27,6 +28,7 @@ use crate::config::{AgentConfig, Secrets};
 use crate::enrol::{self, Enrolment};
 use crate::fencing::Fencing;
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
+use crate::members;
 use crate::metrics::AgentMetrics;
 use crate::promises::OverHttp;
 use crate::server::LocalServer;
@@ -59,6 +61,9 @@ pub enum AgentError {
         /// The system's answer.
         source: std::io::Error,
     },
+    /// The others have removed this member.
+    #[error("this member was removed from the cluster: its agent stops. To bring the host back in, empty {} and set node.join", .0.display())]
+    Removed(PathBuf),
     /// The coordinator could not start.
     #[error("the coordinator cannot start: {0}")]
     Coordinator(String),
@@ -83,17 +88,47 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
         .enable_all()
         .build()
         .map_err(io("cannot start the lease's runtime"))?;
-    let outcome = match start_coordinator(&config, &secrets, trust.clone(), &runtime).await {
+    let mut told = shutdown.clone();
+    // Asking to be taken in goes on until somebody does.
+    let started = tokio::select! {
+        started = start_coordinator(&config, &secrets, trust.clone(), &runtime) => started,
+        _ = told.wait_for(|on| *on) => {
+            runtime.shutdown_background();
+            return Ok(());
+        }
+    };
+    let outcome = match started {
         Ok(embedded) => {
-            let outcome =
-                run_with(config, embedded.clone(), trust, runtime.handle(), shutdown).await;
+            let dir = config.dir.clone();
+            let removed = embedded.removed();
+            let stop = either(shutdown, removed.clone());
+            let outcome = run_with(config, embedded.clone(), trust, runtime.handle(), stop).await;
             embedded.stop().await;
-            outcome
+            let removed = *removed.borrow();
+            match outcome {
+                Ok(()) if removed => Err(AgentError::Removed(dir)),
+                outcome => outcome,
+            }
         }
         Err(error) => Err(error),
     };
     runtime.shutdown_background();
     outcome
+}
+
+/// Turns true with the first of two.
+fn either(mut a: watch::Receiver<bool>, mut b: watch::Receiver<bool>) -> watch::Receiver<bool> {
+    let (tx, rx) = watch::channel(false);
+    tokio::spawn(async move {
+        // A sender that is gone says nothing more.
+        tokio::select! {
+            Ok(_) = a.wait_for(|on| *on) => {}
+            Ok(_) = b.wait_for(|on| *on) => {}
+            else => return,
+        }
+        tx.send_replace(true);
+    });
+    rx
 }
 
 /// As [`run`], with a coordinator and certificates that are there already. `lease_runtime` carries the lease, and should carry
@@ -118,10 +153,7 @@ pub async fn run_with(
         let standby = server.instance.data_dir().join("standby.signal").exists();
         server.hold(process, !standby);
     }
-    let asker = match &trust {
-        Some(trust) => Client::trusted(Arc::clone(trust), Role::Node),
-        None => Client::new(token.clone()),
-    };
+    let asker = client(&config, trust.as_ref())?;
     let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, asker);
     if let Some(process) = adopted.filter(|_| server.is_maybe_primary()) {
         // The former agent may have been killed between the start and the order. After the lease: the
@@ -159,8 +191,17 @@ pub async fn run_with(
     trust::keep(trust, &config, &server, &mut background);
     background.spawn(Arc::clone(&server).watch());
     background.spawn(Arc::clone(&server).knock());
-    background.spawn(slots::keep(Arc::clone(&server), seen.clone()));
     background.spawn(parameters::keep(Arc::clone(&server)));
+    background.spawn(members::keep_say(
+        Arc::clone(&coordinator),
+        config.member.clone(),
+        config.voter,
+    ));
+    background.spawn(slots::keep(
+        Arc::clone(&server),
+        seen.clone(),
+        Arc::clone(&coordinator),
+    ));
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
@@ -178,6 +219,14 @@ pub async fn run_with(
     background.shutdown().await;
     stop(&server, &lease, &coordinator, &fencing).await;
     Ok(())
+}
+
+/// A client for the other members' control APIs.
+fn client(config: &AgentConfig, trust: Option<&Arc<Trust>>) -> Result<Client, AgentError> {
+    Ok(match trust {
+        Some(trust) => Client::trusted(Arc::clone(trust), Role::Node),
+        None => Client::new(trust::token(config, None)?),
+    })
 }
 
 fn start_lease(
@@ -309,25 +358,42 @@ fn write_passfile(dir: &Path, secrets: &Secrets) -> Result<PathBuf, AgentError> 
     Ok(path)
 }
 
+/// No coordinator has ever run here.
+fn is_new(dir: &Path) -> bool {
+    !dir.join(craton_coordinator::embedded::LOG_FILE).exists()
+}
+
 async fn start_coordinator(
     config: &AgentConfig,
     secrets: &Secrets,
     trust: Option<Arc<Trust>>,
     runtime: &tokio::runtime::Runtime,
 ) -> Result<Arc<Embedded>, AgentError> {
-    let settings = EmbeddedConfig::new(
+    let listed = config.peers.iter();
+    let mut peers: Vec<_> = listed
+        .map(|p| (p.member.clone(), p.address.clone()))
+        .collect();
+    let dir = config.dir.join("coordinator");
+    if !config.join.is_empty() && is_new(&dir) {
+        let request = JoinRequest {
+            member: config.member.clone(),
+            address: config.peer_address(),
+        };
+        let client = client(config, trust.as_ref())?;
+        peers = members::join(&config.join, client, &request, &config.cluster)
+            .await
+            .map_err(AgentError::Config)?;
+    }
+    let mut settings = EmbeddedConfig::new(
         config.cluster.clone(),
         config.member.clone(),
-        config
-            .peers
-            .iter()
-            .map(|p| (p.member.clone(), p.address.clone()))
-            .collect(),
+        peers,
         config.peer_listen.clone(),
-        config.dir.join("coordinator"),
+        dir,
         secrets.peers.clone(),
     )
     .with_trust(trust);
+    settings.advertise = Some(config.peer_address());
     runtime
         .spawn(async move { Embedded::start(settings).await })
         .await
@@ -366,6 +432,7 @@ async fn serve_http(
         origins: Arc::new(config.origins.clone()),
         actor: Arc::clone(actor),
     });
+    let routes = routes.merge(members::routes(Arc::clone(coordinator)));
     let enrolment = Enrolment {
         cluster: config.cluster.clone(),
         secrets: config.secrets.clone(),

@@ -1,9 +1,11 @@
 //! One physical replication slot per member, kept on every member and advanced, so that whoever is
 //! promoted still has the WAL that the others (and the backup) need.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use craton_coordinator::api::{Coordinator, Membership};
 use craton_core::observe::{Observation, ServerView};
 use craton_core::{Lsn, MemberId};
 use tokio::sync::watch;
@@ -19,12 +21,18 @@ const QUERY_MAX: Duration = Duration::from_secs(5);
 pub const BACKUP_SLOT: &str = "craton_backup";
 
 /// Runs until the agent ends.
-pub async fn keep(server: Arc<LocalServer>, seen: watch::Receiver<Option<Seen>>) {
+pub async fn keep(
+    server: Arc<LocalServer>,
+    seen: watch::Receiver<Option<Seen>>,
+    coordinator: Arc<dyn Coordinator>,
+) {
     loop {
         tokio::time::sleep(INTERVAL).await;
         let newest = seen.borrow().clone();
+        let members = coordinator.membership().map(Membership::members);
+        let removed = members.map(|m| m.removed).unwrap_or_default();
         if let Some(seen) = newest
-            && let Err(error) = once(&server, &seen.0).await
+            && let Err(error) = once(&server, &seen.0, &removed).await
         {
             tracing::debug!(%error, "replication slots could not be looked after");
         }
@@ -40,7 +48,11 @@ pub fn of_others<'a>(me: &MemberId, members: impl Iterator<Item = &'a MemberId>)
         .collect()
 }
 
-async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::PgError> {
+async fn once(
+    server: &LocalServer,
+    o: &Observation,
+    removed: &BTreeSet<MemberId>,
+) -> Result<(), craton_pg::PgError> {
     let (Some(view), ServerView::Running(s)) = (&o.view, &o.server) else {
         return Ok(());
     };
@@ -49,6 +61,15 @@ async fn once(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::Pg
         return Ok(());
     }
     server.control.ensure_slots(&wanted, QUERY_MAX).await?;
+    let there = server.sample().map(|s| s.slots).unwrap_or_default();
+    let removed = removed.iter().map(MemberId::slot_name);
+    for slot in removed.filter(|slot| !wanted.contains(slot)) {
+        // It would keep WAL for a member that never comes back, until the disk is full.
+        if there.iter().any(|s| s.name == slot && !s.active) {
+            tracing::info!(slot, "dropping the slot of a member that was removed");
+            server.control.drop_slot(&slot, QUERY_MAX).await?;
+        }
+    }
     if !s.in_recovery {
         return Ok(());
     }

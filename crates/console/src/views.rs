@@ -396,3 +396,58 @@ pub struct ErrorView {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
+
+/// `POST /v1/members/join`: a host asks to be taken in.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct JoinRequest {
+    /// Its name.
+    pub member: MemberId,
+    /// Where its coordinator will listen, `host:port`.
+    pub address: String,
+}
+
+/// The answer: who is there already.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct JoinView {
+    /// Cluster name.
+    pub cluster: String,
+    /// The others' coordinators.
+    pub peers: Vec<PlaceView>,
+}
+
+/// A member's place in the coordinator.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PlaceView {
+    /// Who.
+    pub member: MemberId,
+    /// Where its coordinator is reached, `host:port`; none if that is not known here.
+    pub address: Option<String>,
+    /// Whether it has a say.
+    pub voter: bool,
+    /// True if it has a PostgreSQL that the cluster knows of.
+    pub data: bool,
+    /// How long ago it was heard, in milliseconds.
+    pub heard_ms_ago: Option<u64>,
+}
+
+/// The answer to `GET /v1/members`, and to changes of the members.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MembersView {
+    /// Cluster name.
+    pub cluster: String,
+    /// How often the set of voters has changed.
+    pub epoch: u64,
+    /// How many voters must be there for the cluster to act.
+    pub majority: usize,
+    /// Members, in order of their names.
+    pub members: Vec<PlaceView>,
+    /// Who was removed.
+    pub removed: Vec<MemberId>,
+}
+
+/// `POST /v1/members/{remove,promote,demote}`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MemberRequest {
+    /// Who.
+    pub member: MemberId,
+}

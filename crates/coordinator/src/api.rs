@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::place::Place;
+use crate::raft::{Change, Configuration};
 
 /// A value with the revision that last changed it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -187,6 +188,41 @@ pub trait Coordinator: Send + Sync + 'static {
         let why = format!("this coordinator knows no other place than its own, so not {place}");
         Box::pin(std::future::ready(Err(CoordinatorError::Refused(why))))
     }
+
+    /// Who takes part, and how that is changed; none where that is somebody else's business.
+    fn membership(&self) -> Option<&dyn Membership> {
+        None
+    }
+}
+
+/// Why a change of the members was not made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum MembersError {
+    /// The coordinator.
+    #[error(transparent)]
+    Coordinator(#[from] CoordinatorError),
+    /// The Raft leader refuses; nothing was done.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// Who takes part in a coordinator that runs inside the members.
+pub trait Membership: Send + Sync {
+    /// Who takes part, as committed.
+    fn members(&self) -> Configuration;
+
+    /// Changes the members: returns once the change is committed, and a majority of the voters that there are
+    /// then gives and ends leases by it. The same again is harmless.
+    fn change(
+        &self,
+        change: Change,
+    ) -> Pin<Box<dyn Future<Output = Result<(), MembersError>> + Send + '_>>;
+
+    /// Where a member's coordinator is reached, `host:port`.
+    fn address_of(&self, member: &MemberId) -> Option<String>;
+
+    /// True once the others have said that this member was removed.
+    fn removed(&self) -> watch::Receiver<bool>;
 }
 
 /// The longest any call takes.

@@ -11,6 +11,34 @@
 //! Why a majority is enough: a lease renewal and a "free" both need a majority, any two majorities share a
 //! voter, and that voter does not do both: once it called t free it refuses t, and while it promises t it
 //! refuses to call t free.
+//!
+//! # When the voters change
+//!
+//! Majorities of sets of voters that are several changes apart need not share a voter. So every set has a number,
+//! its **epoch**, and every question says by which epoch its answers will be counted. Write V(e) for the voters of
+//! epoch e.
+//!
+//! 1. A voter answers for one epoch only: the one it has *settled* in, and no more once it has *left* it.
+//! 2. To settle in e, after V(e) is committed, it asks V(e-1) to leave: whoever is asked notes on disk that it
+//!    answers for no epoch below e, and only then hands out its notes. A majority of V(e-1) is needed; the voter
+//!    joins their notes with its own, and notes that with e on disk.
+//! 3. In the first ttl after settling it calls nothing free, as after a start.
+//! 4. V(e+1) is proposed only once a majority of V(e) has settled in e (or later).
+//!
+//! Why that is enough. Let a renewal of t be counted by V(i) and "t is free" by V(j).
+//! * *j = i, or one apart:* the majorities share a voter, and what it promised and noted goes with it.
+//! * *j > i + 1:* by 4, before V(i+2) was proposed a majority of V(i+1) had settled there. It shares a voter with the
+//!   majority that promised, which had promised before it settled. All that call t free settled in j
+//!   later than that, and wait for the longest ttl from there on (3): the lease is over. They know how long that is, by
+//!   the next point.
+//! * *i > j + 1:* "t is free for ever" must be known to whoever promises. Say a note *covers* j if it includes
+//!   all that a majority of V(j) ever called free, and the length of every lease that it promised. A voter that
+//!   settled in e covers e-1: a majority of V(e-1) has left, one of each majority of V(e-1) is among them,
+//!   and nothing is added any more. By 4 one of those that it asked had settled in e-1, so covers
+//!   e-2; and so on down. Thus whoever has settled in i covers j, and refuses t.
+//!
+//! What is taken over from others only ever makes a voter refuse ([`LeaseNote::closed_through`]): one that called a
+//! term free may have been the only one.
 
 use std::time::Duration;
 
@@ -29,6 +57,16 @@ pub struct LeaseNote {
     pub free_through: Term,
     /// The longest promise ever given, in milliseconds, rounded up.
     pub ttl_max_ms: u64,
+    /// No promise either for these terms, because another voter called them free. This one does not, before it
+    /// knows by itself: the other may be the only one, and the lease held.
+    #[serde(default)]
+    pub closed_through: Term,
+    /// The epoch of voters that it has settled in.
+    #[serde(default)]
+    pub epoch: u64,
+    /// It answers for no epoch below this one.
+    #[serde(default)]
+    pub left: u64,
 }
 
 impl LeaseNote {
@@ -38,7 +76,25 @@ impl LeaseNote {
         Self {
             free_through: self.free_through.max(other.free_through),
             ttl_max_ms: self.ttl_max_ms.max(other.ttl_max_ms),
+            closed_through: self.closed_through.max(other.closed_through),
+            epoch: self.epoch.max(other.epoch),
+            left: self.left.max(other.left),
         }
+    }
+
+    /// What another voter may take over: what not to promise, and how long to wait.
+    #[must_use]
+    pub fn knowledge(self) -> Self {
+        Self {
+            closed_through: self.closed(),
+            ttl_max_ms: self.ttl_max_ms,
+            ..Self::default()
+        }
+    }
+
+    /// Nothing is promised for this term or a lower one.
+    fn closed(self) -> Term {
+        self.free_through.max(self.closed_through)
     }
 }
 
@@ -53,10 +109,13 @@ struct Promise {
 /// One voter.
 #[derive(Clone, Debug)]
 pub struct Voter {
-    started_at: BootTime,
+    /// Since when it knows of all promises that may count: its start, or when it settled in its epoch.
+    knows_since: BootTime,
     note: LeaseNote,
     /// Decided to be free, perhaps not on disk yet: refused already, but not called free yet.
     closing: Term,
+    /// Decided to leave the epochs below, perhaps not on disk yet: answered for no more.
+    leaving: u64,
     promise: Option<Promise>,
 }
 
@@ -75,9 +134,10 @@ impl Voter {
     /// A voter that starts now, with what it found on its disk.
     pub fn new(started_at: BootTime, note: LeaseNote) -> Self {
         Self {
-            started_at,
+            knows_since: started_at,
             note,
-            closing: note.free_through,
+            closing: note.closed(),
+            leaving: note.left,
             promise: None,
         }
     }
@@ -90,7 +150,47 @@ impl Voter {
     /// This is on disk now.
     pub fn noted(&mut self, note: LeaseNote) {
         self.note = self.note.join(note);
-        self.closing = self.closing.max(self.note.free_through);
+        self.closing = self.closing.max(self.note.closed());
+        self.leaving = self.leaving.max(self.note.left);
+    }
+
+    /// Whether this voter answers questions that are counted by the voters of `epoch`; if not, why.
+    pub fn answers_for(&self, epoch: u64) -> Result<(), String> {
+        if epoch == self.note.epoch && epoch >= self.leaving {
+            return Ok(());
+        }
+        Err(format!(
+            "this voter has settled in epoch {} of the voters and answers for none below {}, not for {epoch}",
+            self.note.epoch, self.leaving
+        ))
+    }
+
+    /// Asked by a voter of `epoch` to answer for no earlier one. After "yes" its note is final for those.
+    pub fn leave(&mut self, epoch: u64) -> Answer {
+        if epoch <= self.note.left {
+            return Answer::Yes;
+        }
+        self.leaving = self.leaving.max(epoch);
+        Answer::AfterNote(LeaseNote {
+            left: epoch,
+            ..self.note
+        })
+    }
+
+    /// A majority of the voters of the epoch before has left; `known` is the join of their notes. Once the result
+    /// is on disk, this voter answers for `epoch`.
+    pub fn settle(&mut self, now: BootTime, epoch: u64, known: LeaseNote) -> Answer {
+        if epoch <= self.note.epoch {
+            return Answer::Yes;
+        }
+        // Promises of others, given in earlier epochs, may run.
+        self.knows_since = self.knows_since.max(now);
+        let next = LeaseNote {
+            epoch,
+            left: epoch,
+            ..known.knowledge()
+        };
+        Answer::AfterNote(self.note.join(next))
     }
 
     /// A renewal (or first taking) of `term` by `holder`.
@@ -100,7 +200,7 @@ impl Voter {
         }
         if term <= self.closing {
             return Answer::No(format!(
-                "term {term} is over: free through {}",
+                "term {term} is over: called free through {}",
                 self.closing
             ));
         }
@@ -187,7 +287,8 @@ impl Voter {
         }
         if !self.released(term) && !self.remembers(now) {
             return Answer::No(
-                "this voter started less than a lease ago and may have promised".to_owned(),
+                "this voter started, or got its say, less than a lease ago: a promise may run that it does not know of"
+                    .to_owned(),
             );
         }
         self.closing = self.closing.max(term);
@@ -197,10 +298,10 @@ impl Voter {
         })
     }
 
-    /// False while a promise that was given before the start, and is forgotten, could still run.
+    /// False while a promise that is forgotten, or was given in another epoch, could still run.
     fn remembers(&self, now: BootTime) -> bool {
         now >= self
-            .started_at
+            .knows_since
             .after(Duration::from_millis(self.note.ttl_max_ms))
     }
 
@@ -223,5 +324,7 @@ impl Voter {
     }
 }
 
+#[cfg(test)]
+mod epochs;
 #[cfg(test)]
 mod tests;

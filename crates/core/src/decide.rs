@@ -20,7 +20,9 @@ use std::time::Duration;
 
 use crate::observe::{DataView, Observation, ServerView};
 use crate::promise::PromiseNeed;
-use crate::records::{Change, ClusterView, Event, Key, Leadership, Record, Timelines};
+use crate::records::{
+    Change, ClusterView, Event, Key, Leadership, MemberRecord, Record, Timelines,
+};
 use crate::settings::{Durability, Settings};
 use crate::sync::SyncSet;
 use crate::types::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
@@ -507,11 +509,16 @@ fn remember_leadership(mind: &mut Mind<'_>, view: &ClusterView) {
 fn register(mind: &mut Mind<'_>, view: &ClusterView) {
     let me = &mind.o.me;
     let known = view.members.get(&me.id);
-    if view.cluster.is_some() && known.map(|k| &k.value) != Some(&me.record()) {
+    let record = MemberRecord {
+        // For others to say.
+        leaving: known.is_some_and(|k| k.value.leaving),
+        ..me.record()
+    };
+    if view.cluster.is_some() && known.map(|k| &k.value) != Some(&record) {
         let key = Key::Member(me.id.clone());
         let change = Change {
             expect: vec![(key.clone(), view.revision_of(&key))],
-            puts: vec![Record::Member(me.id.clone(), me.record())],
+            puts: vec![Record::Member(me.id.clone(), record)],
             deletes: vec![],
         };
         mind.submit(change);

@@ -37,6 +37,7 @@ impl Me {
             api: self.api.clone(),
             priority: self.priority,
             incarnation: self.incarnation,
+            leaving: false,
         }
     }
 

@@ -156,6 +156,9 @@ pub struct MemberRecord {
     pub priority: u32,
     /// Its data directory's present life; none before the first.
     pub incarnation: Option<Incarnation>,
+    /// It is being taken out of the cluster: no commit is to wait for it any more.
+    #[serde(default)]
+    pub leaving: bool,
 }
 
 /// What the operator asked for.

@@ -11,7 +11,7 @@ use craton_core::MemberId;
 use crate::access::Access;
 use crate::{
     backup, ca, change, configure, daemons, divergence, down, drill, explain, history, join,
-    layout, psql, restore, status, supervise, up,
+    layout, member, psql, recover, restore, status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -102,6 +102,11 @@ pub enum Command {
     Config(configure::ConfigCommand),
     /// Changes of leadership and what was asked for, oldest first
     History,
+    /// Who takes part: list, take out, give and take a say
+    #[command(subcommand)]
+    Member(member::MemberCommand),
+    /// On a surviving member whose agent is stopped: go on alone when the majority of the voters is lost for good
+    Recover(recover::RecoverArgs),
     /// WAL that members kept because the cluster does not have it
     #[command(subcommand)]
     Divergence(divergence::DivergenceCommand),
@@ -165,9 +170,9 @@ impl Durability {
 /// `craton up`
 #[derive(Args, Debug)]
 pub struct UpArgs {
-    /// How many members
-    #[arg(long, default_value_t = MEMBERS_DEFAULT, value_parser = clap::value_parser!(u8).range(1..=i64::from(layout::MEMBERS_MAX)))]
-    pub members: u8,
+    /// How many members [default: 3]; more than a running cluster has are added to it
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=i64::from(layout::MEMBERS_MAX)))]
+    pub members: Option<u8>,
     /// When a commit is acknowledged
     #[arg(long, value_enum, default_value_t = Durability::Quorum)]
     pub durability: Durability,
@@ -274,7 +279,9 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         } => wait_for(change::failover(&access()?, to, allow_data_loss, json)),
         Command::Config(command) => wait_for(configure::run(&access()?, command, json)),
         Command::History => wait_for(history::run(&access()?, json)),
+        Command::Member(command) => wait_for(member::run(&access()?, &dir, command, json)),
         Command::Divergence(command) => wait_for(divergence::run(&access()?, command, json)),
+        Command::Recover(args) => recover::run(&args),
         Command::Psql(args) => psql::run(&dir, args),
         Command::Backup(command) => backup::run(&dir, command, json),
         Command::Ca(command) => run_ca(command, &dir, access, json),

@@ -45,6 +45,9 @@ pub struct ClusterFile {
     pub base_port: u16,
     /// Its members.
     pub members: Vec<MemberId>,
+    /// Those of them that joined the running cluster.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub joined: Vec<MemberId>,
     /// `async`, `quorum` or `strict`.
     pub durability: String,
     /// Whether the sample map is (to be) loaded.
@@ -83,6 +86,28 @@ impl Layout {
             root: root.to_owned(),
             cluster,
         }))
+    }
+
+    /// Writes the description.
+    pub fn write(&self) -> anyhow::Result<()> {
+        let text = toml::to_string(&self.cluster)?;
+        crate::secrets::write_private(&self.root.join(CLUSTER_FILE), &text)
+    }
+
+    /// Adds members until there are `count`, under names that have not been used here.
+    pub fn grow(&mut self, count: u8) -> anyhow::Result<Vec<MemberId>> {
+        let mut added = Vec::new();
+        for name in member_names(MEMBERS_MAX)? {
+            if self.cluster.members.len() >= usize::from(count) {
+                break;
+            }
+            if !self.cluster.members.contains(&name) && !self.member(&name).exists() {
+                self.cluster.members.push(name.clone());
+                self.cluster.joined.push(name.clone());
+                added.push(name);
+            }
+        }
+        Ok(added)
     }
 
     /// Reads the description, or says that there is no cluster.
@@ -161,14 +186,10 @@ impl Layout {
         self.cluster.base_port.saturating_add(offset)
     }
 
-    fn member_number(&self, id: &MemberId) -> u16 {
-        let position = self
-            .cluster
-            .members
-            .iter()
-            .position(|m| m == id)
-            .unwrap_or(0);
-        u16::try_from(position).unwrap_or(0) + 1
+    /// By its name, so that it stays the same while others come and go.
+    fn member_number(id: &MemberId) -> u16 {
+        let letter = id.as_str().bytes().next().unwrap_or(b'a');
+        u16::from(letter.saturating_sub(b'a')) + 1
     }
 
     /// The proxy's port for writes.
@@ -183,17 +204,17 @@ impl Layout {
 
     /// A member's PostgreSQL port.
     pub fn postgres_port(&self, id: &MemberId) -> u16 {
-        self.port(10) + self.member_number(id)
+        self.port(10) + Self::member_number(id)
     }
 
     /// A member's agent API port.
     pub fn api_port(&self, id: &MemberId) -> u16 {
-        self.port(20) + self.member_number(id)
+        self.port(20) + Self::member_number(id)
     }
 
     /// A member's coordinator port.
     pub fn coordinator_port(&self, id: &MemberId) -> u16 {
-        self.port(30) + self.member_number(id)
+        self.port(30) + Self::member_number(id)
     }
 
     /// The proxy's HTTP port.
@@ -321,6 +342,7 @@ mod tests {
             name: "local".into(),
             base_port: 6430,
             members: member_names(members).unwrap(),
+            joined: Vec::new(),
             durability: "quorum".into(),
             sample: true,
             postgres_bin: "/usr/lib/postgresql/15/bin".into(),

@@ -134,7 +134,18 @@ pub fn disk(dir: &Path) -> anyhow::Result<()> {
 
 /// Checks that nobody listens on the cluster's ports.
 pub fn ports(layout: &Layout) -> anyhow::Result<()> {
-    for (port, purpose) in layout.ports() {
+    are_free(layout, layout.ports())
+}
+
+/// The ports that this cluster has and an earlier description had not.
+pub fn ports_of(layout: &Layout, before: &Layout) -> anyhow::Result<()> {
+    let had = before.ports();
+    let new = layout.ports().into_iter().filter(|p| !had.contains(p));
+    are_free(layout, new.collect())
+}
+
+fn are_free(layout: &Layout, ports: Vec<(u16, String)>) -> anyhow::Result<()> {
+    for (port, purpose) in ports {
         if let Err(error) = TcpListener::bind(SocketAddrV4::new(HOST, port)) {
             let who = listener_of(port)
                 .map(|who| format!(" by {who}"))

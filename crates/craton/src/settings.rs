@@ -64,6 +64,15 @@ fn backup(layout: &Layout) -> craton_backup::Config {
     }
 }
 
+/// Whom a member that joins asks: those that were there before it.
+fn join(layout: &Layout, member: &MemberId) -> Vec<String> {
+    if !layout.cluster.joined.contains(member) {
+        return Vec::new();
+    }
+    let others = layout.cluster.members.iter().filter(|m| *m != member);
+    others.map(|m| address(layout.api_port(m))).collect()
+}
+
 /// The `[node]` table of a member.
 fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
     let peer = |m: &MemberId| Peer {
@@ -84,7 +93,10 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         api_listen: address(layout.api_port(member)),
         api_advertise: None,
         peer_listen: address(layout.coordinator_port(member)),
+        peer_advertise: None,
         peers: layout.cluster.members.iter().map(peer).collect(),
+        join: join(layout, member),
+        voter: craton_agent::VoterWish::Auto,
         priority: 100,
         bin_dir: Some(layout.cluster.postgres_bin.clone()),
         secrets: layout.secrets(),

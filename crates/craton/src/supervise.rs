@@ -4,6 +4,7 @@
 //! a working cluster behind, and the next one adopts what runs. A daemon that dies is started again at
 //! once (a killed agent must be back inside its lease), and more slowly the more often it dies.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -32,6 +33,9 @@ const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// A daemon that lived this long starts anew with the shortest pause.
 const PROVEN_AFTER: Duration = Duration::from_secs(5);
+
+/// How often the cluster's description is read again: members come and go.
+pub const DESCRIPTION_POLL: Duration = Duration::from_secs(1);
 
 /// How often a hold file is looked at.
 const HOLD_POLL: Duration = Duration::from_millis(50);
@@ -63,26 +67,56 @@ pub async fn run(dir: &Path) -> anyhow::Result<u8> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
     let (stop, stopped) = watch::channel(false);
     let mut keepers = JoinSet::new();
-    for daemon in layout.daemons() {
-        keepers.spawn(keep(Arc::clone(&layout), daemon, stopped.clone()));
-    }
     keepers.spawn(bound_logs(Arc::clone(&layout), stopped.clone()));
-    terminate.recv().await;
+    let mut kept = BTreeSet::new();
+    loop {
+        for daemon in described(&layout).daemons() {
+            if kept.insert(daemon.name()) {
+                keepers.spawn(keep(Arc::clone(&layout), daemon, stopped.clone()));
+            }
+        }
+        tokio::select! {
+            _ = terminate.recv() => break,
+            // One that ended was taken out of the cluster, and may come back some day.
+            Some(Ok(Some(name))) = keepers.join_next() => {
+                kept.remove(&name);
+            }
+            () = sleep(DESCRIPTION_POLL) => {}
+        }
+    }
     tracing::info!("stopping");
     stop.send_replace(true);
-    stop_all(&layout).await?;
+    stop_all(&described(&layout)).await?;
     keepers.join_all().await;
     tracing::info!("stopped");
     Ok(exit::OK)
 }
 
-/// Keeps one daemon running until told to stop; returns when it no longer runs.
-async fn keep(layout: Arc<Layout>, daemon: Daemon, stopped: watch::Receiver<bool>) {
+/// The cluster as its description has it now; as it was where that cannot be read.
+fn described(layout: &Layout) -> Layout {
+    match Layout::require(&layout.root) {
+        Ok(now) => now,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the cluster's description");
+            layout.clone()
+        }
+    }
+}
+
+/// Keeps one daemon running until told to stop, or it is no longer part of the cluster; returns its name when it
+/// no longer runs.
+async fn keep(
+    layout: Arc<Layout>,
+    daemon: Daemon,
+    stopped: watch::Receiver<bool>,
+) -> Option<String> {
     let name = daemon.name();
     let mut pause = RESTART_PAUSE_MIN;
     loop {
-        if !held_until_free(&layout, &name, stopped.clone()).await {
-            return;
+        if !held_until_free(&layout, &name, stopped.clone()).await
+            || !described(&layout).daemons().contains(&daemon)
+        {
+            return Some(name);
         }
         let began = Instant::now();
         if let Some(id) = processes::running(&layout, &name) {
@@ -103,7 +137,7 @@ async fn keep(layout: Arc<Layout>, daemon: Daemon, stopped: watch::Receiver<bool
             }
         }
         if *stopped.borrow() {
-            return;
+            return Some(name);
         }
         pause = if began.elapsed() >= PROVEN_AFTER {
             RESTART_PAUSE_MIN
@@ -164,13 +198,14 @@ pub fn open_log(layout: &Layout, name: &str) -> anyhow::Result<std::fs::File> {
 
 /// Keeps every log below its bound: what is there is copied aside, then the file is emptied. Writers
 /// append, so they go on at its new end.
-async fn bound_logs(layout: Arc<Layout>, mut stopped: watch::Receiver<bool>) {
-    let mut names: Vec<String> = layout.daemons().iter().map(Daemon::name).collect();
-    names.push(NAME.to_owned());
+async fn bound_logs(layout: Arc<Layout>, mut stopped: watch::Receiver<bool>) -> Option<String> {
     while tokio::time::timeout(LOG_CHECK_EVERY, stopped.wait_for(|stop| *stop))
         .await
         .is_err()
     {
+        let daemons = described(&layout).daemons();
+        let mut names: Vec<String> = daemons.iter().map(Daemon::name).collect();
+        names.push(NAME.to_owned());
         for path in names.iter().map(|name| layout.log_of(name)) {
             let too_long = std::fs::metadata(&path).is_ok_and(|m| m.len() > LOG_BYTES_MAX);
             if too_long && std::fs::copy(&path, path.with_extension("log.1")).is_ok() {
@@ -181,6 +216,7 @@ async fn bound_logs(layout: Arc<Layout>, mut stopped: watch::Receiver<bool>) {
             }
         }
     }
+    None
 }
 
 /// Stops every daemon: those that clients and archives hang on first, then all members together (so

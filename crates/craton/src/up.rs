@@ -57,6 +57,10 @@ async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
     let layout = match existing {
         Some(layout) => {
             if processes::running(&layout, supervise::NAME).is_some() {
+                let more = args.members.unwrap_or(0);
+                if usize::from(more) > layout.cluster.members.len() {
+                    return grow(layout, more).await;
+                }
                 return already_up(&layout).await;
             }
             again(&layout, args)?;
@@ -118,12 +122,37 @@ async fn already_up(layout: &Layout) -> anyhow::Result<u8> {
     Ok(exit::OK)
 }
 
+/// Adds members to a running cluster.
+async fn grow(mut layout: Layout, count: u8) -> anyhow::Result<u8> {
+    let before = layout.clone();
+    let added = layout.grow(count)?;
+    if added.is_empty() {
+        return Err(Problem::new(
+            exit::FAILURE,
+            "there is no name left for another member",
+            "directories of removed members keep their names: remove them below members/",
+        )
+        .into());
+    }
+    preflight::disk(&layout.root)?;
+    preflight::ports_of(&layout, &before)?;
+    write_files(&layout)?;
+    // Last: the supervisor starts what is in it.
+    layout.write()?;
+    let names: Vec<&str> = added.iter().map(craton_core::MemberId::as_str).collect();
+    output::note(format!("adding {} …", names.join(", ")));
+    ready::wait(&layout).await?;
+    output::line(summary(&layout, &Access::local(&layout)?.status().await?));
+    Ok(exit::OK)
+}
+
 /// Checks before a cluster that exists is started again.
 fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
     let cluster = &layout.cluster;
     // What was not typed has its default, and says nothing.
     let other = [
-        args.members != MEMBERS_DEFAULT && usize::from(args.members) != cluster.members.len(),
+        args.members
+            .is_some_and(|n| usize::from(n) != cluster.members.len()),
         args.durability != Durability::Quorum && args.durability.as_str() != cluster.durability,
         args.base_port != BASE_PORT_DEFAULT && args.base_port != cluster.base_port,
     ];
@@ -165,7 +194,8 @@ fn new_cluster(dir: &Path, args: &UpArgs) -> anyhow::Result<Layout> {
             format: FORMAT,
             name: CLUSTER_NAME.to_owned(),
             base_port: args.base_port,
-            members: member_names(args.members)?,
+            members: member_names(args.members.unwrap_or(MEMBERS_DEFAULT))?,
+            joined: Vec::new(),
             durability: args.durability.as_str().to_owned(),
             sample: !args.no_sample,
             postgres_bin,

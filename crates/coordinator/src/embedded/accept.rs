@@ -1,6 +1,5 @@
 //! Connections that other voters make to this one.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +15,7 @@ use super::driver::Event;
 use super::frame::FrameError;
 use super::handshake::{Identity, Purpose, Session, accept};
 use super::lease::Desk;
+use super::members::Members;
 use super::peer::{QUESTIONS_MAX, tune};
 use super::stats::Stats;
 use super::wire::{Announcement, Ask, Call, CallTold, LeaseAsk, Told};
@@ -35,7 +35,7 @@ const ACCEPT_BACKOFF: Duration = Duration::from_millis(100);
 /// What incoming connections lead to.
 pub(super) struct Acceptor {
     pub(super) identity: Arc<Identity>,
-    pub(super) voters: BTreeMap<MemberId, String>,
+    pub(super) members: watch::Receiver<Arc<Members>>,
     pub(super) inbox: mpsc::Sender<Event>,
     pub(super) desk: Arc<Desk>,
     pub(super) presence: watch::Sender<PresenceMap>,
@@ -76,7 +76,7 @@ impl Acceptor {
     async fn serve(self: Arc<Self>, stream: TcpStream, refusals: &Refusals, known: &Known) {
         tune(&stream);
         let from = stream.peer_addr();
-        let session = match accept(stream, &self.identity, |m| self.voters.contains_key(m)).await {
+        let session = match accept(stream, &self.identity, |_| true).await {
             Ok(session) => session,
             Err(e) => {
                 Stats::count(&self.stats.connections_refused);
@@ -98,10 +98,18 @@ impl Acceptor {
                 answer_all(session, answer).await
             }
             Purpose::Call => {
-                let inbox = self.inbox.clone();
+                let (inbox, members) = (self.inbox.clone(), self.members.clone());
+                let asker = peer.clone();
                 let answer = move |call: Call| {
+                    let removed = members.borrow().settled.removed.contains(&asker);
                     let inbox = inbox.clone();
-                    async move { Some(put_call(&inbox, call).await) }
+                    async move {
+                        Some(match call {
+                            _ if removed => CallTold::Removed,
+                            Call::AmIMember => CallTold::NotRemoved,
+                            call => put_call(&inbox, call).await,
+                        })
+                    }
                 };
                 answer_all(session, answer).await
             }
@@ -132,7 +140,7 @@ impl Acceptor {
                     session.peer, message.from
                 ));
             }
-            if self.inbox.try_send(Event::Peer(message)).is_err() {
+            if self.inbox.try_send(Event::Peer(Box::new(message))).is_err() {
                 Stats::count(&self.stats.messages_dropped);
             }
         }
@@ -170,6 +178,15 @@ pub(super) async fn put_call(inbox: &mpsc::Sender<Event>, call: Call) -> CallTol
     let (event, doubt) = match call {
         Call::Txn(request) => (Event::Txn(request, told), CallTold::InDoubt),
         Call::Read => (Event::Read(told), CallTold::NotDone),
+        Call::Change { change, epoch } => {
+            let event = Event::Change {
+                change,
+                epoch,
+                told,
+            };
+            (event, CallTold::InDoubt)
+        }
+        Call::AmIMember => return CallTold::NotRemoved,
     };
     if inbox.try_send(event).is_err() {
         return CallTold::Busy;

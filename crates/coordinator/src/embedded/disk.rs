@@ -29,7 +29,9 @@ const GROUP_MAX: usize = 512;
 /// The file is rewritten when it has grown to this, in bytes.
 const REWRITE_LEN: u64 = 8 * 1024 * 1024;
 
-const LOG: &str = "raft.log";
+/// The file's name in the coordinator's directory.
+pub const LOG_FILE: &str = "raft.log";
+const LOG: &str = LOG_FILE;
 const LOG_NEW: &str = "raft.log.new";
 const CORRUPT_PREFIX: &str = "raft.log.corrupt-";
 
@@ -201,6 +203,13 @@ impl Store {
 
     pub(super) fn contents(&self) -> &Contents {
         &self.contents
+    }
+
+    /// Puts other contents in place of all of them.
+    pub(super) fn rewrite(&mut self, contents: Contents) -> Result<(), OpenError> {
+        (self.file, self.len) = replace(&self.dir, &contents)?;
+        self.contents = contents;
+        Ok(())
     }
 
     fn commit(&mut self, records: Vec<Record>) -> Result<(), OpenError> {

@@ -3,20 +3,20 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use craton_core::MemberId;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::disk::Disk;
 use super::lease::Desk;
-use super::peer::RaftQueue;
+use super::links::Links;
+use super::members::Members;
 use super::wire::CallTold;
 use crate::api::Snapshot;
 use crate::clock::Clock;
 use crate::kv::{Request, Store};
 use crate::raft::{
-    Entry, Index, Message, NotNow, Payload, Raft, RaftTerm, RoleName, Standing, Status, Timings,
-    Write,
+    Change, ChangeRefused, Entry, Index, Message, NotNow, Payload, Raft, RaftTerm, RoleName,
+    Standing, Status, Timings, Write,
 };
 
 /// Events that wait for the core; beyond it, peers' messages are dropped and callers told that it is busy.
@@ -29,9 +29,14 @@ const BATCH_MAX: usize = 128;
 const COMPACT_ENTRIES: u64 = 1024;
 
 pub(super) enum Event {
-    Peer(Message),
+    Peer(Box<Message>),
     Txn(Request, oneshot::Sender<CallTold>),
     Read(oneshot::Sender<CallTold>),
+    Change {
+        change: Change,
+        epoch: u64,
+        told: oneshot::Sender<CallTold>,
+    },
 }
 
 /// What the rest of the process sees.
@@ -41,23 +46,27 @@ pub(super) struct View {
     /// The newest state, and the index it is of.
     pub(super) applied: watch::Receiver<Index>,
     pub(super) snapshot: watch::Receiver<Arc<Snapshot>>,
+    pub(super) members: watch::Receiver<Arc<Members>>,
 }
 
 pub(super) struct Outputs {
     pub(super) status: watch::Sender<Status>,
     pub(super) applied: watch::Sender<Index>,
     pub(super) snapshot: watch::Sender<Arc<Snapshot>>,
+    pub(super) members: watch::Sender<Arc<Members>>,
 }
 
 /// Both ends of what the rest of the process sees.
-pub(super) fn views(status: Status) -> (Outputs, View) {
-    let (status_tx, status) = watch::channel(status);
+pub(super) fn views(raft: &Raft) -> (Outputs, View) {
+    let (status_tx, status) = watch::channel(raft.status());
+    let (members_tx, members) = watch::channel(Arc::new(members_of(raft)));
     let (applied_tx, applied) = watch::channel(0);
     let (snapshot_tx, snapshot) = watch::channel(Arc::default());
     let out = Outputs {
         status: status_tx,
         applied: applied_tx,
         snapshot: snapshot_tx,
+        members: members_tx,
     };
     (
         out,
@@ -65,8 +74,16 @@ pub(super) fn views(status: Status) -> (Outputs, View) {
             status,
             applied,
             snapshot,
+            members,
         },
     )
+}
+
+fn members_of(raft: &Raft) -> Members {
+    Members {
+        settled: raft.settled().clone(),
+        latest: raft.latest().clone(),
+    }
 }
 
 pub(super) struct Driver {
@@ -75,7 +92,7 @@ pub(super) struct Driver {
     pub(super) timings: Timings,
     pub(super) disk: Disk,
     pub(super) desk: Arc<Desk>,
-    pub(super) peers: BTreeMap<MemberId, RaftQueue>,
+    pub(super) links: Arc<Links>,
     pub(super) inbox: mpsc::Receiver<Event>,
     pub(super) out: Outputs,
     pub(super) state: State,
@@ -134,7 +151,17 @@ impl Driver {
     fn take(&mut self, event: Event) {
         let now = self.clock.now();
         match event {
-            Event::Peer(message) => self.raft.step(now, message),
+            Event::Peer(message) => {
+                if let Some(address) = &message.address {
+                    self.links.heard(&message.from, address);
+                }
+                self.raft.step(now, *message);
+            }
+            Event::Change {
+                change,
+                epoch,
+                told,
+            } => self.change(&change, epoch, told),
             Event::Txn(request, told) => self.propose(&request, told),
             Event::Read(told) => {
                 self.state.next_read += 1;
@@ -163,6 +190,24 @@ impl Driver {
         }
     }
 
+    fn change(&mut self, change: &Change, epoch: u64, told: oneshot::Sender<CallTold>) {
+        if self.raft.latest().epoch != epoch {
+            return tell(told, CallTold::Busy);
+        }
+        match self.raft.change(self.clock.now(), change) {
+            Ok((term, index)) => {
+                tracing::info!(?change, index, "the members change");
+                if let Some((_, former)) = self.state.txns.insert(index, (term, told)) {
+                    tell(former, CallTold::InDoubt);
+                }
+            }
+            Err(ChangeRefused::Nothing) => tell(told, CallTold::Changed),
+            Err(ChangeRefused::NotNow(why)) => tell(told, refusal(why)),
+            Err(ChangeRefused::Pending | ChangeRefused::Behind(_)) => tell(told, CallTold::Busy),
+            Err(why) => tell(told, CallTold::Refused(why.to_string())),
+        }
+    }
+
     fn carry_out(&mut self) {
         loop {
             let ready = self.raft.ready();
@@ -172,10 +217,9 @@ impl Driver {
                     self.state.broken = true;
                 }
             }
+            self.follow_members();
             for message in ready.messages {
-                if let Some(queue) = self.peers.get(&message.to) {
-                    queue.push(message);
-                }
+                self.links.send(message);
             }
             if let Some(image) = &ready.install {
                 match serde_json::from_str(&image.data) {
@@ -206,14 +250,29 @@ impl Driver {
         self.publish();
     }
 
-    /// The lease voter's note that it has nothing to remember must be on disk before the standing is.
+    /// The lease voter's note of what it has to remember must be on disk before the standing is.
     fn before_write(&mut self, write: &Write) {
         if let Write::Hard(hard) = write {
-            if self.state.standing == Standing::Fresh && hard.standing == Standing::Voter {
-                self.desk.settle_at_birth();
+            match (self.state.standing, hard.standing) {
+                (Standing::Fresh, Standing::Voter) => self.desk.settle_at_birth(),
+                (Standing::Fresh | Standing::Recovering, Standing::Learner) => self.desk.is_new(),
+                (_, Standing::Recovering) => self.desk.has_lost(),
+                _ => {}
             }
             self.state.standing = hard.standing;
         }
+    }
+
+    fn follow_members(&mut self) {
+        let (settled, latest) = (self.raft.settled(), self.raft.latest());
+        let same = |m: &Members| m.settled == *settled && m.latest == *latest;
+        if same(&self.out.members.borrow()) {
+            return;
+        }
+        self.links.follow(settled, latest);
+        self.out
+            .members
+            .send_replace(Arc::new(members_of(&self.raft)));
     }
 
     fn publish(&mut self) {
@@ -269,11 +328,15 @@ impl Driver {
                 .get_or_insert_with(|| "the disk failed".to_owned());
         });
         while let Some(event) = self.inbox.recv().await {
-            if let Event::Txn(_, told) | Event::Read(told) = event {
+            if let Event::Txn(_, told) | Event::Read(told) | Event::Change { told, .. } = event {
                 tell(told, CallTold::NotLeader(None));
             }
         }
     }
+}
+
+fn is_change(payload: &Payload) -> bool {
+    matches!(payload, Payload::Configure(_))
 }
 
 /// The caller may have given up.
@@ -318,11 +381,12 @@ impl State {
                         None
                     }
                 },
-                Payload::Noop | Payload::Readmit { .. } => None,
+                Payload::Noop | Payload::Readmit { .. } | Payload::Configure(_) => None,
             };
             if let Some((term, told)) = waiting {
                 let what = match outcome {
                     Some(applied) if term == entry.term => CallTold::Applied(applied),
+                    None if term == entry.term && is_change(&entry.payload) => CallTold::Changed,
                     _ => CallTold::NotDone,
                 };
                 tell(told, what);

@@ -29,6 +29,9 @@ pub(super) struct LeaseState {
     pub(super) note: LeaseNote,
     /// False after a lost disk, until the others' notes were taken over.
     pub(super) settled: bool,
+    /// Never had a say under this disk's birth: there is nothing that it could have forgotten.
+    #[serde(default)]
+    pub(super) fresh: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

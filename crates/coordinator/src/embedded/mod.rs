@@ -3,7 +3,8 @@
 //! # Layout
 //! * `format`, `disk`: the log file and the thread that writes it.
 //! * `frame`, `handshake`, `wire`: what is said on a connection, and to whom.
-//! * `peer`, `accept`: connections to and from the other voters, one for each purpose.
+//! * `peer`, `accept`: connections to and from the other members, one for each purpose; `links`: to whom.
+//! * `members`: changing who takes part; `recover`: when the majority is lost for good.
 //! * `driver`: the task that owns the Raft core and the state machine.
 //! * `lease`: this process's lease voter, and asking all of them.
 //!
@@ -19,7 +20,10 @@ mod format;
 mod frame;
 mod handshake;
 mod lease;
+mod links;
+mod members;
 mod peer;
+mod recover;
 mod stats;
 #[cfg(test)]
 mod tests;
@@ -41,20 +45,22 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use self::accept::{ANNOUNCEMENT_LEN_MAX, Acceptor, note_presence, put_call};
 use self::disk::{Disk, Faults, Store};
 use self::driver::{Driver, Event, INBOX_MAX, State, View};
-use self::handshake::{Identity, Purpose};
+use self::handshake::Identity;
 use self::lease::{Desk, LeaseRound};
-use self::peer::{Asker, RaftQueue, Target, carry_presence, carry_raft};
+use self::links::Links;
 use self::stats::Stats;
 use self::wire::{Call, CallTold};
 use crate::api::{
-    Answer, CALL_TIMEOUT, Coordinator, CoordinatorError, LeaseHint, PresenceMap, Renewal, Snapshot,
-    Txn, TxnOutcome,
+    Answer, CALL_TIMEOUT, Coordinator, CoordinatorError, LeaseHint, Membership, PresenceMap,
+    Renewal, Snapshot, Txn, TxnOutcome,
 };
 use crate::clock::Clock;
 use crate::kv::{self, Applied, Request};
 use crate::raft::{Config, Index, Raft, Status, Timings};
 
-pub use self::disk::OpenError;
+pub use self::disk::{LOG_FILE, OpenError};
+pub use self::members::CHANGE_MAX;
+pub use self::recover::{RecoverError, Survey, stand_alone, survey};
 pub use self::stats::Counters;
 
 /// The shortest secret, in bytes.
@@ -76,10 +82,13 @@ pub struct EmbeddedConfig {
     pub cluster: String,
     /// This member.
     pub me: MemberId,
-    /// All voters with their `host:port`, this one among them.
+    /// Where to look for the others first, with their `host:port`. A new cluster begins with these voters, this one
+    /// among them; a member that is not among them joins a cluster that has taken it in.
     pub voters: BTreeMap<MemberId, String>,
     /// Where to listen, `host:port`.
     pub listen: String,
+    /// Where the others reach this one, `host:port`; taken from `voters` if not given.
+    pub advertise: Option<String>,
     /// Where the log is kept.
     pub dir: PathBuf,
     /// What all voters share and nobody else knows.
@@ -108,6 +117,7 @@ impl EmbeddedConfig {
             me,
             voters,
             listen,
+            advertise: None,
             dir,
             secret,
             timings,
@@ -127,9 +137,18 @@ impl EmbeddedConfig {
         Config {
             me: self.me.clone(),
             voters: self.voters.keys().cloned().collect::<BTreeSet<_>>(),
+            joining: !self.voters.contains_key(&self.me),
+            address: self.address(),
+            addresses: self.voters.clone(),
             timings: self.timings,
             seed: rand::random(),
         }
+    }
+
+    /// Where the others reach this one.
+    fn address(&self) -> Option<String> {
+        let listed = self.voters.get(&self.me).cloned();
+        self.advertise.clone().or(listed)
     }
 
     fn identity(&self) -> Identity {
@@ -143,9 +162,9 @@ impl EmbeddedConfig {
     }
 
     fn check(&self) -> Result<(), StartError> {
-        if !self.voters.contains_key(&self.me) {
+        if self.address().is_none() {
             return Err(StartError::Config(format!(
-                "{} is not among the voters",
+                "{} is not among the peers, and nothing says where the others reach it",
                 self.me
             )));
         }
@@ -174,16 +193,6 @@ pub enum StartError {
     /// The directory cannot be used.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// The log was written with other voters.
-    #[error("{} was written with the voters {found}, the configuration says {configured}; changing them is not supported", dir.display())]
-    OtherVoters {
-        /// The directory.
-        dir: PathBuf,
-        /// The voters in it.
-        found: String,
-        /// The voters configured.
-        configured: String,
-    },
     /// The address cannot be listened on.
     #[error("cannot listen on {address} for the coordinator's peers: {source}")]
     Listen {
@@ -209,10 +218,12 @@ struct Shared {
     client: u64,
     next_seq: AtomicU64,
     inbox: mpsc::Sender<Event>,
-    calls: BTreeMap<MemberId, Asker<Call, CallTold>>,
+    address: Option<String>,
+    seeds: BTreeMap<MemberId, String>,
+    links: Arc<Links>,
+    removed: watch::Sender<bool>,
     view: View,
     lease: LeaseRound,
-    announcement: watch::Sender<Option<String>>,
     presence: watch::Sender<PresenceMap>,
     stopped: watch::Sender<bool>,
     stats: Arc<Stats>,
@@ -230,10 +241,7 @@ async fn open_store(config: &EmbeddedConfig) -> Result<Store, StartError> {
         match opened {
             // A former life of this process may still be letting go of it.
             Err(OpenError::InUse(_)) if Instant::now() < due => sleep(RETRY_INTERVAL).await,
-            Ok(store) => {
-                check_voters(config, &store)?;
-                return Ok(store);
-            }
+            Ok(store) => return Ok(store),
             Err(e) => return Err(e.into()),
         }
     }
@@ -245,23 +253,6 @@ async fn listen(address: &str) -> Result<TcpListener, StartError> {
         source,
     };
     TcpListener::bind(address).await.map_err(failed)
-}
-
-fn names<'a>(members: impl Iterator<Item = &'a MemberId>) -> String {
-    members.map(MemberId::as_str).collect::<Vec<_>>().join(", ")
-}
-
-fn check_voters(config: &EmbeddedConfig, store: &Store) -> Result<(), StartError> {
-    let raft = &store.contents().raft;
-    let births = raft.image.as_ref().map_or(&raft.hard.births, |i| &i.births);
-    if births.is_empty() || births.keys().eq(config.voters.keys()) {
-        return Ok(());
-    }
-    Err(StartError::OtherVoters {
-        dir: config.dir.clone(),
-        found: names(births.keys()),
-        configured: names(config.voters.keys()),
-    })
 }
 
 impl Embedded {
@@ -277,7 +268,7 @@ impl Embedded {
             Disk::start(store, clock, Arc::clone(&stats)).map_err(StartError::Thread)?;
         let standing = contents.raft.hard.standing;
         let raft = Raft::new(config.raft(), contents.raft, clock.now());
-        let (out, view) = driver::views(raft.status());
+        let (out, view) = driver::views(&raft);
         let desk = Arc::new(Desk::new(
             contents.lease,
             view.status.clone(),
@@ -287,11 +278,12 @@ impl Embedded {
         let (inbox, events) = mpsc::channel(INBOX_MAX);
         let identity = Arc::new(config.identity());
         let mut tasks = JoinSet::new();
-        let links = Links::start(&config, &identity, &stats, &mut tasks);
+        let links = Links::new(&identity, &stats, &config.voters);
+        links.follow(raft.settled(), raft.latest());
         let presence = watch::Sender::new(PresenceMap::default());
         let acceptor = Acceptor {
             identity,
-            voters: config.voters.clone(),
+            members: view.members.clone(),
             inbox: inbox.clone(),
             desk: Arc::clone(&desk),
             presence: presence.clone(),
@@ -299,43 +291,49 @@ impl Embedded {
             stats: Arc::clone(&stats),
         };
         tasks.spawn(Arc::new(acceptor).run(listener));
-        let majority = config.voters.len() / 2 + 1;
-        tasks.spawn(Arc::clone(&desk).settle(links.lease.clone(), majority));
-        let driver = Driver {
-            raft,
-            clock,
-            timings: config.timings,
-            disk,
-            desk: Arc::clone(&desk),
-            peers: links.raft,
-            inbox: events,
-            out,
-            state: State::new(standing),
-        };
-        tasks.spawn(driver.run());
+        let (to, of) = (Arc::clone(&links), view.members.clone());
+        tasks.spawn(Arc::clone(&desk).settle(to, of, config.me.clone()));
+        tasks.spawn(
+            Driver {
+                raft,
+                clock,
+                timings: config.timings,
+                disk,
+                desk: Arc::clone(&desk),
+                links: Arc::clone(&links),
+                inbox: events,
+                out,
+                state: State::new(standing),
+            }
+            .run(),
+        );
         let lease = LeaseRound {
             me: config.me.clone(),
             desk,
-            peers: links.lease,
+            links: Arc::clone(&links),
+            members: view.members.clone(),
             clock,
             stats: Arc::clone(&stats),
         };
-        let shared = Shared {
+        let shared = Arc::new(Shared {
+            address: config.address(),
             me: config.me,
             client: rand::random(),
             next_seq: AtomicU64::new(0),
             inbox,
-            calls: links.calls,
+            seeds: config.voters,
+            links,
+            removed: watch::Sender::new(false),
             view,
             lease,
-            announcement: links.announcement,
             presence,
             stopped: watch::Sender::new(false),
             stats,
             clock,
-        };
+        });
+        tasks.spawn(Arc::clone(&shared).keep_place());
         Ok(Arc::new(Self {
-            shared: Arc::new(shared),
+            shared,
             tasks: Mutex::new(tasks),
             disk_thread: Mutex::new(Some(disk_thread)),
         }))
@@ -348,6 +346,7 @@ impl Embedded {
         let mut tasks =
             std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
+        self.shared.links.close();
         let thread = self
             .disk_thread
             .lock()
@@ -386,52 +385,6 @@ impl Embedded {
     }
 }
 
-/// Ways to the peers.
-struct Links {
-    raft: BTreeMap<MemberId, RaftQueue>,
-    calls: BTreeMap<MemberId, Asker<Call, CallTold>>,
-    lease: BTreeMap<MemberId, lease::LeaseAsker>,
-    announcement: watch::Sender<Option<String>>,
-}
-
-impl Links {
-    fn start(
-        config: &EmbeddedConfig,
-        identity: &Arc<Identity>,
-        stats: &Arc<Stats>,
-        tasks: &mut JoinSet<()>,
-    ) -> Self {
-        let mut links = Self {
-            raft: BTreeMap::new(),
-            calls: BTreeMap::new(),
-            lease: BTreeMap::new(),
-            announcement: watch::Sender::new(None),
-        };
-        for (peer, address) in config.voters.iter().filter(|(peer, _)| **peer != config.me) {
-            let target = Target {
-                identity: Arc::clone(identity),
-                peer: peer.clone(),
-                address: address.clone(),
-                stats: Arc::clone(stats),
-            };
-            let queue = RaftQueue::new(Arc::clone(stats));
-            tasks.spawn(carry_raft(target.clone(), queue.clone()));
-            links.raft.insert(peer.clone(), queue);
-            tasks.spawn(carry_presence(
-                target.clone(),
-                links.announcement.subscribe(),
-            ));
-            let (asker, carry) = Asker::new(target.clone(), Purpose::Lease);
-            tasks.spawn(carry);
-            links.lease.insert(peer.clone(), asker);
-            let (asker, carry) = Asker::new(target, Purpose::Call);
-            tasks.spawn(carry);
-            links.calls.insert(peer.clone(), asker);
-        }
-        links
-    }
-}
-
 /// How one try of a call went.
 enum Try {
     Told(CallTold),
@@ -465,8 +418,8 @@ impl Shared {
                 }
             };
         }
-        let Some(asker) = self.calls.get(&leader) else {
-            return Try::Nothing(format!("the Raft leader {leader} is not a voter"));
+        let Some(asker) = self.links.call(&leader) else {
+            return Try::Nothing(format!("it is not known where the Raft leader {leader} is"));
         };
         let Ok(answer) = asker.ask(call) else {
             return Try::Nothing(format!("the Raft leader {leader} is not connected"));
@@ -511,7 +464,10 @@ impl Shared {
                 Try::Told(CallTold::NotLeader(_)) => last = "there is no Raft leader".to_owned(),
                 Try::Told(CallTold::Busy) => last = "the Raft leader is busy".to_owned(),
                 Try::Told(CallTold::NotDone) => last = "another entry took its place".to_owned(),
-                Try::Told(CallTold::ReadAt(_)) => last = "a wrong answer".to_owned(),
+                Try::Told(CallTold::Removed) => {
+                    last = "this member was removed from the cluster".to_owned();
+                }
+                Try::Told(_) => last = "a wrong answer".to_owned(),
                 Try::Nothing(why) => last = why,
             }
             if Instant::now() + RETRY_INTERVAL >= due {
@@ -625,10 +581,14 @@ impl Coordinator for Embedded {
             value.clone(),
             self.shared.clock,
         );
-        self.shared.announcement.send_replace(Some(value));
+        self.shared.links.announcement.send_replace(Some(value));
     }
 
     fn presence(&self) -> watch::Receiver<PresenceMap> {
         self.shared.presence.subscribe()
+    }
+
+    fn membership(&self) -> Option<&dyn Membership> {
+        Some(self)
     }
 }

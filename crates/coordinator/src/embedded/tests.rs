@@ -4,6 +4,7 @@ mod cluster;
 mod disks;
 mod faults;
 mod hostile;
+mod members;
 
 use self::cluster::Cluster;
 use crate::conformance;

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use super::format::LeaseState;
 use crate::kv::{Applied, Request};
-use crate::raft::Index;
+use crate::raft::{Change, Index};
 
 /// A question, numbered by the asker.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -28,15 +28,24 @@ pub(super) enum LeaseAsk {
     Renew {
         term: Term,
         ttl_ms: u64,
+        /// By which set of voters the answers are counted.
+        #[serde(default)]
+        epoch: u64,
     },
     Release {
         term: Term,
     },
     Free {
         term: Term,
+        #[serde(default)]
+        epoch: u64,
     },
-    /// From a voter that lost its disk.
+    /// What do you remember?
     State,
+    /// Answer for no epoch below this one, and tell what you remember.
+    Leave {
+        epoch: u64,
+    },
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -55,6 +64,13 @@ pub(super) enum LeaseTold {
 pub(super) enum Call {
     Txn(Request),
     Read,
+    /// Change the members; `epoch` is the one that was seen to be settled.
+    Change {
+        change: Change,
+        epoch: u64,
+    },
+    /// From a member that has not heard a leader for long. Anybody answers.
+    AmIMember,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -70,6 +86,14 @@ pub(super) enum CallTold {
     Busy,
     /// Nothing was done, and nothing will be.
     NotDone,
+    /// The members are as asked for.
+    Changed,
+    /// The members are not changed, and will not be.
+    Refused(String),
+    /// The asker was removed from the cluster.
+    Removed,
+    /// The asker is not known to be removed.
+    NotRemoved,
     /// Appended, but leadership was lost: it may happen yet.
     InDoubt,
 }

@@ -43,8 +43,8 @@ use tokio::time::{Instant, sleep, timeout};
 
 use self::record::{Former, Next, PLACEMENT, Placement, parse, record, shown, to_raw};
 use crate::api::{
-    Answer, CALL_TIMEOUT, Compare, Coordinator, CoordinatorError, LeaseHint, Op, PresenceMap,
-    Renewal, Snapshot, Txn, TxnOutcome,
+    Answer, CALL_TIMEOUT, Compare, Coordinator, CoordinatorError, LeaseHint, Membership, Op,
+    PresenceMap, Renewal, Snapshot, Txn, TxnOutcome,
 };
 use crate::clock::Clock;
 use crate::kv::TXN_STEPS_MAX;
@@ -624,6 +624,10 @@ impl Coordinator for Placed {
 
     fn presence(&self) -> watch::Receiver<PresenceMap> {
         self.shared.presence.presence()
+    }
+
+    fn membership(&self) -> Option<&dyn Membership> {
+        self.shared.presence.membership()
     }
 
     fn place(&self) -> Place {

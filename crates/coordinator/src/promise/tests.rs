@@ -151,7 +151,7 @@ fn while_free_is_being_noted_nothing_is_promised_and_nothing_called_free() {
         at(0),
         LeaseNote {
             ttl_max_ms: 3000,
-            free_through: Term(0),
+            ..LeaseNote::default()
         },
     );
     let Answer::AfterNote(note) = v.free(at(3000), Term(1)) else {
@@ -161,4 +161,71 @@ fn while_free_is_being_noted_nothing_is_promised_and_nothing_called_free() {
     assert!(matches!(v.free(at(3001), Term(1)), Answer::AfterNote(_)));
     v.noted(note);
     assert_eq!(v.free(at(3002), Term(1)), Answer::Yes);
+}
+
+#[test]
+fn a_voter_answers_for_the_epoch_it_has_settled_in_and_no_other() {
+    let mut v = Voter::new(at(0), LeaseNote::default());
+    assert!(v.answers_for(0).is_ok() && v.answers_for(1).is_err());
+    let Answer::AfterNote(left) = v.leave(1) else {
+        panic!("left before it is noted")
+    };
+    assert!(v.answers_for(0).is_err(), "refused before it is on disk");
+    v.noted(left);
+    assert_eq!(v.leave(1), Answer::Yes);
+    let restarted = Voter::new(at(1), v.note());
+    assert!(
+        restarted.answers_for(0).is_err(),
+        "a restart does not bring it back"
+    );
+    let known = LeaseNote {
+        free_through: Term(7),
+        ttl_max_ms: 3000,
+        epoch: 9,
+        left: 9,
+        ..LeaseNote::default()
+    };
+    let Answer::AfterNote(settled) = v.settle(at(2), 1, known) else {
+        panic!("settled before it is noted")
+    };
+    assert!(v.answers_for(1).is_err(), "not before it is on disk");
+    v.noted(settled);
+    assert!(
+        v.answers_for(1).is_ok(),
+        "others' epochs are not taken over"
+    );
+    assert!(!renew(&mut v, at(3), "a", 7), "others' notes are");
+}
+
+#[test]
+fn a_voter_that_has_just_settled_calls_nothing_free_for_a_ttl() {
+    let mut v = Voter::new(at(0), LeaseNote::default());
+    let known = LeaseNote {
+        ttl_max_ms: 3000,
+        ..LeaseNote::default()
+    };
+    let Answer::AfterNote(note) = v.settle(at(10_000), 1, known) else {
+        panic!("settled before it is noted")
+    };
+    v.noted(note);
+    assert!(!free(&mut v, at(12_999), 5));
+    assert!(free(&mut v, at(13_000), 5));
+}
+
+#[test]
+fn what_another_called_free_is_refused_but_not_called_free() {
+    let other = LeaseNote {
+        free_through: Term(2),
+        ttl_max_ms: 3000,
+        ..LeaseNote::default()
+    };
+    let mut v = Voter::new(at(0), LeaseNote::default());
+    assert!(renew(&mut v, at(10_000), "a", 2));
+    let Answer::AfterNote(note) = v.settle(at(10_001), 1, other) else {
+        panic!("settled before it is noted")
+    };
+    v.noted(note);
+    assert!(!renew(&mut v, at(10_002), "a", 2));
+    assert!(!free(&mut v, at(12_000), 2), "its own promise runs");
+    assert!(free(&mut v, at(13_001), 2));
 }

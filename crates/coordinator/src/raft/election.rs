@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use craton_core::MemberId;
 
-use super::message::{Birth, Body, Index, Message, Payload, RaftTerm, Standing};
-use super::node::{Leading, Progress, Raft, Role};
+use super::message::{Birth, Body, Index, Message, Payload, RaftTerm};
+use super::node::{Leading, Peer, Progress, Raft, Role};
 
 impl Raft {
     /// Takes over a higher term, answers a lower one. False when the message is to be ignored.
@@ -100,7 +100,10 @@ impl Raft {
 
     pub(super) fn pre_campaign(&mut self) {
         self.leader = None;
-        self.role = Role::PreCandidate(BTreeSet::from([self.config.me.clone()]));
+        let own = self.has_say().then(|| self.config.me.clone());
+        let votes = BTreeSet::from_iter(own);
+        let enough = votes.len() >= self.majority();
+        self.role = Role::PreCandidate(votes);
         let (last_index, last_term) = (self.log.last_index(), self.log.last_term());
         for peer in self.peers() {
             let mut message = self.message(
@@ -113,7 +116,7 @@ impl Raft {
             message.term += 1;
             self.ready.messages.push(message);
         }
-        if self.majority() == 1 {
+        if enough {
             self.campaign();
         }
     }
@@ -152,7 +155,7 @@ impl Raft {
         last_index: Index,
         last_term: RaftTerm,
     ) {
-        let granted = self.hard.standing == Standing::Voter
+        let granted = self.is_whole()
             && !self.hears_leader()
             && term > self.hard.term
             && self.up_to_date(last_index, last_term);
@@ -163,13 +166,14 @@ impl Raft {
         self.ready.messages.push(reply);
     }
 
-    pub(super) fn on_pre_vote_reply(&mut self, from: MemberId, term: RaftTerm, granted: bool) {
-        let fits = granted && term == self.hard.term + 1;
+    pub(super) fn on_pre_vote_reply(&mut self, peer: &Peer, term: RaftTerm, granted: bool) {
+        let counts = self.latest.counts(&peer.from, peer.birth, peer.voter);
+        let fits = granted && term == self.hard.term + 1 && counts;
         let majority = self.majority();
         if let Role::PreCandidate(votes) = &mut self.role
             && fits
         {
-            votes.insert(from);
+            votes.insert(peer.from.clone());
             if votes.len() >= majority {
                 self.campaign();
             }
@@ -184,7 +188,7 @@ impl Raft {
         last_term: RaftTerm,
     ) {
         let free = self.hard.vote.as_ref().is_none_or(|v| *v == from);
-        let granted = self.hard.standing == Standing::Voter
+        let granted = self.is_whole()
             && self.leader.is_none()
             && matches!(self.role, Role::Follower | Role::PreCandidate(_))
             && free
@@ -202,9 +206,9 @@ impl Raft {
         self.send_after_write(from, Body::VoteReply { granted, candidate });
     }
 
-    pub(super) fn on_vote_reply(&mut self, from: MemberId, granted: bool) {
-        if granted {
-            self.count_vote(from);
+    pub(super) fn on_vote_reply(&mut self, peer: &Peer, granted: bool) {
+        if granted && self.latest.counts(&peer.from, peer.birth, peer.voter) {
+            self.count_vote(peer.from.clone());
         }
     }
 
@@ -221,7 +225,7 @@ impl Raft {
     fn lead(&mut self) {
         let next = self.log.last_index() + 1;
         let peers = self.peers().into_iter().map(|p| {
-            let birth = self.births.get(&p).copied().unwrap_or(0);
+            let birth = self.latest.voters.get(&p).copied().unwrap_or(0);
             (p, Progress::new(next, birth))
         });
         let leading = Leading {
@@ -241,17 +245,22 @@ impl Raft {
     pub(super) fn check_quorum(&mut self) {
         let patience = self.config.timings.election_timeout;
         let (now, majority) = (self.now, self.majority());
-
+        let voters = &self.latest;
         let Role::Leader(leading) = &mut self.role else {
             return;
         };
         let heard = leading
             .peers
-            .values()
-            .filter(|p| p.voter && p.heard.is_some_and(|t| now <= t.after(patience)))
+            .iter()
+            .filter(|(peer, p)| {
+                let lately = p.heard.is_some_and(|t| now <= t.after(patience));
+                lately && voters.counts(peer, p.birth, p.voter)
+            })
             .count();
+        // One that is being removed leads on until that is committed, and does not count itself.
+        let own = usize::from(voters.voters.contains_key(&self.config.me));
         leading.quorum_check = now.after(patience);
-        if heard + 1 < majority {
+        if heard + own < majority {
             self.become_follower(self.hard.term, None);
         }
     }

@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 
-use super::message::{Entry, Image, Index, RaftTerm};
+use super::membership::Configuration;
+use super::message::{Entry, Image, Index, Payload, RaftTerm};
 
 /// The most entries in one message.
 pub(super) const APPEND_ENTRIES_MAX: usize = 64;
@@ -97,6 +98,14 @@ impl Log {
         first
     }
 
+    /// The newest configuration in the entries, with its index.
+    pub(super) fn last_configuration(&self) -> Option<(Index, &Configuration)> {
+        self.entries.iter().rev().find_map(|e| match &e.payload {
+            Payload::Configure(config) => Some((e.index, config)),
+            _ => None,
+        })
+    }
+
     pub(super) fn push(&mut self, entry: Entry) {
         self.entries.push_back(entry);
     }
@@ -125,12 +134,12 @@ impl Log {
     }
 }
 
-impl super::message::Payload {
+impl Payload {
     /// Bytes of text in it.
     fn len(&self) -> usize {
         match self {
             Self::Command(text) => text.len(),
-            Self::Noop | Self::Readmit { .. } => 0,
+            Self::Noop | Self::Readmit { .. } | Self::Configure(_) => 0,
         }
     }
 }

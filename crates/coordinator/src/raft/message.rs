@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use super::membership::Configuration;
+
 use craton_core::MemberId;
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +34,8 @@ pub enum Payload {
         /// Its new birth.
         birth: Birth,
     },
+    /// Who takes part from here on: in force on each node as soon as it is in its log.
+    Configure(Configuration),
 }
 
 /// An entry of the log.
@@ -54,6 +58,9 @@ pub struct Image {
     pub last_term: RaftTerm,
     /// The births in force there.
     pub births: Births,
+    /// Who takes part there; none in what versions wrote that had a fixed set of voters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<Configuration>,
     /// The state machine's own text.
     pub data: String,
 }
@@ -69,6 +76,9 @@ pub enum Standing {
     Voter,
     /// Lost its disk: learns, but has no say until the others have readmitted it.
     Recovering,
+    /// Has never had a say under this birth: gets one from the configuration that names it, once that is
+    /// in its log.
+    Learner,
 }
 
 /// What must be on disk before anything is said that rests on it.
@@ -99,6 +109,9 @@ pub struct Message {
     pub voter: bool,
     /// The sender's term; with `PreVote` and a granted `PreVoteReply`, the term it would be.
     pub term: RaftTerm,
+    /// Where the sender can be reached: the receiver may not know of it yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
     /// The rest.
     pub body: Body,
 }

@@ -18,10 +18,12 @@
 //! * **Reads by read-index** (thesis 6.4): one heartbeat round, no reliance on clocks.
 //! * **Snapshots are the whole state**, which is a few kilobytes.
 //! * **Births** make a lost disk safe: see [`standing`].
+//! * **Members change one at a time** (thesis 4.1 to 4.3): see [`membership`].
 
 mod durable;
 mod election;
 mod log;
+mod membership;
 mod message;
 mod node;
 mod replication;
@@ -30,6 +32,7 @@ mod standing;
 mod tests;
 
 pub use durable::{Durable, Write};
+pub use membership::{Change, ChangeRefused, Configuration};
 pub use message::{
     Birth, Births, Body, Entry, HardState, Image, Index, Message, Payload, RaftTerm, Standing,
 };

@@ -7,8 +7,9 @@ use craton_core::{BootTime, MemberId};
 
 use super::durable::{Durable, Write};
 use super::log::Log;
+use super::membership::Configuration;
 use super::message::{
-    Birth, Births, Body, Entry, HardState, Image, Index, Message, Payload, RaftTerm, Standing,
+    Birth, Body, Entry, HardState, Image, Index, Message, Payload, RaftTerm, Standing,
 };
 
 /// Writes that may be under way before a node takes no more entries: with a stalled disk, memory is bounded.
@@ -43,8 +44,14 @@ impl Default for Timings {
 pub struct Config {
     /// This node.
     pub me: MemberId,
-    /// All voters, this one among them.
+    /// Whom to ask who takes part, until that is known; for a new cluster all its voters, this one among them.
     pub voters: BTreeSet<MemberId>,
+    /// The cluster exists and has taken this node in: an empty disk never begins a new one.
+    pub joining: bool,
+    /// Where others reach this node; told to those that may not know of it.
+    pub address: Option<String>,
+    /// Where the settings file says that the others are, for those of whom the log does not say it.
+    pub addresses: BTreeMap<MemberId, String>,
     /// How long things take.
     pub timings: Timings,
     /// Where the draws of election timeouts begin.
@@ -103,6 +110,8 @@ pub struct Status {
     pub last_index: Index,
     /// Whether this node has a say.
     pub standing: Standing,
+    /// The epoch of the committed configuration, see [`Configuration`].
+    pub epoch: u64,
     /// Elections this node has begun since it started.
     pub elections: u64,
     /// Set when an invariant was found broken: the node has stopped taking part.
@@ -118,7 +127,7 @@ pub(super) struct Progress {
     pub(super) heard: Option<BootTime>,
     /// The birth that `matched` belongs to.
     pub(super) birth: Birth,
-    /// Whether what it says counts.
+    /// Whether it knows itself to be a voter.
     pub(super) voter: bool,
     /// The newest heartbeat round it answered.
     pub(super) round: u64,
@@ -137,11 +146,6 @@ impl Progress {
             round: 0,
             image_sent: None,
         }
-    }
-
-    /// What counts of `matched` towards a commit.
-    pub(super) fn counted(&self) -> Index {
-        if self.voter { self.matched } else { 0 }
     }
 }
 
@@ -177,7 +181,7 @@ pub(super) struct Peer {
 /// What waits for a write to be on disk.
 #[derive(Clone, Debug)]
 enum AfterWrite {
-    Send(Message),
+    Send(Box<Message>),
     OwnVote(RaftTerm),
     OwnEntries(RaftTerm, Index),
 }
@@ -188,8 +192,12 @@ pub struct Raft {
     pub(super) config: Config,
     pub(super) hard: HardState,
     pub(super) log: Log,
-    /// The births in force at `applied`.
-    pub(super) births: Births,
+    /// Who takes part, as of `applied`.
+    pub(super) settled: Configuration,
+    /// Who takes part, by the newest configuration in the log, committed or not: what majorities are counted by.
+    pub(super) latest: Configuration,
+    /// The index of that configuration's entry, 0 if it is in the image or before.
+    pub(super) latest_index: Index,
     pub(super) role: Role,
     pub(super) leader: Option<MemberId>,
     pub(super) leader_heard: Option<BootTime>,
@@ -221,9 +229,10 @@ impl Raft {
         } = durable;
         let install = image.clone();
         let log = Log::new(image, entries);
-        let births = install
-            .as_ref()
-            .map_or_else(|| hard.births.clone(), |i| i.births.clone());
+        let settled = install.as_ref().map_or_else(
+            || Configuration::begun(hard.births.clone()),
+            Image::configuration,
+        );
         let random = config.seed;
         let mut raft = Self {
             commit: log.base(),
@@ -232,7 +241,9 @@ impl Raft {
             config,
             hard,
             log,
-            births,
+            latest: settled.clone(),
+            latest_index: 0,
+            settled,
             role: Role::Follower,
             leader: None,
             leader_heard: None,
@@ -251,6 +262,7 @@ impl Raft {
             waiting: VecDeque::new(),
             random,
         };
+        raft.read_latest();
         raft.reset_election_timer();
         if raft.hard.standing == Standing::Fresh {
             raft.settle_standing();
@@ -274,7 +286,7 @@ impl Raft {
             }
             return;
         }
-        if (self.hard.standing == Standing::Fresh || self.births.is_empty())
+        if (self.hard.standing == Standing::Fresh || self.settled.voters.is_empty())
             && self.now >= self.heartbeat_due
         {
             self.heartbeat_due = self.now.after(self.config.timings.heartbeat);
@@ -283,8 +295,11 @@ impl Raft {
         if self.now >= self.election_due {
             self.reset_election_timer();
             // With a stalled disk it could not even vote for itself.
-            if self.hard.standing == Standing::Voter && self.unwritten() < CAMPAIGN_UNWRITTEN_MAX {
+            if self.may_campaign() && self.unwritten() < CAMPAIGN_UNWRITTEN_MAX {
                 self.pre_campaign();
+            } else if !self.may_campaign() {
+                // Nobody is heard: whoever asks this node for the leader must not wait for a dead one.
+                self.leader = None;
             }
         }
     }
@@ -292,8 +307,9 @@ impl Raft {
     /// A message has come.
     pub fn step(&mut self, now: BootTime, message: Message) {
         self.now = self.now.max(now);
-        let known = self.config.voters.contains(&message.from) && message.to == self.config.me;
-        if self.fault.is_some() || !known || message.from == self.config.me {
+        // Thesis 4.2.2: who is not in this node's configuration may be in a later one, and is listened to.
+        let stray = message.to != self.config.me || message.from == self.config.me;
+        if self.fault.is_some() || stray {
             return;
         }
         if let Body::Census {
@@ -322,13 +338,13 @@ impl Raft {
                 last_index,
                 last_term,
             } => self.on_pre_vote(peer.from, term, last_index, last_term),
-            Body::PreVoteReply { granted } => self.on_pre_vote_reply(peer.from, term, granted),
+            Body::PreVoteReply { granted } => self.on_pre_vote_reply(&peer, term, granted),
             Body::Vote {
                 last_index,
                 last_term,
             } => self.on_vote(peer.from, birth, last_index, last_term),
             Body::VoteReply { granted, candidate } => {
-                self.on_vote_reply(peer.from, granted && candidate == self.hard.birth);
+                self.on_vote_reply(&peer, granted && candidate == self.hard.birth);
             }
             Body::Append {
                 prev_index,
@@ -403,11 +419,13 @@ impl Raft {
         let image = Image {
             last_index: index,
             last_term,
-            births: self.births.clone(),
+            births: self.settled.voters.clone(),
+            config: Some(self.settled.clone()),
             data,
         };
         self.write(Write::Snapshot(image.clone()));
         self.log.install(image);
+        self.read_latest();
     }
 
     /// Entries that a snapshot now would cover.
@@ -435,10 +453,21 @@ impl Raft {
             leader: self.leader.clone(),
             commit: self.commit,
             last_index: self.log.last_index(),
-            standing: self.hard.standing,
+            standing: self.shown_standing(),
+            epoch: self.settled.epoch,
             elections: self.elections,
             fault: self.fault.clone(),
         }
+    }
+
+    /// Who takes part, as committed and applied here.
+    pub fn settled(&self) -> &Configuration {
+        &self.settled
+    }
+
+    /// Who takes part by the newest configuration in the log, committed or not.
+    pub fn latest(&self) -> &Configuration {
+        &self.latest
     }
 
     /// The birth of this node's disk.
@@ -456,9 +485,10 @@ impl Raft {
                 return;
             };
             self.applied = entry.index;
-            if let Payload::Readmit { member, birth } = &entry.payload {
-                self.births.insert(member.clone(), *birth);
-                self.births_changed();
+            match &entry.payload {
+                Payload::Readmit { member, birth } => self.readmitted(member, *birth),
+                Payload::Configure(config) => self.configuration_committed(config.clone()),
+                Payload::Noop | Payload::Command(_) => {}
             }
             self.ready.committed.push(entry);
         }
@@ -476,16 +506,7 @@ impl Raft {
     }
 
     pub(super) fn majority(&self) -> usize {
-        self.config.voters.len() / 2 + 1
-    }
-
-    pub(super) fn peers(&self) -> Vec<MemberId> {
-        self.config
-            .voters
-            .iter()
-            .filter(|v| **v != self.config.me)
-            .cloned()
-            .collect()
+        self.latest.voters.len() / 2 + 1
     }
 
     pub(super) fn unwritten(&self) -> u64 {
@@ -505,6 +526,7 @@ impl Raft {
             birth: self.hard.birth,
             voter,
             term: self.hard.term,
+            address: self.config.address.clone(),
             body,
         }
     }
@@ -517,7 +539,7 @@ impl Raft {
     /// Sends once everything that was written so far is on disk.
     pub(super) fn send_after_write(&mut self, to: MemberId, body: Body) {
         let message = self.message(to, body);
-        self.after_write(AfterWrite::Send(message));
+        self.after_write(AfterWrite::Send(Box::new(message)));
     }
 
     pub(super) fn own_vote_after_write(&mut self) {
@@ -550,9 +572,11 @@ impl Raft {
 
     fn do_after_write(&mut self, what: AfterWrite) {
         match what {
-            AfterWrite::Send(message) => self.ready.messages.push(message),
+            AfterWrite::Send(message) => self.ready.messages.push(*message),
             AfterWrite::OwnVote(term) if term == self.hard.term => {
-                self.count_vote(self.config.me.clone());
+                if self.has_say() {
+                    self.count_vote(self.config.me.clone());
+                }
             }
             AfterWrite::OwnEntries(term, index) if term == self.hard.term => {
                 self.own_entries_written(index);

@@ -18,7 +18,7 @@ impl Raft {
             payload,
         };
         let index = entry.index;
-        self.log.push(entry.clone());
+        self.push(entry.clone());
         self.write(Write::Append(vec![entry]));
         for peer in self.peers() {
             self.send_entries(&peer);
@@ -172,8 +172,15 @@ impl Raft {
         let Role::Leader(leading) = &self.role else {
             return;
         };
-        let mut matched: Vec<Index> = leading.peers.values().map(Progress::counted).collect();
-        matched.push(leading.own_matched);
+        let counted = |voter: &MemberId| {
+            if *voter == self.config.me {
+                return leading.own_matched;
+            }
+            let p = leading.peers.get(voter);
+            let p = p.filter(|p| self.latest.counts(voter, p.birth, p.voter));
+            p.map_or(0, |p| p.matched)
+        };
+        let mut matched: Vec<Index> = self.latest.voters.keys().map(counted).collect();
         matched.sort_unstable_by(|a, b| b.cmp(a));
         let Some(&index) = matched.get(majority - 1) else {
             return;
@@ -217,12 +224,15 @@ impl Raft {
             return;
         }
         let first_index = leading.first_index;
-        let mut rounds: Vec<u64> = leading
-            .peers
-            .values()
-            .map(|p| if p.voter { p.round } else { 0 })
-            .collect();
-        rounds.push(u64::MAX);
+        let round = |voter: &MemberId| {
+            if *voter == self.config.me {
+                return u64::MAX;
+            }
+            let p = leading.peers.get(voter);
+            let p = p.filter(|p| self.latest.counts(voter, p.birth, p.voter));
+            p.map_or(0, |p| p.round)
+        };
+        let mut rounds: Vec<u64> = self.latest.voters.keys().map(round).collect();
         rounds.sort_unstable_by(|a, b| b.cmp(a));
         let Some(&confirmed) = rounds.get(majority - 1) else {
             return;
@@ -259,7 +269,7 @@ impl Raft {
         commit: Index,
     ) {
         // Without knowing the births at the log's beginning, those at its end could not be known either.
-        if self.fault.is_some() || self.choked() || self.births.is_empty() {
+        if self.fault.is_some() || self.choked() || self.settled.voters.is_empty() {
             return;
         }
         let consecutive = entries
@@ -300,8 +310,11 @@ impl Raft {
                 return;
             }
             self.log.truncate_from(first);
+            if first <= self.latest_index {
+                self.read_latest();
+            }
             for entry in &new {
-                self.log.push(entry.clone());
+                self.push(entry.clone());
             }
             self.write(Write::Append(new));
         }
@@ -328,13 +341,14 @@ impl Raft {
             if self.choked() {
                 return;
             }
-            self.births.clone_from(&image.births);
+            self.settled = image.configuration();
             self.verified = self.verified.max(image.last_index);
             self.commit = image.last_index;
             self.applied = image.last_index;
             self.ready.committed.clear();
             self.ready.install = Some(image.clone());
             self.log.install(image.clone());
+            self.read_latest();
             self.write(Write::Snapshot(image));
             self.births_changed();
         }

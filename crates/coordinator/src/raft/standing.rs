@@ -33,6 +33,7 @@
 
 use craton_core::MemberId;
 
+use super::membership::Configuration;
 use super::message::{Birth, Births, Body, Payload, Standing};
 use super::node::{Raft, Role};
 
@@ -46,7 +47,7 @@ impl Raft {
     fn send_census(&mut self, to: MemberId, ask: bool) {
         let body = Body::Census {
             standing: self.hard.standing,
-            births: self.births.clone(),
+            births: self.settled.voters.clone(),
             ask,
         };
         self.send(to, body);
@@ -63,16 +64,17 @@ impl Raft {
         if ask {
             self.send_census(from.clone(), false);
         }
-        if self.hard.standing != Standing::Fresh && !self.births.is_empty() {
+        if self.hard.standing != Standing::Fresh && !self.settled.voters.is_empty() {
             return;
         }
         if standing == Standing::Voter && !births.is_empty() {
-            self.births.clone_from(births);
-            if births.get(&self.config.me) == Some(&self.hard.birth) {
-                self.become_voter();
-            } else {
-                self.become_recovering();
-            }
+            self.settled.voters.clone_from(births);
+            self.read_latest();
+            self.take_standing(match births.get(&self.config.me) {
+                Some(birth) if *birth == self.hard.birth => Standing::Voter,
+                Some(_) => Standing::Recovering,
+                None => Standing::Learner,
+            });
             return;
         }
         self.census.insert(from, (birth, standing));
@@ -83,45 +85,80 @@ impl Raft {
 
     /// Everybody is fresh: the cluster is new.
     pub(super) fn settle_standing(&mut self) {
-        let all_fresh = self.peers().iter().all(|p| {
-            self.census
-                .get(p)
-                .is_some_and(|(_, standing)| *standing == Standing::Fresh)
-        });
+        let all_fresh = !self.config.joining
+            && self.peers().iter().all(|p| {
+                self.census
+                    .get(p)
+                    .is_some_and(|(_, standing)| *standing == Standing::Fresh)
+            });
         if all_fresh {
-            self.births = self
+            let all = self
                 .census
                 .iter()
-                .map(|(p, (birth, _))| (p.clone(), *birth))
-                .collect();
-            self.births.insert(self.config.me.clone(), self.hard.birth);
-            self.become_voter();
+                .filter(|(p, _)| self.config.voters.contains(*p));
+            let mut births: Births = all.map(|(p, (birth, _))| (p.clone(), *birth)).collect();
+            births.insert(self.config.me.clone(), self.hard.birth);
+            self.settled = Configuration::begun(births);
+            self.read_latest();
+            self.take_standing(Standing::Voter);
         }
     }
 
-    fn become_voter(&mut self) {
-        self.hard.standing = Standing::Voter;
-        self.hard.births.clone_from(&self.births);
+    fn take_standing(&mut self, standing: Standing) {
+        self.hard.standing = standing;
+        self.hard.births.clone_from(&self.settled.voters);
         self.write_hard();
     }
 
-    fn become_recovering(&mut self) {
-        self.hard.standing = Standing::Recovering;
-        self.hard.births.clone_from(&self.births);
-        self.write_hard();
+    /// A lost disk has its say again; committed.
+    pub(super) fn readmitted(&mut self, member: &MemberId, birth: Birth) {
+        if let Some(b) = self.settled.voters.get_mut(member) {
+            *b = birth;
+        }
+        // A later configuration in the log was made by somebody who knew this one to be committed.
+        if self.applied > self.latest_index
+            && let Some(b) = self.latest.voters.get_mut(member)
+        {
+            *b = birth;
+        }
+        self.births_changed();
     }
 
     /// The births in force changed: this node's own may now count, or count no longer.
     pub(super) fn births_changed(&mut self) {
-        let counts = self.births.get(&self.config.me) == Some(&self.hard.birth);
-        match (self.hard.standing, counts) {
-            (Standing::Recovering | Standing::Fresh, true) => self.become_voter(),
-            (Standing::Voter, false) => {
-                self.become_recovering();
+        let named = self.settled.voters.get(&self.config.me).copied();
+        let mine = named == Some(self.hard.birth);
+        match self.hard.standing {
+            Standing::Recovering | Standing::Fresh | Standing::Learner if mine => {
+                self.take_standing(Standing::Voter);
+            }
+            // Not while old entries are read again, of a time before this disk was admitted.
+            Standing::Voter if named.is_some() && !mine && !self.is_named_later() => {
+                self.take_standing(Standing::Recovering);
                 self.become_follower(self.hard.term, None);
+            }
+            Standing::Learner if named.is_some() => self.take_standing(Standing::Recovering),
+            // What its former self may have said counted in configurations that named it; all that follow
+            // this one name another disk or none.
+            Standing::Recovering | Standing::Fresh
+                if named.is_none() && !self.settled.voters.is_empty() =>
+            {
+                self.take_standing(Standing::Learner);
             }
             _ => {}
         }
+    }
+
+    /// An entry that is not applied yet gives this disk its say.
+    fn is_named_later(&self) -> bool {
+        let (me, mine) = (&self.config.me, self.hard.birth);
+        let mut later =
+            (self.applied + 1..=self.log.last_index()).filter_map(|i| self.log.entry(i));
+        later.any(|e| match &e.payload {
+            Payload::Readmit { member, birth } => member == me && *birth == mine,
+            Payload::Configure(config) => config.voters.get(me) == Some(&mine),
+            Payload::Noop | Payload::Command(_) => false,
+        })
     }
 
     /// A peer with a birth that does not count has caught up: propose that it counts.
@@ -135,13 +172,11 @@ impl Raft {
             .is_some_and(|p| p.matched >= self.commit);
         // Before the first own entry is committed, the births in force may not be known here.
         let settled = self.applied >= leading.first_index;
-        if !caught_up || !settled || self.births.get(from) == Some(&birth) {
+        let known = self.settled.voters.get(from);
+        if !caught_up || !settled || known.is_none_or(|b| *b == birth) {
             return;
         }
-        let pending = (self.applied + 1..=self.log.last_index()).filter_map(|i| self.log.entry(i)).any(
-            |e| matches!(&e.payload, Payload::Readmit { member, birth: b } if member == from && *b == birth),
-        );
-        if !pending {
+        if !self.change_pending() {
             self.append_own(Payload::Readmit {
                 member: from.clone(),
                 birth,

@@ -284,10 +284,11 @@ fn wanted_members(
     let listing =
         l.durability == Durability::Async && mind.settings.durability == Durability::Async;
     let mut wanted = BTreeMap::new();
+    let stays = |m: &MemberId| view.members.get(m).is_some_and(|r| !r.value.leaving);
     for b in s
         .standbys
         .iter()
-        .filter(|b| b.streaming && view.members.contains_key(&b.member))
+        .filter(|b| b.streaming && stays(&b.member))
     {
         let (flushed, at) = mind
             .out
@@ -321,7 +322,7 @@ fn wanted_members(
             .any(|b| b.member == *member && b.streaming);
         let seen = mind.out.memory.healthy.get(member).map(|(_, at)| *at);
         let recently = seen.map_or(led_for < grace, |at| now.since(at) < grace);
-        if !connected && recently && !leaves(view, l, member) {
+        if !connected && recently && stays(member) && !leaves(view, l, member) {
             wanted.entry(member.clone()).or_insert(*incarnation);
         }
     }

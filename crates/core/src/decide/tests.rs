@@ -53,6 +53,7 @@ fn record(name: &str) -> MemberRecord {
         api: "h:2".into(),
         priority: 100,
         incarnation: Some(life(name)),
+        leaving: false,
     }
 }
 

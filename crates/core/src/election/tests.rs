@@ -28,6 +28,7 @@ fn case(v: usize, k: u32) -> Case {
                 api: "h:2".into(),
                 priority: 100,
                 incarnation: Some(Incarnation(1)),
+                leaving: false,
             };
             (id(n), At { revision: 1, value })
         })

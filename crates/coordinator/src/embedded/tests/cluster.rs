@@ -43,6 +43,11 @@ pub(super) fn id(i: usize) -> MemberId {
     MemberId::new(format!("m{i}")).unwrap()
 }
 
+fn free_address() -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().to_string()
+}
+
 /// Waits for a condition that another task brings about.
 pub(super) async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
     let due = Instant::now() + PATIENCE;
@@ -118,6 +123,33 @@ impl Cluster {
 
     pub(super) fn config(&self, who: &MemberId) -> EmbeddedConfig {
         self.configs[who].clone()
+    }
+
+    /// A further member, which finds the others as they are now; returns its address.
+    pub(super) fn add(&mut self, who: &MemberId) -> String {
+        let seeds = self.configs.values();
+        let seeds = seeds.map(|c| (c.me.clone(), c.listen.clone())).collect();
+        let address = free_address();
+        let mut config = EmbeddedConfig::new(
+            "test".to_owned(),
+            who.clone(),
+            seeds,
+            address.clone(),
+            self.dir.path().join(who.as_str()),
+            "a secret of some length".to_owned(),
+        );
+        config.advertise = Some(address.clone());
+        self.configs.insert(who.clone(), config);
+        address
+    }
+
+    /// The host gets another address; the others' settings files do not know.
+    pub(super) fn move_to_new_address(&mut self, who: &MemberId) -> String {
+        let address = free_address();
+        let config = self.configs.get_mut(who).unwrap();
+        config.listen.clone_from(&address);
+        config.advertise = Some(address.clone());
+        address
     }
 
     pub(super) async fn start_node(&mut self, who: &MemberId) {

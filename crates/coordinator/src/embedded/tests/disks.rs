@@ -135,14 +135,3 @@ async fn one_directory_has_one_user() {
     ));
     cluster.stop().await;
 }
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn other_voters_than_before_are_refused() {
-    let mut cluster = Cluster::start(1).await;
-    settle(&cluster.handles()).await;
-    stop_node(&mut cluster, &id(0)).await;
-    let mut config = cluster.config(&id(0));
-    config.voters.insert(id(9), "127.0.0.1:1".to_owned());
-    let started = Embedded::start(config).await;
-    assert!(matches!(started, Err(StartError::OtherVoters { .. })));
-}

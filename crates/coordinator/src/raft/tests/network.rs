@@ -3,12 +3,19 @@
 
 use std::time::Duration;
 
-use super::world::{Faults, World, id};
-use crate::raft::Standing;
+use craton_core::MemberId;
+
+use super::world::{Faults, Flaw, Node, World, id};
+use crate::raft::{Change, Raft, Standing};
 
 /// Faults for a while, then peace, in which everything has to come back.
 fn run(seed: u64, nodes: usize, faults: Faults) -> World {
+    run_flawed(seed, nodes, faults, None)
+}
+
+fn run_flawed(seed: u64, nodes: usize, faults: Faults, flaw: Option<Flaw>) -> World {
     let mut world = World::new(seed, nodes);
+    world.flaw = flaw;
     world.until("the cluster begins", 20, |w| {
         w.nodes
             .values()
@@ -17,7 +24,10 @@ fn run(seed: u64, nodes: usize, faults: Faults) -> World {
     world.faults = faults;
     for _ in 0..1500 {
         world.step();
-        let who = id(usize::try_from(world.dice.below(nodes as u64)).unwrap());
+        let who = any(&mut world);
+        if faults.change > 0 && world.dice.chance(faults.change) {
+            change_something(&mut world);
+        }
         if world.dice.chance(200) {
             world.propose(&who);
         }
@@ -33,17 +43,22 @@ fn run(seed: u64, nodes: usize, faults: Faults) -> World {
         ..Faults::default()
     };
     world.cut.clear();
-    for i in 0..nodes {
-        world.nodes.get_mut(&id(i)).unwrap().stalled_until = 0;
-        if world.nodes[&id(i)].raft.is_none() {
-            world.start(&id(i));
+    let all: Vec<MemberId> = world.nodes.keys().cloned().collect();
+    for who in &all {
+        world.nodes.get_mut(who).unwrap().stalled_until = 0;
+        if world.nodes[who].raft.is_none() {
+            world.start(who);
         }
     }
     world.until("all have a say again", 30, |w| {
-        w.nodes.values().all(|n| {
-            n.raft
-                .as_ref()
-                .is_some_and(|r| r.status().standing == Standing::Voter)
+        let quiet = |n: &Node| !n.raft.as_ref().is_some_and(Raft::change_pending);
+        let voters = w.voters();
+        let mut here = w.nodes.iter().filter(|(who, _)| voters.contains(*who));
+        here.all(|(_, n)| {
+            quiet(n)
+                && n.raft
+                    .as_ref()
+                    .is_some_and(|r| r.status().standing == Standing::Voter)
         })
     });
     // What is very late has arrived by then.
@@ -52,9 +67,10 @@ fn run(seed: u64, nodes: usize, faults: Faults) -> World {
     let leader = world.leader().unwrap();
     assert!(world.propose(&leader), "the leader takes a proposal");
     world.until("everybody applied everything", 10, |w| {
-        let applied = |n: &super::world::Node| n.register.clone();
-        let first = w.nodes.values().next().map(applied);
-        w.nodes.values().all(|n| {
+        let applied = |n: &Node| n.register.clone();
+        let first = Some(applied(&w.nodes[&leader]));
+        let mut here = w.nodes.iter().filter(|(who, _)| w.belongs(who));
+        here.all(|(_, n)| {
             Some(applied(n)) == first
                 && n.raft
                     .as_ref()
@@ -65,12 +81,56 @@ fn run(seed: u64, nodes: usize, faults: Faults) -> World {
     world
 }
 
+fn any(world: &mut World) -> MemberId {
+    let all: Vec<MemberId> = world.nodes.keys().cloned().collect();
+    let nth = world.dice.below(all.len() as u64);
+    all[usize::try_from(nth).unwrap()].clone()
+}
+
+/// Hosts that come and go, at most this many.
+const HOSTS_MAX: u64 = 6;
+
+/// An operator's wish, of a host that may or may not be there.
+fn change_something(world: &mut World) {
+    let member = id(usize::try_from(world.dice.below(HOSTS_MAX)).unwrap());
+    if !world.nodes.contains_key(&member) {
+        world.add_node(&member);
+        world.start(&member);
+    }
+    let other = any(world);
+    let change = match world.dice.below(5) {
+        0 => Change::Remove { member },
+        1 => Change::Demote { member },
+        2 => Change::Admit {
+            address: format!("{member}:1"),
+            member,
+        },
+        _ => Change::Promote { member },
+    };
+    let leaders: Vec<MemberId> = world
+        .nodes
+        .iter()
+        .filter(|(_, n)| n.raft.as_ref().is_some_and(Raft::is_leader))
+        .map(|(who, _)| who.clone())
+        .collect();
+    for leader in leaders {
+        if world.flaw == Some(Flaw::Jump) {
+            let and = Change::Remove {
+                member: other.clone(),
+            };
+            world.jump(&leader, &[&change, &and]);
+        } else {
+            let _ = world.change(&leader, &change);
+        }
+    }
+}
+
 fn seeds(name: &str, count: u64, nodes: usize, faults: Faults) {
     let number = |name| std::env::var(name).ok().and_then(|s| s.parse::<u64>().ok());
     let one = number("CRATON_RAFT_SEED");
     let count = number("CRATON_RAFT_SEEDS").unwrap_or(count);
     let range = one.map_or(0..count, |s| s..s + 1);
-    let (mut completed, mut reads, mut wipes) = (0, 0, 0);
+    let (mut completed, mut reads, mut wipes, mut changes) = (0, 0, 0, 0);
     for seed in range.clone() {
         let outcome = std::panic::catch_unwind(|| run(seed, nodes, faults));
         let world = match outcome {
@@ -83,8 +143,15 @@ fn seeds(name: &str, count: u64, nodes: usize, faults: Faults) {
         completed += world.completed;
         reads += world.reads_done;
         wipes += world.wipes;
+        changes += world.changes;
     }
-    eprintln!("{name}: {range:?}: {completed} writes, {reads} reads, {wipes} lost disks");
+    eprintln!(
+        "{name}: {range:?}: {completed} writes, {reads} reads, {wipes} lost disks, {changes} changes of the members"
+    );
+    assert!(
+        one.is_some() || faults.change == 0 || changes > count * 2,
+        "the members hardly changed"
+    );
     assert!(
         one.is_some() || completed > count && reads > count,
         "the faults left nothing to check"
@@ -104,6 +171,7 @@ const ROUGH: Faults = Faults {
     cut: 10,
     stall: 1,
     wipe: 0,
+    change: 0,
 };
 
 #[test]
@@ -174,4 +242,56 @@ fn the_same_seed_gives_the_same_run() {
         )
     };
     assert_eq!(trace(7), trace(7));
+}
+
+const CHANGING: Faults = Faults {
+    change: 40,
+    crash: 1,
+    cut: 10,
+    ..ROUGH
+};
+
+#[test]
+fn members_come_and_go() {
+    seeds("members", 300, 3, CHANGING);
+}
+
+#[test]
+fn a_lonely_voter_gets_company() {
+    seeds("members 1", 100, 1, CHANGING);
+}
+
+#[test]
+fn members_come_and_go_and_lose_their_disks() {
+    seeds(
+        "members, wipes",
+        300,
+        3,
+        Faults {
+            wipe: 1,
+            ..CHANGING
+        },
+    );
+}
+
+/// Runs seeds under a broken rule until one of them is noticed.
+fn is_noticed(flaw: Flaw, count: u64) {
+    let found = (0..count).find_map(|seed| {
+        let outcome = std::panic::catch_unwind(|| run_flawed(seed, 4, CHANGING, Some(flaw)));
+        let why = outcome.err()?.downcast::<String>().ok()?;
+        // A cluster that stops is no loss; what counts here is one that decides twice.
+        (!why.starts_with("not within")).then_some((seed, why))
+    });
+    let (seed, why) = found.unwrap_or_else(|| panic!("{flaw:?} not noticed in {count} seeds"));
+    eprintln!("{flaw:?}: noticed in seed {seed}: {why}");
+}
+
+#[test]
+fn changes_that_do_not_wait_for_each_other_are_noticed() {
+    is_noticed(Flaw::Impatient, 1000);
+}
+
+#[test]
+fn two_voters_at_once_are_noticed() {
+    is_noticed(Flaw::Jump, 1000);
 }

@@ -1,5 +1,6 @@
 //! One test for each rule.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::world::{World, id};
@@ -35,6 +36,7 @@ fn message(from: usize, to: usize, term: RaftTerm, body: Body) -> Message {
         birth: 9,
         voter: true,
         term,
+        address: None,
         body,
     }
 }
@@ -52,6 +54,9 @@ fn voter(entries: Vec<Entry>) -> Raft {
     let config = Config {
         me: id(0),
         voters: (0..3).map(id).collect(),
+        joining: false,
+        address: None,
+        addresses: BTreeMap::new(),
         timings: Timings::default(),
         seed: 1,
     };
@@ -628,7 +633,7 @@ fn a_node_that_is_not_a_voter_votes_for_nobody() {
 fn an_empty_disk_that_the_others_know_otherwise_is_a_lost_one() {
     let mut n = voter(vec![]);
     (n.hard.standing, n.hard.birth) = (Standing::Fresh, 77);
-    n.births.clear();
+    n.settled.voters.clear();
     let births: Births = (0..3).map(|i| (id(i), i as u64 + 1)).collect();
     n.step(
         at(1),

@@ -62,9 +62,25 @@ pub(super) struct Faults {
     pub(super) cut: u64,
     pub(super) stall: u64,
     pub(super) wipe: u64,
+    pub(super) change: u64,
+}
+
+/// A rule of [`crate::raft::membership`] that this world breaks.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Flaw {
+    /// The next change does not wait for the one before.
+    Impatient,
+    /// Two voters at once.
+    Jump,
 }
 
 pub(super) struct World {
+    pub(super) flaw: Option<Flaw>,
+    /// Who was there at the beginning; the others were taken in.
+    founders: BTreeSet<MemberId>,
+    /// The newest configuration that anybody applied, with its index.
+    pub(super) config: (Index, Configuration),
+    pub(super) changes: u64,
     pub(super) dice: Dice,
     pub(super) now_ms: u64,
     pub(super) nodes: BTreeMap<MemberId, Node>,
@@ -89,6 +105,10 @@ pub(super) fn id(i: usize) -> MemberId {
 impl World {
     pub(super) fn new(seed: u64, n: usize) -> Self {
         let mut world = Self {
+            flaw: None,
+            founders: (0..n).map(id).collect(),
+            config: (0, Configuration::default()),
+            changes: 0,
             dice: Dice(seed),
             now_ms: 1000,
             nodes: BTreeMap::new(),
@@ -108,23 +128,74 @@ impl World {
             next_read: 0,
         };
         for i in 0..n {
-            let node = Node {
-                raft: None,
-                disk: Durable::default(),
-                writing: VecDeque::new(),
-                register: Register::default(),
-                stalled_until: 0,
-                ops: BTreeMap::new(),
-                reads: BTreeMap::new(),
-                reads_ready: Vec::new(),
-            };
-            world.nodes.insert(id(i), node);
-            world.wipe_disk(&id(i));
+            world.add_node(&id(i));
         }
         for i in 0..n {
             world.start(&id(i));
         }
         world
+    }
+
+    /// A host with an empty disk; not started.
+    pub(super) fn add_node(&mut self, who: &MemberId) {
+        let node = Node {
+            raft: None,
+            disk: Durable::default(),
+            writing: VecDeque::new(),
+            register: Register::default(),
+            stalled_until: 0,
+            ops: BTreeMap::new(),
+            reads: BTreeMap::new(),
+            reads_ready: Vec::new(),
+        };
+        self.nodes.insert(who.clone(), node);
+        self.wipe_disk(who);
+    }
+
+    /// Asks a node to change the members.
+    pub(super) fn change(&mut self, who: &MemberId, change: &Change) -> Result<(), ChangeRefused> {
+        let (now, flaw) = (self.now(), self.flaw);
+        let voters = self.voters();
+        let lost = |v: &MemberId| self.nodes[v].disk.hard.standing != Standing::Voter;
+        if self.faults.wipe > 0 && voters.iter().any(lost) {
+            // Fewer voters, one of them without its disk: no operator does that.
+            return Err(ChangeRefused::Pending);
+        }
+        let births = self.births();
+        let node = self.nodes.get_mut(who).unwrap();
+        let Some(raft) = &mut node.raft else {
+            return Err(ChangeRefused::Pending);
+        };
+        let made = match (raft.change(now, change), flaw) {
+            (Err(ChangeRefused::Pending), Some(Flaw::Impatient)) => {
+                let next = raft.latest.flawed(&[change], &births)?;
+                raft.append_own(Payload::Configure(next));
+                Ok(())
+            }
+            (made, _) => made.map(drop),
+        };
+        self.drain(who);
+        made
+    }
+
+    fn births(&self) -> Births {
+        let birth = |(who, n): (&MemberId, &Node)| (who.clone(), n.disk.hard.birth);
+        self.nodes.iter().map(birth).collect()
+    }
+
+    /// Several changes in one step.
+    pub(super) fn jump(&mut self, who: &MemberId, changes: &[&Change]) {
+        let births = self.births();
+        let node = self.nodes.get_mut(who).unwrap();
+        if let Some(raft) = node
+            .raft
+            .as_mut()
+            .filter(|r| r.is_leader() && !r.change_pending())
+            && let Ok(next) = raft.latest.flawed(changes, &births)
+        {
+            raft.append_own(Payload::Configure(next));
+        }
+        self.drain(who);
     }
 
     pub(super) fn now(&self) -> BootTime {
@@ -144,9 +215,17 @@ impl World {
     }
 
     pub(super) fn start(&mut self, who: &MemberId) {
+        let founder = self.founders.contains(who);
         let config = Config {
             me: who.clone(),
-            voters: self.nodes.keys().cloned().collect(),
+            voters: if founder {
+                self.founders.clone()
+            } else {
+                self.nodes.keys().cloned().collect()
+            },
+            joining: !founder,
+            address: None,
+            addresses: BTreeMap::new(),
             timings: Timings::default(),
             seed: self.dice.draw(),
         };
@@ -175,12 +254,14 @@ impl World {
 
     /// A new disk, if fewer than a minority are without a say already.
     pub(super) fn wipe(&mut self, who: &MemberId) -> bool {
-        let without = self
-            .nodes
-            .values()
-            .filter(|n| n.disk.hard.standing != Standing::Voter)
+        let pending = |n: &Node| n.raft.as_ref().is_some_and(Raft::change_pending);
+        let voters = self.voters();
+        let without = voters
+            .iter()
+            .filter(|v| self.nodes[*v].disk.hard.standing != Standing::Voter)
             .count();
-        if without >= (self.nodes.len() - 1) / 2 {
+        let changing = self.nodes.values().any(pending);
+        if changing || voters.contains(who) && without >= (voters.len() - 1) / 2 {
             return false;
         }
         self.crash(who);
@@ -269,7 +350,11 @@ impl World {
             assert!(
                 self.now_ms < end,
                 "not within {secs} s: {what}\n{}",
-                self.describe()
+                if self.flaw.is_some() {
+                    String::new()
+                } else {
+                    self.describe()
+                }
             );
             self.step();
         }
@@ -282,7 +367,7 @@ impl World {
             let births = node
                 .raft
                 .as_ref()
-                .map(|r| (r.hard.birth, r.unwritten(), r.verified, &r.births));
+                .map(|r| (r.hard.birth, r.unwritten(), r.verified, &r.latest));
             format!("{n}: {status:?} {role:?} {births:?}")
         };
         self.nodes.iter().map(line).collect::<Vec<_>>().join("\n")
@@ -419,6 +504,12 @@ impl World {
         let node = self.nodes.get_mut(who).unwrap();
         assert_eq!(node.register.applied + 1, entry.index, "{who} skips");
         node.register.applied = entry.index;
+        if let Payload::Configure(config) = &entry.payload
+            && entry.index > self.config.0
+        {
+            self.config = (entry.index, config.clone());
+            self.changes += 1;
+        }
         if let Payload::Command(text) = &entry.payload {
             let (expected, new) = text.split_once(' ').unwrap();
             if expected.parse() == Ok(node.register.value) {
@@ -457,6 +548,24 @@ impl World {
     }
 
     /// Election safety and leader completeness.
+    /// Whether this host is to take part, by what is committed.
+    pub(super) fn belongs(&self, who: &MemberId) -> bool {
+        if self.config.0 == 0 {
+            self.founders.contains(who)
+        } else {
+            self.config.1.holds(who)
+        }
+    }
+
+    /// Who has a say, by what is committed.
+    pub(super) fn voters(&self) -> BTreeSet<MemberId> {
+        if self.config.0 == 0 {
+            self.founders.clone()
+        } else {
+            self.config.1.voters.keys().cloned().collect()
+        }
+    }
+
     fn watch_leader(&mut self, who: &MemberId) {
         let Some(raft) = &self.nodes[who].raft else {
             return;

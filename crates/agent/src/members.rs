@@ -1,0 +1,415 @@
+//! Members that come and go: joining, getting a say, and being taken out in the order that loses nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use craton_console::server::failure;
+use craton_console::views::{JoinRequest, JoinView, MemberRequest, MembersView, PlaceView};
+use craton_console::{Client, Token};
+use craton_coordinator::api::{Coordinator, MembersError, Membership, Txn, TxnOutcome};
+use craton_coordinator::raft::{Change as MembersChange, Configuration};
+use craton_core::MemberId;
+use craton_core::records::{At, Change, ClusterView, Event, Key, MemberRecord, Record};
+
+use crate::clock;
+use crate::config::VoterWish;
+use crate::store;
+
+/// How long one member that is asked to take another in may take.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Between two rounds of asking.
+const JOIN_PAUSE: Duration = Duration::from_secs(1);
+
+/// How long a member that is being removed may take to leave the sync set.
+const LEAVE_MAX: Duration = Duration::from_secs(30);
+
+/// How often a member without a say looks whether it should have one.
+const SAY_INTERVAL: Duration = Duration::from_secs(2);
+
+/// A lost race with another writer is tried again this often.
+const TRIES_MAX: usize = 20;
+
+/// Asks the members at these addresses, one after the other and for as long as it takes, to take this one in.
+/// Returns the others' coordinators. Only another cluster's name ends it.
+pub async fn join(
+    at: &[String],
+    client: Client,
+    request: &JoinRequest,
+    cluster: &str,
+) -> Result<Vec<(MemberId, String)>, String> {
+    let client = client.with_timeout(JOIN_TIMEOUT);
+    let mut last = String::new();
+    loop {
+        for address in at {
+            let answer = client
+                .post_json::<_, JoinView>(address, "/v1/members/join", request)
+                .await;
+            match answer {
+                Ok(view) if view.cluster != cluster => {
+                    return Err(format!(
+                        "{address} belongs to cluster \"{}\", this member to \"{cluster}\"",
+                        view.cluster
+                    ));
+                }
+                Ok(view) => {
+                    let place = |p: PlaceView| Some((p.member, p.address?));
+                    let others = view.peers.into_iter().filter_map(place);
+                    return Ok(others.filter(|(m, _)| *m != request.member).collect());
+                }
+                Err(error) if error.to_string() != last => {
+                    last = error.to_string();
+                    tracing::warn!(address, error = last, "not taken in yet; asking on");
+                }
+                Err(_) => {}
+            }
+        }
+        tokio::time::sleep(JOIN_PAUSE).await;
+    }
+}
+
+/// Sees to it that a member that joined gets its say, where it should have one.
+pub async fn keep_say(coordinator: Arc<dyn Coordinator>, me: MemberId, wish: VoterWish) {
+    loop {
+        tokio::time::sleep(SAY_INTERVAL).await;
+        let Some(members) = coordinator.membership() else {
+            return;
+        };
+        if !should_vote(&members.members(), &me, wish) {
+            continue;
+        }
+        let member = me.clone();
+        match members.change(MembersChange::Promote { member }).await {
+            Ok(()) => tracing::info!("this member is a voter of the coordinator now"),
+            Err(error) => tracing::debug!(%error, "this member is no voter yet"),
+        }
+    }
+}
+
+/// An even number of voters survives no more losses than one less, and needs one more for a majority.
+pub fn should_vote(config: &Configuration, me: &MemberId, wish: VoterWish) -> bool {
+    if !config.learners.contains(me) {
+        return false;
+    }
+    let all = config.voters.len() + config.learners.len();
+    let odd = if all.is_multiple_of(2) { all - 1 } else { all };
+    match wish {
+        VoterWish::Never => false,
+        VoterWish::Always => true,
+        VoterWish::Auto => config.voters.len() < odd,
+    }
+}
+
+type Api = Arc<dyn Coordinator>;
+
+/// The routes under `/v1/members`.
+pub fn routes(coordinator: Arc<dyn Coordinator>) -> Router {
+    Router::new()
+        .route("/v1/members", get(list))
+        .route("/v1/members/join", post(take_in))
+        .route("/v1/members/remove", post(remove))
+        .route("/v1/members/promote", post(promote))
+        .route("/v1/members/demote", post(demote))
+        .with_state(coordinator)
+}
+
+struct Refusal(StatusCode, String, String);
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        failure(self.0, &self.1, Some(&self.2))
+    }
+}
+
+fn refused(what: impl Into<String>, hint: impl Into<String>) -> Refusal {
+    Refusal(StatusCode::CONFLICT, what.into(), hint.into())
+}
+
+fn unavailable(error: &dyn std::fmt::Display) -> Refusal {
+    Refusal(
+        StatusCode::SERVICE_UNAVAILABLE,
+        error.to_string(),
+        "a majority of the voters must run; see craton member list".into(),
+    )
+}
+
+fn not_changed(error: &MembersError) -> Refusal {
+    match error {
+        MembersError::Coordinator(error) => unavailable(error),
+        MembersError::Refused(why) => refused(why.clone(), "see craton member list"),
+    }
+}
+
+fn membership(api: &Api) -> Result<&dyn Membership, Refusal> {
+    api.membership().ok_or_else(|| {
+        refused(
+            "the members of this coordinator are not Craton's to change",
+            "use its own commands",
+        )
+    })
+}
+
+async fn view(api: &Api) -> Result<ClusterView, Refusal> {
+    let snapshot = api.read().await.map_err(|e| unavailable(&e))?;
+    store::view(&snapshot).map_err(|e| unavailable(&e))
+}
+
+fn places(api: &Api, members: &dyn Membership, view: &ClusterView) -> MembersView {
+    let config = members.members();
+    let presence = Arc::clone(&api.presence().borrow());
+    let now = clock::now();
+    let mut places: Vec<PlaceView> = config
+        .members()
+        .map(|m| PlaceView {
+            member: m.clone(),
+            address: members
+                .address_of(m)
+                .or_else(|| config.addresses.get(m).cloned()),
+            voter: config.voters.contains_key(m),
+            data: view.members.contains_key(m),
+            heard_ms_ago: presence
+                .get(m)
+                .map(|p| u64::try_from(now.since(p.heard_at).as_millis()).unwrap_or(u64::MAX)),
+        })
+        .collect();
+    places.sort_by(|a, b| a.member.cmp(&b.member));
+    let cluster = view.cluster.as_ref().map(|c| c.value.name.clone());
+    MembersView {
+        cluster: cluster.unwrap_or_default(),
+        epoch: config.epoch,
+        majority: config.majority(),
+        members: places,
+        removed: config.removed.into_iter().collect(),
+    }
+}
+
+async fn list(State(api): State<Api>) -> Result<Response, Refusal> {
+    let members = membership(&api)?;
+    let view = view(&api).await?;
+    Ok(Json(places(&api, members, &view)).into_response())
+}
+
+async fn take_in(
+    State(api): State<Api>,
+    Json(request): Json<JoinRequest>,
+) -> Result<Response, Refusal> {
+    let members = membership(&api)?;
+    let seen = view(&api).await?;
+    if seen.leadership.is_none() {
+        return Err(refused(
+            "the cluster is still being made",
+            "wait for its first leader",
+        ));
+    }
+    if seen
+        .members
+        .get(&request.member)
+        .is_some_and(|m| m.value.leaving)
+    {
+        return Err(refused(
+            format!("{} is being removed", request.member),
+            "finish that first: craton member remove",
+        ));
+    }
+    let change = MembersChange::Admit {
+        member: request.member.clone(),
+        address: request.address,
+    };
+    members.change(change).await.map_err(|e| not_changed(&e))?;
+    tracing::info!(member = %request.member, "took a member in");
+    let now = places(&api, members, &seen);
+    let peers = now.members;
+    Ok(Json(JoinView {
+        cluster: now.cluster,
+        peers,
+    })
+    .into_response())
+}
+
+async fn promote(
+    State(api): State<Api>,
+    Json(MemberRequest { member }): Json<MemberRequest>,
+) -> Result<Response, Refusal> {
+    let members = membership(&api)?;
+    let change = members.change(MembersChange::Promote { member });
+    change.await.map_err(|e| not_changed(&e))?;
+    list(State(Arc::clone(&api))).await
+}
+
+async fn demote(
+    State(api): State<Api>,
+    Json(MemberRequest { member }): Json<MemberRequest>,
+) -> Result<Response, Refusal> {
+    let members = membership(&api)?;
+    let change = members.change(MembersChange::Demote { member });
+    change.await.map_err(|e| not_changed(&e))?;
+    list(State(Arc::clone(&api))).await
+}
+
+/// Out of the sync set, out of the voters, out of the records: in this order, and again from wherever an
+/// earlier try stopped.
+async fn remove(
+    State(api): State<Api>,
+    Json(MemberRequest { member }): Json<MemberRequest>,
+) -> Result<Response, Refusal> {
+    let members = membership(&api)?;
+    let seen = view(&api).await?;
+    let config = members.members();
+    if !config.holds(&member) && !seen.members.contains_key(&member) {
+        return Err(Refusal(
+            StatusCode::NOT_FOUND,
+            format!("there is no member {member}"),
+            "see craton member list".into(),
+        ));
+    }
+    leave_sync_set(&api, &member).await?;
+    if config.holds(&member) {
+        let member = member.clone();
+        let change = members.change(MembersChange::Remove { member });
+        change.await.map_err(|e| not_changed(&e))?;
+    }
+    update(&api, |view| {
+        let deletes = [Key::Member(member.clone()), Key::Seal(member.clone())];
+        let deletes: Vec<Key> = deletes
+            .into_iter()
+            .filter(|k| view.revision_of(k) > 0)
+            .collect();
+        (!deletes.is_empty()).then(|| {
+            let mut expect: Vec<_> = deletes
+                .iter()
+                .map(|k| (k.clone(), view.revision_of(k)))
+                .collect();
+            expect.push((Key::History, view.revision_of(&Key::History)));
+            Change {
+                expect,
+                puts: vec![removed_event(view, &member)],
+                deletes,
+            }
+        })
+    })
+    .await?;
+    tracing::info!(%member, "removed a member");
+    list(State(Arc::clone(&api))).await
+}
+
+fn removed_event(view: &ClusterView, member: &MemberId) -> Record {
+    let history = view.history.as_ref().map(|h| h.value.clone());
+    let term = view.leadership.as_ref().map(|l| l.value.term);
+    Record::History(history.unwrap_or_default().with(Event {
+        at_ms: clock::wall_ms(),
+        term: term.unwrap_or_default(),
+        member: member.clone(),
+        kind: "removed".into(),
+        text: format!("{member} was removed from the cluster"),
+    }))
+}
+
+/// Marks the member as leaving, and waits until no commit waits for it.
+async fn leave_sync_set(api: &Api, member: &MemberId) -> Result<(), Refusal> {
+    let mut changed = api.watch();
+    let deadline = clock::now().after(LEAVE_MAX);
+    loop {
+        let seen = view(api).await?;
+        let Some(l) = seen.leadership.as_ref().map(|l| &l.value) else {
+            return Err(refused(
+                "the cluster is still being made",
+                "wait for its first leader",
+            ));
+        };
+        if l.leader.as_ref().is_some_and(|l| l.member == *member) {
+            return Err(refused(
+                format!("{member} is the leader"),
+                "hand over first: craton switchover",
+            ));
+        }
+        let holds = |r: &craton_core::records::MemberRef| r.member == *member;
+        let counts = l.sync.members.contains_key(member);
+        if l.leader.is_none() && (counts || l.previous.as_ref().is_some_and(holds)) {
+            return Err(refused(
+                format!("an election is open, and {member} may hold commits that it needs"),
+                "wait for a leader: see craton explain",
+            ));
+        }
+        if !counts && seen.members.get(member).is_none_or(|m| m.value.leaving) {
+            return Ok(());
+        }
+        mark_leaving(api, member).await?;
+        let left = deadline.since(clock::now());
+        if left.is_zero() {
+            return Err(Refusal(
+                StatusCode::GATEWAY_TIMEOUT,
+                format!("commits wait for {member} still, after {} s", LEAVE_MAX.as_secs()),
+                "the leader must run and reach a standby that stays; see craton status, then remove it again".into(),
+            ));
+        }
+        let _ = tokio::time::timeout(left.min(Duration::from_millis(500)), changed.changed()).await;
+    }
+}
+
+async fn mark_leaving(api: &Api, member: &MemberId) -> Result<(), Refusal> {
+    update(api, |view| {
+        let At { revision, value } = view.members.get(member)?;
+        let key = Key::Member(member.clone());
+        let record = MemberRecord {
+            leaving: true,
+            ..value.clone()
+        };
+        (!value.leaving).then(|| Change {
+            expect: vec![(key, *revision)],
+            puts: vec![Record::Member(member.clone(), record)],
+            deletes: vec![],
+        })
+    })
+    .await
+}
+
+/// Makes a change that rests on what is there, again if that changed meanwhile.
+async fn update(api: &Api, make: impl Fn(&ClusterView) -> Option<Change>) -> Result<(), Refusal> {
+    for _ in 0..TRIES_MAX {
+        let Some(change) = make(&view(api).await?) else {
+            return Ok(());
+        };
+        let txn: Txn = store::txn(&change).map_err(|e| unavailable(&e))?;
+        match api.txn(txn).await.map_err(|e| unavailable(&e))? {
+            TxnOutcome::Committed(_) => return Ok(()),
+            TxnOutcome::Conflict => {}
+        }
+    }
+    Err(refused("others change the same all the time", "try again"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> MemberId {
+        MemberId::new(text).unwrap()
+    }
+
+    #[test]
+    fn voters_stay_an_odd_number_where_that_can_be() {
+        let config = |voters: usize, learners: usize| Configuration {
+            voters: (0..voters).map(|i| (name(&format!("v{i}")), 1)).collect(),
+            learners: (0..learners).map(|i| name(&format!("l{i}"))).collect(),
+            ..Configuration::default()
+        };
+        let asks =
+            |voters, learners| should_vote(&config(voters, learners), &name("l0"), VoterWish::Auto);
+        assert!(!asks(1, 1), "two voters survive nothing");
+        assert!(asks(1, 2) && asks(2, 1), "on the way to three");
+        assert!(!asks(3, 1), "four survive no more than three");
+        assert!(asks(3, 2) && asks(4, 1), "on the way to five");
+        let one = config(3, 1);
+        assert!(should_vote(&one, &name("l0"), VoterWish::Always));
+        assert!(!should_vote(&config(2, 1), &name("l0"), VoterWish::Never));
+        assert!(
+            !should_vote(&one, &name("v0"), VoterWish::Always),
+            "it is one"
+        );
+    }
+}

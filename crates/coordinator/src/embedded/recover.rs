@@ -1,0 +1,137 @@
+//! Going on alone when the majority of the voters is lost for good: done offline, on one survivor, by an operator
+//! who knows that the others are gone.
+//!
+//! The survivor becomes the only voter. All that is in its log counts as committed, also what the lost majority
+//! never agreed to; what only the lost ones had is lost. The other members are noted as removed: one that
+//! comes back is told so, and another survivor joins anew with an empty coordinator directory (its PostgreSQL
+//! keeps its data). What this cannot prevent is that the lost ones, if enough of them come back, find each other
+//! and go on as the former cluster: they must be destroyed, or their coordinator directories emptied.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use craton_core::MemberId;
+
+use super::disk::{Faults, LOG_FILE, OpenError, Store};
+use crate::api::Snapshot;
+use crate::kv;
+use crate::raft::{Configuration, Entry, Index, Payload, RaftTerm, Standing};
+
+/// Epochs that a recovery leaps, so that no voter of the former cluster has ever settled in the new one.
+const EPOCH_LEAP: u64 = 1000;
+
+/// What a voter's disk holds.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Survey {
+    /// Who takes part, by the newest entry.
+    pub config: Configuration,
+    /// Raft's term.
+    pub term: RaftTerm,
+    /// The last entry.
+    pub last_index: Index,
+    /// The store, with every entry applied.
+    pub snapshot: Arc<Snapshot>,
+}
+
+/// Why it is not done.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// The directory.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// There is nothing to go on from.
+    #[error("{0}")]
+    Refused(String),
+}
+
+fn survey_of(store: &Store) -> Result<Survey, RecoverError> {
+    let raft = &store.contents().raft;
+    let mut config = raft.image.as_ref().map_or_else(
+        || Configuration::begun(raft.hard.births.clone()),
+        crate::raft::Image::configuration,
+    );
+    let mut state = match &raft.image {
+        Some(image) => serde_json::from_str::<kv::Store>(&image.data)
+            .map_err(|e| RecoverError::Refused(format!("the image cannot be read: {e}")))?,
+        None => kv::Store::default(),
+    };
+    let mut last_index = raft.image.as_ref().map_or(0, |i| i.last_index);
+    for entry in &raft.entries {
+        last_index = entry.index;
+        match &entry.payload {
+            Payload::Noop => {}
+            Payload::Command(text) => {
+                // As every member does: what is not understood is left out.
+                if let Ok(request) = serde_json::from_str(text) {
+                    state.apply(&request);
+                }
+            }
+            Payload::Readmit { member, birth } => {
+                if let Some(b) = config.voters.get_mut(member) {
+                    *b = *birth;
+                }
+            }
+            Payload::Configure(next) => config.clone_from(next),
+        }
+    }
+    Ok(Survey {
+        config,
+        term: raft.hard.term,
+        last_index,
+        snapshot: state.snapshot(),
+    })
+}
+
+fn open(dir: &Path) -> Result<Store, RecoverError> {
+    if !dir.join(LOG_FILE).exists() {
+        return Err(RecoverError::Refused(format!(
+            "there is no coordinator in {}",
+            dir.display()
+        )));
+    }
+    Ok(Store::open(dir, 1, Faults::default())?)
+}
+
+/// What this disk holds. The agent must not run.
+pub fn survey(dir: &Path) -> Result<Survey, RecoverError> {
+    survey_of(&open(dir)?)
+}
+
+/// Makes this voter the only one. The agent must not run.
+pub fn stand_alone(dir: &Path, me: &MemberId) -> Result<Survey, RecoverError> {
+    let mut store = open(dir)?;
+    let before = survey_of(&store)?;
+    let mut contents = store.contents().clone();
+    let hard = &mut contents.raft.hard;
+    if hard.standing != Standing::Voter || !before.config.voters.contains_key(me) {
+        return Err(RecoverError::Refused(format!(
+            "{me} has no say by what is on this disk: it never had one, lost its disk, or was removed; use a member that has"
+        )));
+    }
+    hard.term += 1;
+    hard.vote = None;
+    let (term, birth) = (hard.term, hard.birth);
+    let lost: Vec<MemberId> = before
+        .config
+        .members()
+        .filter(|m| *m != me)
+        .cloned()
+        .collect();
+    let mut next = Configuration {
+        epoch: before.config.epoch + EPOCH_LEAP,
+        voters: [(me.clone(), birth)].into(),
+        previous: BTreeSet::from([me.clone()]),
+        learners: BTreeSet::new(),
+        ..before.config.clone()
+    };
+    next.removed.extend(lost);
+    next.addresses.retain(|member, _| member == me);
+    contents.raft.entries.push(Entry {
+        index: before.last_index + 1,
+        term,
+        payload: Payload::Configure(next),
+    });
+    store.rewrite(contents)?;
+    survey_of(&store)
+}

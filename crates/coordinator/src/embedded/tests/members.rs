@@ -1,0 +1,277 @@
+use std::sync::Arc;
+use std::time::Duration;
+
+use craton_core::{MemberId, Term};
+use tokio::sync::oneshot::error::TryRecvError;
+use tokio::time::{Instant, sleep};
+
+use super::cluster::{Cluster, PATIENCE, id, until};
+use crate::api::{Coordinator, CoordinatorError, MembersError, Membership};
+use crate::conformance::{put, settle};
+use crate::embedded::{Embedded, RecoverError, stand_alone, survey};
+use crate::raft::{Change, Timings};
+
+const TTL: Duration = Duration::from_millis(1500);
+
+async fn change(through: &Embedded, change: Change) {
+    let due = Instant::now() + PATIENCE;
+    loop {
+        match through.change(change.clone()).await {
+            Ok(()) => return,
+            Err(MembersError::Coordinator(e)) if Instant::now() < due => {
+                eprintln!("again: {change:?}: {e}");
+            }
+            Err(e) => panic!("{change:?}: {e}"),
+        }
+    }
+}
+
+async fn take_in(cluster: &mut Cluster, through: &MemberId, who: &MemberId) {
+    let address = cluster.add(who);
+    let node = Arc::clone(&cluster.nodes[through]);
+    let member = who.clone();
+    change(&node, Change::Admit { member, address }).await;
+    cluster.start_node(who).await;
+    let member = who.clone();
+    change(&node, Change::Promote { member }).await;
+}
+
+/// Renews until told to stop; the longest time without a renewal.
+fn hold(
+    node: Arc<Embedded>,
+    term: u64,
+) -> (
+    tokio::sync::oneshot::Sender<()>,
+    tokio::task::JoinHandle<Duration>,
+) {
+    let (stop, mut stopped) = tokio::sync::oneshot::channel();
+    let task = tokio::spawn(async move {
+        let (mut last, mut longest) = (Instant::now(), Duration::ZERO);
+        while stopped.try_recv() == Err(TryRecvError::Empty) {
+            let sent = Instant::now();
+            match node.renew(Term(term), TTL).await {
+                Ok(_) => {
+                    longest = longest.max(sent - last);
+                    last = sent;
+                }
+                Err(CoordinatorError::Unavailable(_)) => {}
+                Err(e) => panic!("the lease of term {term} is lost: {e}"),
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        longest.max(last.elapsed())
+    });
+    (stop, task)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn from_one_voter_to_five_and_back_with_the_lease_held() {
+    let mut cluster = Cluster::start(1).await;
+    settle(&cluster.handles()).await;
+    cluster.write(&id(0), "a", "1").await;
+    until("the lease", || async {
+        cluster.nodes[&id(0)].renew(Term(1), TTL).await.is_ok()
+    })
+    .await;
+    let (stop, held) = hold(Arc::clone(&cluster.nodes[&id(0)]), 1);
+    for i in 1..5 {
+        // Through another one each time: it is passed on to the leader.
+        take_in(&mut cluster, &id(i - 1), &id(i)).await;
+        cluster.sees(&id(i), "a", "1").await;
+    }
+    let members = cluster.nodes[&id(4)].members();
+    assert_eq!((members.voters.len(), members.epoch), (5, 4));
+    // The new ones count: two of the five may go.
+    cluster.kill(&id(1));
+    cluster.kill(&id(2));
+    cluster.write(&id(4), "b", "2").await;
+    cluster.start_node(&id(1)).await;
+    cluster.start_node(&id(2)).await;
+    settle(&cluster.handles()).await;
+    for i in [3, 4, 1, 2] {
+        let member = id(i);
+        change(&cluster.nodes[&id(0)], Change::Remove { member }).await;
+        let removed = cluster.nodes[&id(i)].removed();
+        until("it is told that it was removed", || async {
+            *removed.borrow()
+        })
+        .await;
+        cluster.nodes.remove(&id(i)).unwrap().stop().await;
+    }
+    cluster.write(&id(0), "c", "3").await;
+    drop(stop);
+    let longest = held.await.unwrap();
+    assert!(longest < TTL, "{longest:?} without a renewal");
+    let members = cluster.nodes[&id(0)].members();
+    assert_eq!((members.voters.len(), members.epoch), (1, 8));
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_without_a_say_reads_writes_and_holds_the_lease() {
+    let mut cluster = Cluster::start(3).await;
+    settle(&cluster.handles()).await;
+    let address = cluster.add(&id(3));
+    let member = id(3);
+    change(&cluster.nodes[&id(0)], Change::Admit { member, address }).await;
+    cluster.start_node(&id(3)).await;
+    cluster.write(&id(3), "a", "1").await;
+    let late = Arc::clone(&cluster.nodes[&id(3)]);
+    until("the lease", || async {
+        late.renew(Term(3), TTL).await.is_ok()
+    })
+    .await;
+    assert_eq!(cluster.nodes[&id(0)].free(Term(3)).await, Ok(false));
+    until("it runs out", || async {
+        cluster.nodes[&id(0)].free(Term(3)).await == Ok(true)
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_called_free_before_the_voters_changed_stays_free() {
+    let mut cluster = Cluster::start(1).await;
+    settle(&cluster.handles()).await;
+    until("free", || async {
+        cluster.nodes[&id(0)].free(Term(7)).await == Ok(true)
+    })
+    .await;
+    take_in(&mut cluster, &id(0), &id(1)).await;
+    take_in(&mut cluster, &id(1), &id(2)).await;
+    let member = id(0);
+    change(&cluster.nodes[&id(1)], Change::Remove { member }).await;
+    until("it is refused", || async {
+        let late = cluster.nodes[&id(2)].renew(Term(7), TTL).await;
+        assert!(late.is_err(), "term 7 is over");
+        matches!(late, Err(CoordinatorError::Refused(_)))
+    })
+    .await;
+    until("term 8", || async {
+        cluster.nodes[&id(2)].renew(Term(8), TTL).await.is_ok()
+    })
+    .await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_voter_and_too_few_are_refused() {
+    let mut cluster = Cluster::start(1).await;
+    settle(&cluster.handles()).await;
+    let one = Arc::clone(&cluster.nodes[&id(0)]);
+    let refused = one.change(Change::Remove { member: id(0) }).await;
+    assert!(
+        matches!(refused, Err(MembersError::Refused(_))),
+        "{refused:?}"
+    );
+    take_in(&mut cluster, &id(0), &id(1)).await;
+    take_in(&mut cluster, &id(0), &id(2)).await;
+    cluster.kill(&id(2));
+    cluster.write(&id(0), "a", "1").await;
+    // Of the two that would be left, the one that is down would be needed.
+    // Silence for an election timeout is what is waited for.
+    sleep(Timings::default().election_timeout * 3).await;
+    let removed = cluster.nodes[&id(0)]
+        .change(Change::Remove { member: id(1) })
+        .await;
+    assert!(
+        matches!(removed, Err(MembersError::Refused(_))),
+        "{removed:?}"
+    );
+    let member = id(2);
+    change(&cluster.nodes[&id(1)], Change::Remove { member }).await;
+    cluster.write(&id(1), "b", "2").await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_moves_is_found_at_its_new_address() {
+    let mut cluster = Cluster::start(3).await;
+    settle(&cluster.handles()).await;
+    cluster.nodes.remove(&id(1)).unwrap().stop().await;
+    let address = cluster.move_to_new_address(&id(1));
+    cluster.start_node(&id(1)).await;
+    cluster.write(&id(1), "a", "1").await;
+    until("the log says where it is", || async {
+        let members = cluster.nodes[&id(2)].members();
+        members.addresses.get(&id(1)) == Some(&address)
+    })
+    .await;
+    // Restarted, the others find it by the log.
+    cluster.kill(&id(2));
+    cluster.start_node(&id(2)).await;
+    cluster.kill(&id(0));
+    cluster.write(&id(2), "b", "2").await;
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_host_that_comes_back_with_an_empty_disk_is_readmitted_by_itself() {
+    let mut cluster = Cluster::start(1).await;
+    settle(&cluster.handles()).await;
+    take_in(&mut cluster, &id(0), &id(1)).await;
+    take_in(&mut cluster, &id(0), &id(2)).await;
+    cluster.write(&id(2), "a", "1").await;
+    cluster.nodes.remove(&id(2)).unwrap().stop().await;
+    std::fs::remove_dir_all(cluster.file(&id(2)).parent().unwrap()).unwrap();
+    cluster.start_node(&id(2)).await;
+    cluster.sees(&id(2), "a", "1").await;
+    let back = Arc::clone(&cluster.nodes[&id(2)]);
+    until("its say in the lease", || async {
+        back.lease_hint() != crate::api::LeaseHint::Unknown
+    })
+    .await;
+    cluster.kill(&id(1));
+    cluster.write(&id(2), "b", "2").await;
+    until("a lease", || async {
+        back.renew(Term(1), TTL).await.is_ok()
+    })
+    .await;
+    assert!(back.txn(put("b", 0, "3")).await.is_ok());
+    cluster.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_survivor_goes_on_when_the_majority_is_lost_for_good() {
+    let mut cluster = Cluster::start(3).await;
+    settle(&cluster.handles()).await;
+    cluster.write(&id(0), "a", "1").await;
+    cluster.sees(&id(1), "a", "1").await;
+    until("the lease", || async {
+        cluster.nodes[&id(0)].renew(Term(4), TTL).await.is_ok()
+    })
+    .await;
+    let dir = cluster.file(&id(1)).parent().unwrap().to_owned();
+    assert!(
+        survey(&dir).is_err(),
+        "not while the voter runs: it has the directory"
+    );
+    for i in [0, 2, 1] {
+        cluster.nodes.remove(&id(i)).unwrap().stop().await;
+    }
+    let known = survey(&dir).unwrap();
+    assert_eq!(known.snapshot.get("a").map(|v| v.value.as_str()), Some("1"));
+    assert!(matches!(
+        stand_alone(&dir, &id(9)),
+        Err(RecoverError::Refused(_))
+    ));
+    let after = stand_alone(&dir, &id(1)).unwrap();
+    assert_eq!(after.config.removed, [id(0), id(2)].into());
+    cluster.start_node(&id(1)).await;
+    cluster.sees(&id(1), "a", "1").await;
+    cluster.write(&id(1), "b", "2").await;
+    until("the lost leader's term is over", || async {
+        cluster.nodes[&id(1)].free(Term(4)).await == Ok(true)
+    })
+    .await;
+    // One that comes back is told, and another host is taken in.
+    cluster.start_node(&id(2)).await;
+    let told = cluster.nodes[&id(2)].removed();
+    until("it is told that it was removed", || async {
+        *told.borrow()
+    })
+    .await;
+    take_in(&mut cluster, &id(1), &id(3)).await;
+    cluster.sees(&id(3), "b", "2").await;
+    cluster.stop().await;
+}
