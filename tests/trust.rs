@@ -135,7 +135,7 @@ fn roles_open_what_they_need(c: &Cluster) {
         }
         for role in [Role::Proxy, Role::Backup] {
             let asked: Result<Value, _> = client(role)
-                .post_json(&p.api, "/v1/switchover", &SwitchoverRequest { to: None })
+                .post_json(&p.api, "/v1/switchover", &SwitchoverRequest::default())
                 .await;
             let (status, error) = status_of(asked);
             assert_eq!(status, 403, "{role}: {error}");

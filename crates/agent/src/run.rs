@@ -160,18 +160,7 @@ pub async fn run_with(
         // deadline must stand on the board before it is armed.
         fencing.guard(&process);
     }
-    let (progress, _) = watch::channel(CloneProgress::default());
-    let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
-    let noted = Duration::from_millis(state.get().promised_ms);
-    let actor = Arc::new(Actor {
-        book: Mutex::new(Book::new(crate::clock::now(), noted)),
-        me: config.member.clone(),
-        server: Arc::clone(&server),
-        secrets,
-        state: Mutex::new(state),
-        fencing: Arc::clone(&fencing),
-        progress,
-    });
+    let actor = actor(&config, &server, &fencing, secrets)?;
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
@@ -219,6 +208,27 @@ pub async fn run_with(
     background.shutdown().await;
     stop(&server, &lease, &coordinator, &fencing).await;
     Ok(())
+}
+
+/// The hands, with what the member noted in an earlier life.
+fn actor(
+    config: &AgentConfig,
+    server: &Arc<LocalServer>,
+    fencing: &Arc<Fencing>,
+    secrets: Secrets,
+) -> Result<Arc<Actor>, AgentError> {
+    let (progress, _) = watch::channel(CloneProgress::default());
+    let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
+    let noted = Duration::from_millis(state.get().promised_ms);
+    Ok(Arc::new(Actor {
+        book: Mutex::new(Book::new(crate::clock::now(), noted)),
+        me: config.member.clone(),
+        server: Arc::clone(server),
+        secrets,
+        state: Mutex::new(state),
+        fencing: Arc::clone(fencing),
+        progress,
+    }))
 }
 
 /// A client for the other members' control APIs.

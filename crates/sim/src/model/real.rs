@@ -186,6 +186,7 @@ impl Rules {
                     api: String::new(),
                     priority: 1,
                     incarnation: None,
+                    leaving: false,
                 };
                 (id.clone(), at(record))
             })
