@@ -301,6 +301,7 @@ async fn ask(api: &Api, wish: Wish) -> Result<Term, Refusal> {
         allow_data_loss: wish.allow_data_loss,
         phase: RequestPhase::Asked,
         by: wish.by,
+        why: None,
     };
     let change = Change {
         expect: vec![

@@ -4,6 +4,7 @@
 //! * [`server`]: PostgreSQL as the agent holds it; [`parameters`]: its configuration; [`act`]: the long tasks;
 //!   [`slots`]: upkeep.
 //! * [`lease`]: renewals and the deadline; [`fencing`]: the process that enforces it without the agent.
+//! * [`storage`]: the disks, watched from threads of their own.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
 //! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
 
@@ -20,8 +21,9 @@ mod run;
 pub mod server;
 pub mod slots;
 pub mod state;
+pub mod storage;
 pub mod store;
 pub mod views;
 
-pub use config::{AgentConfig, Peer, Secrets};
+pub use config::{AgentConfig, Peer, Secrets, WatchdogMode};
 pub use run::{AgentError, run, run_with};

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use craton_console::Token;
@@ -25,7 +25,8 @@ use crate::fencing::Fencing;
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::metrics::AgentMetrics;
 use crate::server::LocalServer;
-use crate::state::StateFile;
+use crate::state::{StateFile, StateKeeper};
+use crate::storage::Storage;
 use crate::{parameters, slots};
 
 /// How often the metrics are brought up to date.
@@ -123,7 +124,7 @@ pub async fn run_with(
         me: config.member.clone(),
         server: Arc::clone(&server),
         secrets,
-        state: Mutex::new(state),
+        state: StateKeeper::new(state),
         fencing: Arc::clone(&fencing),
         progress,
     });
@@ -146,6 +147,8 @@ pub async fn run_with(
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
+    let storage = Storage::start(&server.instance, config.initial.clone())
+        .map_err(io("cannot watch the disks"))?;
     let agent = Agent::new(Parts {
         config,
         coordinator: Arc::clone(&coordinator),
@@ -153,6 +156,7 @@ pub async fn run_with(
         actor,
         lease: lease.clone(),
         fencing: Arc::clone(&fencing),
+        storage,
         seen: seen_tx,
         topology: topology_tx,
     });

@@ -6,6 +6,7 @@
 //! Positions compare by (timeline, LSN): a timeline number is used once, and a later one of this cluster
 //! contains what was acknowledged on an earlier.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::records::{At, Leadership, MemberRecord, Seal};
@@ -44,6 +45,9 @@ pub struct Ballot<'a> {
     pub members: &'a BTreeMap<MemberId, At<MemberRecord>>,
     /// Members whose agent was heard of just now; only they are worth electing.
     pub alive: &'a BTreeSet<MemberId>,
+    /// Members that had better not lead: their disk is full, their storage hangs, they crash again and again.
+    /// One of them leads only if no other can.
+    pub unfit: &'a BTreeSet<MemberId>,
     /// In `async`: the last known flush position of the former leader.
     pub leader_lsn: Option<Lsn>,
     /// In `async`: how far behind it a winner may be, bytes.
@@ -137,9 +141,16 @@ impl<'a> Ballot<'a> {
         candidates.sort_by(|a, b| {
             let forced = |c: &Candidate<'_>| l.allow_data_loss && preferred == Some(c.member);
             let wished = |c: &Candidate<'_>| preferred == Some(c.member);
+            let fit = |c: &Candidate<'_>| !self.unfit.contains(c.member);
+            // Every candidate holds what was acknowledged, so in `quorum` nothing is lost with a fit one; in
+            // `async` each byte of WAL may be an acknowledged commit.
+            let fitter = fit(b).cmp(&fit(a));
+            let lossless = l.durability == Durability::Quorum && !l.allow_data_loss;
             forced(b)
                 .cmp(&forced(a))
+                .then(if lossless { fitter } else { Ordering::Equal })
                 .then(b.position.cmp(&a.position))
+                .then(fitter)
                 .then(wished(b).cmp(&wished(a)))
                 .then(b.priority.cmp(&a.priority))
                 .then(a.member.cmp(b.member))

@@ -1,9 +1,12 @@
 //! Scenario tables for the decision: a situation, and what it must come to, in one line each.
 
 mod electing;
+mod health;
 mod joining;
 mod leading;
 mod random;
+
+use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
@@ -67,6 +70,8 @@ fn status(name: &str) -> MemberStatus {
         slots: BTreeMap::new(),
         process: Some(1),
         pending_restart: vec![],
+        lost_slots: BTreeSet::new(),
+        health: crate::health::Health::default(),
     }
 }
 
@@ -128,6 +133,7 @@ impl Scene {
             process: Some(1),
             config_stale: false,
             pending: vec![],
+            host: crate::health::Host::default(),
             bootstrap_done: false,
             sealed: None,
             task: None,
@@ -276,6 +282,7 @@ impl Scene {
             allow_data_loss: false,
             phase,
             by: "op".into(),
+            why: None,
         });
         self
     }
