@@ -19,7 +19,7 @@ use crate::config::Secrets;
 use crate::fencing::Fencing;
 use crate::promises::Told;
 use crate::server::{LocalServer, end_is_exact, sync_names};
-use crate::state::{MemberState, StateFile};
+use crate::state::{MemberState, StateFile, StateKeeper};
 use crate::{parameters, slots};
 
 /// A clean stop that takes longer is ended by force.
@@ -57,6 +57,9 @@ pub enum ActError {
     /// The agent's own file.
     #[error("cannot write the member's state: {0}")]
     State(#[from] std::io::Error),
+    /// Nothing would stop PostgreSQL if this member lost its lease.
+    #[error("not writable here: {0}")]
+    Unguarded(String),
     /// The observation was out of date.
     #[error("{0}")]
     Stale(String),
@@ -71,9 +74,11 @@ pub struct Actor {
     /// Passwords of the roles that are created.
     pub secrets: Secrets,
     /// Incarnation and floor.
-    pub state: Mutex<StateFile>,
-    /// Promises to the leader. Locked before `state` where both are.
+    pub state: StateKeeper,
+    /// Promises to the leader.
     pub book: Mutex<Book>,
+    /// Held while what was promised is noted, so that an older note never comes after a newer one.
+    pub noting: Arc<tokio::sync::Mutex<()>>,
     /// The fence.
     pub fencing: Arc<Fencing>,
     /// Progress of a clone.
@@ -86,42 +91,39 @@ pub type Members = std::collections::BTreeMap<MemberId, At<MemberRecord>>;
 impl Actor {
     /// A copy of the durable state.
     pub fn state(&self) -> MemberState {
-        self.state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get()
-            .clone()
+        self.state.get()
     }
 
-    fn raise_floor(&self, term: Term) -> Result<(), ActError> {
+    async fn raise_floor(&self, term: Term) -> Result<(), ActError> {
         Ok(self
             .state
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .raise_floor(term)?)
+            .change(move |file| file.raise_floor(term))
+            .await?)
     }
 
     /// A new life of the data directory; its floor is the term at its birth.
-    fn reborn(&self, floor: Term) -> Result<(), ActError> {
-        let mut file = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let floor = floor.max(file.get().floor);
-        let next = MemberState {
-            version: 1,
-            incarnation: Some(Incarnation(rand::random())),
-            floor,
-            ..file.get().clone()
+    async fn reborn(&self, floor: Term) -> Result<(), ActError> {
+        let incarnation = Incarnation(rand::random());
+        let change = move |file: &mut StateFile| {
+            let floor = floor.max(file.get().floor);
+            file.set(MemberState {
+                version: 1,
+                incarnation: Some(incarnation),
+                floor,
+                ..file.get().clone()
+            })
         };
-        Ok(file.set(next)?)
+        Ok(self.state.change(change).await?)
     }
 
     /// A data directory whose agent forgot its state (the file was lost) promised nothing that is known: it
     /// begins a new life, so that it neither seals nor acknowledges for the old one.
-    fn ensure_incarnation(&self, term: Term) -> Result<Incarnation, ActError> {
+    async fn ensure_incarnation(&self, term: Term) -> Result<Incarnation, ActError> {
         if let Some(incarnation) = self.state().incarnation {
             return Ok(incarnation);
         }
         tracing::warn!("the member's state is lost: the data directory is a new incarnation");
-        self.reborn(term)?;
+        self.reborn(term).await?;
         Ok(self.state().incarnation.unwrap_or_default())
     }
 
@@ -129,21 +131,18 @@ impl Actor {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn note_promises(&self, longest: Duration) -> Result<(), std::io::Error> {
-        let mut file = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = MemberState {
-            promised_ms: u64::try_from(longest.as_millis()).unwrap_or(u64::MAX),
-            ..file.get().clone()
+    async fn note_promises(&self, longest: Duration) -> Result<(), std::io::Error> {
+        let promised_ms = u64::try_from(longest.as_millis()).unwrap_or(u64::MAX);
+        let change = move |file: &mut StateFile| {
+            file.set(MemberState {
+                promised_ms,
+                ..file.get().clone()
+            })
         };
-        file.set(next)
+        self.state.change(change).await
     }
 
-    /// The leader asks for a promise (2.7). Waits for the disk the first time.
-    pub fn promise(&self, ask: &Ask, known_term: Term) -> Told {
-        let no = |why: String| Told {
-            promised: false,
-            why,
-        };
+    fn ask_book(&self, ask: &Ask, known_term: Term) -> Answer {
         let mut book = self.book();
         let state = self.state();
         let facts = Facts {
@@ -152,14 +151,24 @@ impl Actor {
             streams_from: self.server.streams_from(),
             known_term,
         };
-        let answer = match book.ask(clock::now(), ask, &facts) {
+        book.ask(clock::now(), ask, &facts)
+    }
+
+    /// The leader asks for a promise (2.7). Waits for the disk the first time.
+    pub async fn promise(&self, ask: &Ask, known_term: Term) -> Told {
+        let no = |why: String| Told {
+            promised: false,
+            why,
+        };
+        let answer = match self.ask_book(ask, known_term) {
             Answer::AfterNote(longest) => {
-                if let Err(error) = self.note_promises(longest) {
+                let _noting = self.noting.lock().await;
+                if let Err(error) = self.note_promises(longest).await {
                     return no(format!("the promise cannot be noted: {error}"));
                 }
-                book.noted(longest);
-                // It counts from now, not from before the disk.
-                book.ask(clock::now(), ask, &facts)
+                self.book().noted(longest);
+                // It counts from now, not from before the disk; and a seal may have begun meanwhile.
+                self.ask_book(ask, known_term)
             }
             answer => answer,
         };
@@ -173,18 +182,30 @@ impl Actor {
         }
     }
 
-    /// Until when this member seals for nobody; forgets on disk what has run out.
-    pub fn promised_until(&self) -> Option<BootTime> {
+    /// Until when this member seals for nobody; what has run out is forgotten on disk in the background.
+    pub fn promised_until(self: &Arc<Self>) -> Option<BootTime> {
         let now = clock::now();
-        let mut book = self.book();
-        if book.is_idle(now) {
-            match self.note_promises(Duration::ZERO) {
-                Ok(()) => book.noted(Duration::ZERO),
-                // Costs a wait after the next start, nothing else.
-                Err(error) => tracing::debug!(%error, "the end of a promise cannot be noted"),
-            }
+        if self.book().is_idle(now)
+            && let Ok(noting) = Arc::clone(&self.noting).try_lock_owned()
+        {
+            let this = Arc::clone(self);
+            tokio::spawn(async move {
+                let _noting = noting;
+                {
+                    let mut book = this.book();
+                    if !book.is_idle(clock::now()) {
+                        return;
+                    }
+                    // From here on the next promise is noted anew, and that waits for this note.
+                    book.noted(Duration::ZERO);
+                }
+                if let Err(error) = this.note_promises(Duration::ZERO).await {
+                    // Costs a wait after the next start, nothing else.
+                    tracing::debug!(%error, "the end of a promise cannot be noted");
+                }
+            });
         }
-        book.held_until(now)
+        self.book().held_until(now)
     }
 
     /// A promise and a seal exclude each other: waits for the end of one that runs.
@@ -197,24 +218,26 @@ impl Actor {
         }
     }
 
-    /// Every process of PostgreSQL ends now.
-    pub async fn kill(&self) {
-        loop {
-            let result = match self.server.process() {
-                Some(process) => process.kill_all(KILL_MAX).await,
-                None => self
-                    .server
-                    .instance
-                    .kill_leftovers(KILL_MAX)
-                    .await
-                    .map(|_| ()),
-            };
-            match result {
-                Ok(()) => break,
-                Err(error) => tracing::error!(%error, "PostgreSQL does not die; trying again"),
+    /// Every process of PostgreSQL ends now. False if some hang in the kernel and are still there after
+    /// `limit`: the signal is theirs, so they do nothing more, but they are not gone.
+    pub async fn kill(&self, limit: Duration) -> bool {
+        self.server.expect_end();
+        let result = if let Some(process) = self.server.process() {
+            process.kill_all(limit).await
+        } else {
+            let killed = self.server.instance.kill_leftovers(limit).await;
+            killed.map(|_| ())
+        };
+        match result {
+            Ok(()) => {
+                self.server.gone();
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "PostgreSQL does not die; trying again");
+                false
             }
         }
-        self.server.gone();
     }
 
     /// Runs a task to its end.
@@ -269,7 +292,7 @@ impl Actor {
             superuser_password: self.secrets.superuser.clone(),
         };
         // Before there is data: a database without an incarnation could not be recorded.
-        self.reborn(Term(0))?;
+        self.reborn(Term(0)).await?;
         self.server.instance.initdb(&options).await?;
         self.server.data_changed();
         Ok(())
@@ -332,9 +355,9 @@ impl Actor {
         tracing::warn!("throwing the data directory away, as the operator asked");
         self.stop(StopHow::Fast, "the data directory is thrown away")
             .await?;
-        self.kill().await;
+        while !self.kill(KILL_MAX).await {}
         self.server.instance.discard_data_dir().await?;
-        self.reborn(term)?;
+        self.reborn(term).await?;
         self.server.data_changed();
         Ok(())
     }
@@ -347,6 +370,10 @@ impl Actor {
         self.fencing.guard(&process);
         self.server.hold(process.clone(), true);
         self.server.set_in_force(Some(sync));
+        if let Err(why) = self.fencing.wait_armed().await {
+            while !self.kill(KILL_MAX).await {}
+            return Err(ActError::Unguarded(why));
+        }
         self.server.instance.wait_ready(&process, READY_MAX).await?;
         self.server.poke();
         Ok(())
@@ -357,10 +384,11 @@ impl Actor {
         let Some(process) = self.server.process() else {
             return Ok(());
         };
+        self.server.expect_end();
         if how == StopHow::Fast && process.stop(StopMode::Fast, STOP_FAST_MAX).await.is_ok() {
             return Ok(());
         }
-        self.kill().await;
+        while !self.kill(KILL_MAX).await {}
         Ok(())
     }
 
@@ -373,10 +401,10 @@ impl Actor {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
-        self.ensure_incarnation(term)?;
+        self.ensure_incarnation(term).await?;
         let upstream = self.upstream(leader, members, "craton_replication")?;
         // Never again a lower term: durable before the first byte can come from this one.
-        self.raise_floor(term)?;
+        self.raise_floor(term).await?;
         let config = self.server.managed(Some(upstream), SyncNames::Nobody);
         self.server.instance.write_config(&config).await?;
         process.reload()?;
@@ -389,9 +417,9 @@ impl Actor {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
-        let incarnation = self.ensure_incarnation(term)?;
+        let incarnation = self.ensure_incarnation(term).await?;
         self.begin_seal(term).await;
-        self.raise_floor(term)?;
+        self.raise_floor(term).await?;
         let config = self.server.managed(None, SyncNames::Nobody);
         self.server.set_upstream(None);
         self.server
@@ -504,6 +532,10 @@ impl Actor {
         self.server.set_maybe_primary();
         self.server.look_often_for(LIVELY);
         self.fencing.guard(&process);
+        self.fencing
+            .wait_armed()
+            .await
+            .map_err(ActError::Unguarded)?;
         let got = self.server.control.promote(PROMOTE_MAX).await?;
         tracing::info!(%term, timeline = %got, "promoted");
         self.checkpoint_soon();
@@ -556,7 +588,7 @@ impl Actor {
         members: &Members,
     ) -> Result<(), ActError> {
         // The new life begins before its first byte: nothing of the old one can be taken for it.
-        self.reborn(term)?;
+        self.reborn(term).await?;
         if matches!(
             self.server.instance.data_dir_state().await?,
             DataDir::HalfRewind
@@ -611,7 +643,7 @@ impl Actor {
             bytes = kept.bytes,
             "kept the WAL that the cluster does not have; see craton divergence show"
         );
-        self.reborn(term)?;
+        self.reborn(term).await?;
         let source = self.upstream(from, members, "craton_rewind")?;
         self.server.data_changed();
         let why = match self.server.instance.rewind_from(&source).await {
@@ -637,7 +669,7 @@ impl Actor {
             return self.clone_from(from, term, members).await;
         }
         let upstream = self.upstream(from, members, "craton_replication")?;
-        self.raise_floor(term)?;
+        self.raise_floor(term).await?;
         self.start_following(Some((upstream, from.clone(), term)))
             .await
     }

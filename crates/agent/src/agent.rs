@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use craton_coordinator::api::{Coordinator, CoordinatorError, LeaseHint, Txn, TxnOutcome};
 use craton_core::decide::{Decision, LeaseWish, Memory, OpenElection, Task, TaskKind, decide};
+use craton_core::health::Host;
 use craton_core::observe::{
     LeaseSeen, Me, MemberStatus, Observation, PeerView, PromiseView, ServerView, TaskFailure,
     TaskView,
@@ -23,11 +24,14 @@ use crate::fencing::Fencing;
 use crate::lease::{LeaseKeeper, LeaseTiming};
 use crate::promises::Plan;
 use crate::server::LocalServer;
+use crate::storage::Storage;
 use crate::store;
 use crate::views;
 
 /// The loop runs at least this often.
 const TICK: Duration = Duration::from_millis(50);
+/// Processes that do not die within this are tried again with the next decision.
+const KILL_ROUND: Duration = Duration::from_secs(1);
 /// First pause after a failed task; doubles up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(200);
 /// Longest pause after a failed task.
@@ -59,6 +63,7 @@ pub struct Agent {
     actor: Arc<Actor>,
     lease: LeaseKeeper,
     fencing: Arc<Fencing>,
+    storage: Arc<Storage>,
     memory: Memory,
     task: Option<(TaskView, JoinHandle<TaskEnd>)>,
     failures: BTreeMap<TaskKind, TaskFailure>,
@@ -94,6 +99,8 @@ pub struct Parts {
     pub lease: LeaseKeeper,
     /// The fence.
     pub fencing: Arc<Fencing>,
+    /// The disks.
+    pub storage: Arc<Storage>,
     /// Where observations go.
     pub seen: watch::Sender<Option<Seen>>,
     /// Where the topology goes.
@@ -110,6 +117,7 @@ impl Agent {
             actor: parts.actor,
             lease: parts.lease,
             fencing: parts.fencing,
+            storage: parts.storage,
             memory: Memory::default(),
             task: None,
             failures: BTreeMap::new(),
@@ -304,11 +312,23 @@ impl Agent {
             process: self.server.process_name(),
             config_stale: self.server.parameters.is_stale(),
             pending: self.server.parameters.pending(),
+            host: self.host(),
             bootstrap_done: self.bootstrap_done,
             sealed: self.server.sealed(),
             task: self.task.as_ref().map(|(view, _)| view.clone()),
             failures: self.failures.values().cloned().collect(),
         }
+    }
+
+    fn host(&self) -> Host {
+        let mut host = Host {
+            disks: self.storage.disks(),
+            writes: self.storage.writes(),
+            no_fence: self.fencing.trouble(),
+            ..Host::default()
+        };
+        self.server.observe_host(&mut host);
+        host
     }
 
     fn view(&mut self) -> Option<ClusterView> {
@@ -347,18 +367,11 @@ impl Agent {
     }
 
     async fn act(&mut self, o: &Observation, d: &Decision) {
-        if let Some(why) = &d.kill {
-            tracing::warn!(why, "killing PostgreSQL");
-            if let Some((_, handle)) = self.task.take() {
-                handle.abort();
-            }
-            self.server.set_busy(false);
-            self.actor.kill().await;
-        }
         let settings = o
             .view
             .as_ref()
             .map_or_else(|| o.initial_settings.clone(), ClusterView::settings);
+        self.storage.set_settings(&settings);
         let timing = LeaseTiming {
             ttl: settings.ttl(),
             margin: settings.margin(),
@@ -374,6 +387,20 @@ impl Agent {
             needs: d.promises.clone(),
             addresses,
         };
+        self.fencing
+            .set_timing(timing.ttl, timing.margin, timing.heartbeat);
+        if let Some(why) = &d.kill {
+            // Processes in a dead disk do not die: the lease must not live on while they are waited for.
+            self.lease.wish(LeaseWish::Leave, timing, Plan::default());
+            tracing::warn!(why, "killing PostgreSQL");
+            if let Some((_, handle)) = self.task.take() {
+                handle.abort();
+            }
+            self.server.set_busy(false);
+            if !self.actor.kill(KILL_ROUND).await {
+                return;
+            }
+        }
         // Before anything is submitted: from then on the coordinator may hold another sync set.
         self.lease.wish(d.lease, timing, plan);
         // Not while a task runs: it may have started a primary since the server was looked at.
@@ -463,6 +490,7 @@ impl Agent {
         let mut own = views::own_status(o, d);
         if own.role == MemberRole::Leader {
             own.slots = self.server.slots();
+            own.lost_slots = self.server.lost_slots();
         }
         let heartbeat = o.view.as_ref().map_or_else(
             || o.initial_settings.heartbeat(),
@@ -475,6 +503,7 @@ impl Agent {
             lsn: None,
             replay_lsn: None,
             slots: BTreeMap::new(),
+            health: views::in_substance(&s.health),
             ..s.clone()
         };
         let changed = self.announced.as_ref().map(bare) != Some(bare(&own));

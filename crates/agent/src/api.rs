@@ -140,7 +140,8 @@ async fn promise(State(api): State<Api>, Json(ask): Json<Ask>) -> Response {
         Ok(view) => known_term(&view),
         Err(error) => return failure(StatusCode::CONFLICT, &error.to_string(), None),
     };
-    let told = tokio::task::spawn_blocking(move || api.actor.promise(&ask, known)).await;
+    // Not cut off by a leader that hangs up.
+    let told = tokio::spawn(async move { api.actor.promise(&ask, known).await }).await;
     match told {
         Ok(told) => Json(told).into_response(),
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
@@ -321,6 +322,7 @@ async fn ask(api: &Api, wish: Wish) -> Result<Term, Refusal> {
         allow_data_loss: wish.allow_data_loss,
         phase: RequestPhase::Asked,
         by: wish.by,
+        why: None,
     };
     let change = Change {
         expect: vec![

@@ -95,10 +95,34 @@ pub struct AgentConfig {
     /// Certificates, where they are not `authority.pem` and `node-MEMBER.pem` in the directory of the secrets.
     #[serde(default, skip_serializing_if = "is_default")]
     pub tls: TlsSettings,
+    /// `off`, `automatic` or `required`: whether the fence feeds the host's watchdog device, which restarts
+    /// the host if PostgreSQL could outlive its lease. One member a host may use it.
+    #[serde(default)]
+    pub watchdog: WatchdogMode,
+    /// The watchdog device.
+    #[serde(default = "watchdog_device")]
+    pub watchdog_device: PathBuf,
 }
 
 fn is_default(tls: &TlsSettings) -> bool {
     *tls == TlsSettings::default()
+}
+
+/// Whether a watchdog device is to restart the host when nothing else stops PostgreSQL.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WatchdogMode {
+    /// None is used.
+    #[default]
+    Off,
+    /// One is used if it is there.
+    Automatic,
+    /// Without one the member does not lead.
+    Required,
+}
+
+fn watchdog_device() -> PathBuf {
+    "/dev/watchdog".into()
 }
 
 fn loopback() -> String {

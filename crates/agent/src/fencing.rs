@@ -8,14 +8,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use craton_core::BootTime;
-use craton_fence::{Board, Order, Target, board_path, boottime_ns};
+use craton_fence::{Board, Order, Report, Target, WatchdogState, board_path, boottime_ns};
 use craton_pg::Postmaster;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, WatchdogMode};
 
 /// How often the fence's sign of life is looked at.
 const CHECK: Duration = Duration::from_millis(250);
+/// A fence that was told to end gets this long, in nanoseconds.
+const END_NS_MAX: u64 = 1_000_000_000;
 /// A fence that was just started gets this long for its first sign of life.
 const START_MAX: Duration = Duration::from_secs(2);
 
@@ -26,7 +28,15 @@ pub struct Fencing {
     board: Board,
     order: Mutex<Order>,
     child: Mutex<Option<Child>>,
+    watchdog: WatchdogMode,
+    device: PathBuf,
 }
+
+/// The watchdog device counts in whole seconds, and the fence must be able to feed it this often before it
+/// would fire.
+const FEEDS_MIN: u32 = 2;
+/// The device is opened with the first round after a primary is guarded.
+const ARMED_MAX: Duration = Duration::from_secs(1);
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -50,19 +60,102 @@ impl Fencing {
             board,
             order: Mutex::new(order),
             child: Mutex::new(None),
+            watchdog: config.watchdog,
+            device: config.watchdog_device.clone(),
         };
+        fencing.end_if_changed();
         if !fencing.is_alive() {
             fencing.spawn()?;
         }
         Ok(Arc::new(fencing))
     }
 
+    /// Why the fence could not stop a primary now; none if it could.
+    pub fn trouble(&self) -> Option<String> {
+        let Some(report) = self.report().filter(|r| r.is_alive(boottime_ns())) else {
+            return Some("the fence gives no sign of life, and is being started again".to_owned());
+        };
+        self.watchdog_trouble(&report)
+    }
+
+    /// Why a watchdog that is required does not serve.
+    fn watchdog_trouble(&self, report: &Report) -> Option<String> {
+        if self.watchdog != WatchdogMode::Required {
+            return None;
+        }
+        let device = self.device.display();
+        let why = match report.watchdog {
+            WatchdogState::Armed | WatchdogState::Ready if lock(&self.order).watchdog_s == 0 => {
+                "ttl_ms is too short for a device that counts in seconds: use 2000 or more"
+                    .to_owned()
+            }
+            WatchdogState::Armed | WatchdogState::Ready => return None,
+            WatchdogState::Missing => format!(
+                "{device} does not exist, or this user may not write to it (a udev rule can allow that)"
+            ),
+            WatchdogState::Unusable => format!(
+                "{device} is in use by another process, or its timeout cannot be made short enough"
+            ),
+            WatchdogState::Off => {
+                "the fence that runs was started without it; it is replaced when PostgreSQL is down"
+                    .to_owned()
+            }
+        };
+        Some(format!("node.watchdog = \"required\", but {why}"))
+    }
+
+    /// How the watchdog device stands.
+    pub fn watchdog_state(&self) -> WatchdogState {
+        self.report().map(|r| r.watchdog).unwrap_or_default()
+    }
+
+    /// The lease's times as the settings have them: the device must fire within the margin.
+    pub fn set_timing(&self, ttl: Duration, margin: Duration, heartbeat: Duration) {
+        let lease = ttl.saturating_sub(margin);
+        let slack = margin / 2;
+        let timeout = Duration::from_secs((lease / 2).as_secs().max(1));
+        let long_enough = lease + slack >= timeout + heartbeat * FEEDS_MIN;
+        let used = self.watchdog != WatchdogMode::Off && long_enough;
+        self.give(|o| {
+            o.watchdog_s = if used { timeout.as_secs() } else { 0 };
+            o.slack_ns = u64::try_from(slack.as_nanos()).unwrap_or(0);
+        });
+    }
+
+    /// Waits until a watchdog that is required guards the primary, before the primary may write.
+    pub async fn wait_armed(&self) -> Result<(), String> {
+        if self.watchdog != WatchdogMode::Required {
+            return Ok(());
+        }
+        let armed = async {
+            while self.watchdog_state() != WatchdogState::Armed {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        if tokio::time::timeout(ARMED_MAX, armed).await.is_ok() {
+            return Ok(());
+        }
+        Err(self
+            .trouble()
+            .unwrap_or_else(|| format!("the watchdog {} was not opened", self.device.display())))
+    }
+
+    /// A fence that an agent with another configuration started knows another device (or none).
+    fn end_if_changed(&self) {
+        let wanted = self.watchdog != WatchdogMode::Off;
+        let has = self.watchdog_state() != WatchdogState::Off;
+        let idle = !lock(&self.order).armed;
+        if self.is_alive() && wanted != has && idle {
+            self.end_frozen();
+        }
+    }
+
+    fn report(&self) -> Option<Report> {
+        self.board.report().ok().flatten()
+    }
+
     fn is_alive(&self) -> bool {
-        self.board
-            .report()
-            .ok()
-            .flatten()
-            .is_some_and(|r| r.is_alive(boottime_ns()))
+        self.report().is_some_and(|r| r.is_alive(boottime_ns()))
     }
 
     /// Times that it killed PostgreSQL, as it says itself.
@@ -81,9 +174,12 @@ impl Fencing {
             let _ = old.wait();
         }
         // A group of its own, so that a signal to the agent's group does not reach it.
-        let started = Command::new(&self.program)
-            .arg("fence")
-            .arg(&self.path)
+        let mut command = Command::new(&self.program);
+        command.arg("fence").arg(&self.path);
+        if self.watchdog != WatchdogMode::Off {
+            command.arg("--watchdog").arg(&self.device);
+        }
+        let started = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .process_group(0)
@@ -138,7 +234,11 @@ impl Fencing {
         });
         let child = lock(&self.child).take();
         if let Some(mut child) = child {
-            // It looks at the board at least every PERIOD; the next agent starts another.
+            // It looks at the board at least every PERIOD, and stops the watchdog device before it ends.
+            let deadline = boottime_ns().saturating_add(END_NS_MAX);
+            while matches!(child.try_wait(), Ok(None)) && boottime_ns() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -166,7 +266,7 @@ impl Fencing {
         }
     }
 
-    /// A frozen fence holds the board's lock: it must go before another can serve.
+    /// A fence that is frozen, or out of date, holds the board's lock: it must go before another can serve.
     fn end_frozen(&self) {
         let Some(pid) = self
             .board

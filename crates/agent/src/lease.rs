@@ -108,9 +108,8 @@ impl LeaseKeeper {
         timing: LeaseTiming,
         sink: DeadlineSink,
     ) -> Self {
-        let file = LeaseFile {
-            path: dir.join("lease"),
-        };
+        let file = LeaseFile::of(dir);
+        file.move_former();
         let inherited = file.read().filter(|l| l.until > clock::now());
         sink(inherited.map(|l| l.until));
         let (changed, _) = watch::channel(0);
@@ -406,13 +405,33 @@ async fn renew(
     }
 }
 
-/// The lease on disk, so that a restarted agent can take it over: term, deadline, and the boot it counts in.
-/// Not flushed: it means nothing after a reboot.
+/// The lease, so that a restarted agent can take it over: term, deadline, and the boot it counts in. It means
+/// nothing after a reboot, so it lies beside the fence's board, on tmpfs where there is one: noting a
+/// renewal must not wait for a disk.
 struct LeaseFile {
     path: PathBuf,
+    /// Where earlier versions kept it; looked at once, at the start.
+    former: PathBuf,
 }
 
 impl LeaseFile {
+    fn of(member_dir: &Path) -> Self {
+        Self {
+            path: craton_fence::board_path(member_dir).with_extension("lease"),
+            former: member_dir.join("lease"),
+        }
+    }
+
+    /// An agent of an earlier version may have been replaced a moment ago.
+    fn move_former(&self) {
+        if let Ok(text) = std::fs::read_to_string(&self.former) {
+            if !self.path.exists() {
+                let _ = std::fs::write(&self.path, text);
+            }
+            let _ = std::fs::remove_file(&self.former);
+        }
+    }
+
     fn boot_id() -> Option<String> {
         let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
         Some(id.trim().to_owned())
@@ -464,6 +483,7 @@ mod tests {
             counts: Mutex::new(LeaseCounts::default()),
             file: LeaseFile {
                 path: dir.join("lease"),
+                former: dir.join("former"),
             },
             sink: Arc::new(|_| {}),
             changed: watch::channel(0).0,
@@ -584,6 +604,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = LeaseFile {
             path: dir.path().join("lease"),
+            former: dir.path().join("former"),
         };
         assert_eq!(file.read(), None);
         let lease = Lease {
@@ -595,6 +616,13 @@ mod tests {
         std::fs::write(&file.path, "4 99 another-boot\n").unwrap();
         assert_eq!(file.read(), None);
         std::fs::write(&file.path, "4").unwrap();
+        assert_eq!(file.read(), None);
+        file.write(lease);
+        std::fs::rename(&file.path, dir.path().join("former")).unwrap();
+        file.move_former();
+        assert_eq!(file.read(), Some(lease), "where an earlier version left it");
+        file.remove();
+        file.move_former();
         assert_eq!(file.read(), None);
     }
 }

@@ -4,6 +4,7 @@
 //! * [`server`]: PostgreSQL as the agent holds it; [`parameters`]: its configuration; [`act`]: the long tasks;
 //!   [`slots`]: upkeep.
 //! * [`lease`]: renewals, [`promises`]: what stands in for them, and the deadline; [`fencing`]: the process that enforces it without the agent.
+//! * [`storage`]: the disks, watched from threads of their own.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
 //! * `trust`: the agent's certificate; `enrol`: new parts, and new certificates for them.
 //! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
@@ -24,10 +25,11 @@ mod run;
 pub mod server;
 pub mod slots;
 pub mod state;
+pub mod storage;
 pub mod store;
 mod trust;
 pub mod views;
 
-pub use config::{AgentConfig, Peer, Secrets, VoterWish};
+pub use config::{AgentConfig, Peer, Secrets, VoterWish, WatchdogMode};
 pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};
 pub use run::{AgentError, run, run_with};

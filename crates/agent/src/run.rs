@@ -32,7 +32,8 @@ use crate::members;
 use crate::metrics::AgentMetrics;
 use crate::promises::OverHttp;
 use crate::server::LocalServer;
-use crate::state::StateFile;
+use crate::state::{StateFile, StateKeeper};
+use crate::storage::Storage;
 use crate::{parameters, slots, trust};
 
 /// How often the metrics are brought up to date.
@@ -194,6 +195,8 @@ pub async fn run_with(
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
+    let storage = Storage::start(&server.instance, config.initial.clone())
+        .map_err(io("cannot watch the disks"))?;
     let agent = Agent::new(Parts {
         config,
         coordinator: Arc::clone(&coordinator),
@@ -201,6 +204,7 @@ pub async fn run_with(
         actor,
         lease: lease.clone(),
         fencing: Arc::clone(&fencing),
+        storage,
         seen: seen_tx,
         topology: topology_tx,
     });
@@ -225,7 +229,8 @@ fn actor(
         me: config.member.clone(),
         server: Arc::clone(server),
         secrets,
-        state: Mutex::new(state),
+        state: StateKeeper::new(state),
+        noting: Arc::default(),
         fencing: Arc::clone(fencing),
         progress,
     }))

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use craton_core::health::{CRASH_WINDOW, Host};
 use craton_core::observe::{DataView, Server, ServerView};
 use craton_core::records::Seal;
 use craton_core::sync::{StandbyView, SyncSet, parse_application_name};
@@ -24,6 +25,8 @@ const SAMPLE_TIMEOUT: Duration = Duration::from_secs(1);
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 /// How often while it changes its role.
 const SAMPLE_INTERVAL_BUSY: Duration = Duration::from_millis(10);
+/// A reading of the data directory that takes longer is not waited for.
+const DATA_TIMEOUT: Duration = Duration::from_secs(2);
 /// A sample older than this says nothing any more.
 const SAMPLE_AGE_MAX: Duration = Duration::from_millis(1500);
 
@@ -52,6 +55,18 @@ struct Known {
     epoch: u64,
     /// When a new session was last let in (or refused in words).
     answered_at: Option<BootTime>,
+    /// What `data` was when it was last read.
+    data_before: Option<(DataView, u64)>,
+    /// The data directory is being read, since then.
+    data_look_since: Option<BootTime>,
+    /// Grows when something was done to the data directory.
+    data_epoch: u64,
+    /// PostgreSQL is being stopped by this agent: its end is no crash.
+    ending: bool,
+    /// When the flush position of a primary was last seen to move.
+    wal_moved_at: Option<BootTime>,
+    /// Since when processes wait for WAL to be written while it does not move.
+    wal_waits_since: Option<BootTime>,
 }
 
 /// How often a new session is tried on a primary: an old one goes on working when the postmaster is stuck.
@@ -60,6 +75,35 @@ const KNOCK_INTERVAL: Duration = Duration::from_millis(500);
 const KNOCK_TIMEOUT: Duration = Duration::from_millis(1500);
 /// A primary that has let nobody in for this long does not answer.
 const KNOCK_AGE_MAX: Duration = Duration::from_millis(2500);
+
+/// More crashes than this in a window are not told apart.
+const CRASHES_KEPT: usize = 100;
+
+impl Known {
+    /// Compares a new sample with the last one: does WAL move, did a backend crash? True if one did.
+    fn note_wal(&mut self, sample: &ServerSample) -> bool {
+        let last = self.sample.as_ref().map(|(s, _)| s);
+        let moved = last.and_then(|s| s.flush_lsn) != sample.flush_lsn;
+        let crashed = last
+            .and_then(|s| s.checkpointer_pid)
+            .zip(sample.checkpointer_pid)
+            .is_some_and(|(before, now)| before != now);
+        if sample.in_recovery || sample.flush_lsn.is_none() {
+            self.wal_waits_since = None;
+            return crashed;
+        }
+        let now = clock::now();
+        if moved {
+            self.wal_moved_at = Some(now);
+        }
+        self.wal_waits_since = match self.wal_waits_since {
+            _ if moved || !sample.wal_waits => None,
+            Some(since) => Some(since),
+            None => Some(now),
+        };
+        crashed
+    }
+}
 
 /// What one look brought.
 struct Looked {
@@ -87,7 +131,10 @@ pub struct LocalServer {
     /// Wakes the agent's loop.
     pub changed: Notify,
     look: Notify,
+    data_seen: Notify,
     known: Mutex<Known>,
+    /// When PostgreSQL crashed, within the last [`CRASH_WINDOW`].
+    crashes: Mutex<Vec<BootTime>>,
 }
 
 impl LocalServer {
@@ -108,7 +155,9 @@ impl LocalServer {
             tls,
             changed: Notify::new(),
             look: Notify::new(),
+            data_seen: Notify::new(),
             known: Mutex::new(Known::default()),
+            crashes: Mutex::new(Vec::new()),
         })
     }
 
@@ -125,6 +174,7 @@ impl LocalServer {
     pub fn hold(&self, process: Postmaster, maybe_primary: bool) {
         let mut k = self.known();
         k.process = Some(process);
+        k.ending = false;
         k.maybe_primary = maybe_primary;
         k.sample = None;
         k.active_transactions = None;
@@ -137,10 +187,44 @@ impl LocalServer {
         let mut k = self.known();
         *k = Known {
             busy: k.busy,
+            data_before: k.data_before.take(),
+            data_look_since: k.data_look_since,
+            data_epoch: k.data_epoch,
             ..Known::default()
         };
         drop(k);
         self.changed.notify_one();
+    }
+
+    /// PostgreSQL is about to be stopped or killed on purpose.
+    pub fn expect_end(&self) {
+        self.known().ending = true;
+    }
+
+    fn note_crash(&self) {
+        let now = clock::now();
+        let mut crashes = self.crashes.lock().unwrap_or_else(PoisonError::into_inner);
+        crashes.retain(|at| now.since(*at) < CRASH_WINDOW);
+        if crashes.len() < CRASHES_KEPT {
+            crashes.push(now);
+        }
+    }
+
+    /// What of the host's state PostgreSQL itself shows.
+    pub fn observe_host(&self, host: &mut Host) {
+        let now = clock::now();
+        let crashes = self.crashes.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent = crashes.iter().filter(|at| now.since(**at) < CRASH_WINDOW);
+        host.crashes = u32::try_from(recent.count()).unwrap_or(u32::MAX);
+        drop(crashes);
+        let k = self.known();
+        host.wal_moved_at = k.wal_moved_at;
+        // Only while looks succeed: between two that are far apart it may have moved.
+        let fresh = k
+            .sample
+            .as_ref()
+            .is_some_and(|(_, at)| now.since(*at) <= SAMPLE_AGE_MAX);
+        host.wal_waits_since = k.wal_waits_since.filter(|_| fresh);
     }
 
     /// What was seen before says nothing any more: the role has changed.
@@ -278,14 +362,72 @@ impl LocalServer {
 
     /// Forgets what was known of the data directory: it has changed.
     pub fn data_changed(&self) {
-        self.known().data = None;
+        let mut k = self.known();
+        k.data = None;
+        k.data_epoch = k.data_epoch.wrapping_add(1);
     }
 
-    /// The data directory. While the server runs this is what was read before.
-    pub async fn data(&self) -> DataView {
-        if let Some(data) = self.known().data.clone() {
-            return data;
+    /// The data directory. While the server runs this is what was read before; and so it is while a disk
+    /// does not answer.
+    pub async fn data(self: &Arc<Self>) -> DataView {
+        loop {
+            let since = {
+                let mut k = self.known();
+                if let Some(data) = k.data.clone() {
+                    return data;
+                }
+                let now = clock::now();
+                if let Some(since) = k.data_look_since {
+                    now.since(since)
+                } else {
+                    k.data_look_since = Some(now);
+                    let this = Arc::clone(self);
+                    tokio::spawn(async move { this.look_at_data().await });
+                    Duration::ZERO
+                }
+            };
+            if since >= DATA_TIMEOUT {
+                return self.data_before();
+            }
+            let seen = tokio::time::timeout(
+                DATA_TIMEOUT.saturating_sub(since),
+                self.data_seen.notified(),
+            );
+            if seen.await.is_ok() && self.known().data_look_since.is_none() {
+                return self.data_before();
+            }
         }
+    }
+
+    /// What was read last, if nothing was done there since.
+    fn data_before(&self) -> DataView {
+        let k = self.known();
+        match &k.data_before {
+            Some((view, epoch)) if *epoch == k.data_epoch => view.clone(),
+            _ => DataView::Foreign("it cannot be read: the storage does not answer".to_owned()),
+        }
+    }
+
+    async fn look_at_data(&self) {
+        loop {
+            let epoch = self.known().data_epoch;
+            let (view, lasting) = self.read_data().await;
+            let mut k = self.known();
+            if k.data_epoch != epoch {
+                continue;
+            }
+            k.data_look_since = None;
+            k.data_before = Some((view.clone(), epoch));
+            if lasting {
+                k.data = Some(view);
+            }
+            break;
+        }
+        self.data_seen.notify_one();
+    }
+
+    /// Reads the data directory; true if the answer holds until something is done there.
+    async fn read_data(&self) -> (DataView, bool) {
         let view = match self.instance.data_dir_state().await {
             Ok(DataDir::Empty | DataDir::HalfClone | DataDir::HalfRewind) => DataView::Empty,
             Ok(DataDir::Foreign(what)) => DataView::Foreign(what),
@@ -293,10 +435,9 @@ impl LocalServer {
                 system_id: control.system_identifier.to_string(),
                 timeline: control.timeline,
             },
-            Err(error) => return DataView::Foreign(error.to_string()),
+            Err(error) => return (DataView::Foreign(error.to_string()), false),
         };
-        self.known().data = Some(view.clone());
-        view
+        (view, true)
     }
 
     /// The server for a decision.
@@ -387,6 +528,9 @@ impl LocalServer {
     }
 
     async fn after_exit(&self, process: &Postmaster, reason: &str) {
+        if !self.known().ending {
+            self.note_crash();
+        }
         tracing::info!(pid = process.pid(), reason, "PostgreSQL ended");
         // Backends outlive a killed postmaster for a moment, and could still acknowledge a commit.
         while let Err(error) = self.instance.kill_leftovers(Duration::from_secs(5)).await {
@@ -402,7 +546,7 @@ impl LocalServer {
         {
             return false;
         }
-        let mut arrived = false;
+        let (mut arrived, mut crashed) = (false, false);
         if let Some(sample) = looked.sample {
             let streaming: BTreeSet<i32> = sample
                 .replication
@@ -416,11 +560,17 @@ impl LocalServer {
                 *timeline = sample.checkpoint_timeline;
             }
             k.maybe_primary = !sample.in_recovery || k.maybe_primary && k.busy;
+            crashed = k.note_wal(&sample);
             k.sample = Some((sample, clock::now()));
             k.sample_begun = looked.begun;
         }
         if looked.count {
             k.active_transactions = looked.active.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        }
+        drop(k);
+        if crashed {
+            tracing::warn!("a backend crashed: PostgreSQL started all its processes again");
+            self.note_crash();
         }
         arrived
     }
@@ -464,6 +614,16 @@ impl LocalServer {
             hba: HbaRule::standard(&networks, self.tls.is_some()),
             tls: self.tls.clone(),
         }
+    }
+
+    /// The slots here whose WAL is gone: their members need another way back.
+    pub fn lost_slots(&self) -> BTreeSet<String> {
+        let slots = self.sample().map(|s| s.slots).unwrap_or_default();
+        slots
+            .into_iter()
+            .filter(|s| s.wal_status.as_deref() == Some("lost"))
+            .map(|s| s.name)
+            .collect()
     }
 
     /// From where each replication slot here keeps WAL.

@@ -5,6 +5,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use craton_core::{Incarnation, Term};
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,50 @@ pub struct MemberState {
     /// whose agent restarts seals for nobody before that long has passed.
     #[serde(default)]
     pub promised_ms: u64,
+}
+
+/// The file, as the agent's loop and its tasks share it: what is known is read without waiting for what is
+/// being written, and writes happen on a thread that may wait for a disk.
+#[derive(Clone, Debug)]
+pub struct StateKeeper {
+    file: Arc<Mutex<StateFile>>,
+    known: Arc<Mutex<MemberState>>,
+}
+
+impl StateKeeper {
+    /// Wraps the opened file.
+    pub fn new(file: StateFile) -> Self {
+        Self {
+            known: Arc::new(Mutex::new(file.get().clone())),
+            file: Arc::new(Mutex::new(file)),
+        }
+    }
+
+    /// What is on disk.
+    pub fn get(&self) -> MemberState {
+        lock(&self.known).clone()
+    }
+
+    /// Changes the file; durable when it returns.
+    pub async fn change(
+        &self,
+        change: impl FnOnce(&mut StateFile) -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let this = self.clone();
+        let work = move || {
+            let mut file = lock(&this.file);
+            change(&mut file)?;
+            lock(&this.known).clone_from(file.get());
+            Ok(())
+        };
+        tokio::task::spawn_blocking(work)
+            .await
+            .unwrap_or_else(|e| Err(io::Error::other(e)))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The file.

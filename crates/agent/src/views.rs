@@ -1,6 +1,6 @@
 //! What the agent tells others: announcements, topology, status.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use craton_console::views::{
@@ -8,6 +8,7 @@ use craton_console::views::{
     RestartView, ScheduleView, StatusView, SyncView,
 };
 use craton_core::decide::Decision;
+use craton_core::health::{Health, assess};
 use craton_core::observe::{DataView, MemberStatus, Observation, PendingChange, ServerView};
 use craton_core::records::{ClusterView, OrderKind, RequestPhase};
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
@@ -18,6 +19,20 @@ use serde::{Deserialize, Serialize};
 /// A member is taken for away when it was not heard for this many heartbeats.
 const SILENT_HEARTBEATS: u64 = 7;
 
+/// A member's health without the numbers that move all the time: a change of this is told at once.
+pub fn in_substance(health: &Health) -> Health {
+    let unfit = if health.is_fit() {
+        Vec::new()
+    } else {
+        vec![String::new()]
+    };
+    Health {
+        room: health.room,
+        unfit,
+        ..Health::default()
+    }
+}
+
 /// What this member announces of itself.
 pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
     let leads = o.view.as_ref().and_then(ClusterView::leader) == o.me.reference().as_ref();
@@ -27,6 +42,10 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
         .and_then(|v| v.leadership.as_ref())
         .map(|l| l.value.term)
         .unwrap_or_default();
+    let settings = o
+        .view
+        .as_ref()
+        .map_or_else(|| o.initial_settings.clone(), ClusterView::settings);
     let mut status = MemberStatus {
         incarnation: o.me.incarnation,
         role: MemberRole::Down,
@@ -47,6 +66,8 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
         slots: BTreeMap::new(),
         process: o.process,
         pending_restart: o.pending.clone(),
+        lost_slots: BTreeSet::new(),
+        health: assess(&o.host, &settings, o.now),
     };
     match &o.server {
         ServerView::Down => {}
@@ -241,6 +262,9 @@ fn warnings(o: &Observation, view: &ClusterView, members: &[MemberView]) -> Vec<
             m.id
         ));
     }
+    for m in members.iter().filter(|m| m.agent_alive) {
+        warnings.extend(m.trouble.iter().map(|t| format!("{}: {t}", m.id)));
+    }
     warnings.extend(on_promises(o));
     let wish = view.settings().durability;
     let leadership = view.leadership.as_ref().map(|l| &l.value);
@@ -403,8 +427,20 @@ fn members(
                     OrderKind::Restart => "restart".into(),
                     OrderKind::Reinit => "reinit".into(),
                 }),
+                disk_free_bytes: shown.and_then(|s| s.health.available),
+                trouble: shown.map(|s| trouble(&s.health)).unwrap_or_default(),
             }
         })
+        .collect()
+}
+
+/// Everything that is wrong with a member's host.
+fn trouble(health: &Health) -> Vec<String> {
+    health
+        .unfit
+        .iter()
+        .chain(&health.warnings)
+        .cloned()
         .collect()
 }
 

@@ -177,6 +177,13 @@ pub struct MemberView {
     /// An order that it works on: `restart` or `reinit`.
     #[serde(default)]
     pub order: Option<String>,
+    /// What PostgreSQL may still take of its fullest disk, bytes, the reserve apart.
+    #[serde(default)]
+    pub disk_free_bytes: Option<u64>,
+    /// What is wrong with its host, in sentences; a member with a full disk, hung storage or a crashing
+    /// PostgreSQL is elected only if no other can be.
+    #[serde(default)]
+    pub trouble: Vec<String>,
 }
 
 /// The answer to `GET /v1/explain`: one agent's reasons.

@@ -5,6 +5,7 @@
 //! and in the tests. The rules are the failover protocol's; each is cited where it is applied.
 
 mod first_start;
+mod health;
 mod leader;
 mod order;
 mod request;
@@ -223,6 +224,10 @@ pub struct Memory {
     stepping_aside: Option<(Term, String)>,
     /// Since when PostgreSQL runs without answering.
     silent_since: Option<BootTime>,
+    /// The term whose PostgreSQL is killed because it serves nobody, and why.
+    giving_up: Option<(Term, String)>,
+    /// When this member last asked to hand over.
+    asked_at: Option<BootTime>,
     /// Since when the initializer is silent.
     initializer_silent_since: Option<BootTime>,
     /// Since when this member waits in an election that nobody has won.
@@ -446,6 +451,7 @@ pub fn decide(o: &Observation, memory: &Memory) -> Decision {
         return mind.out;
     };
     remember_leadership(&mut mind, view);
+    health::report(&mut mind);
     if !matches!(o.server, ServerView::Silent { .. }) {
         mind.out.memory.silent_since = None;
     }

@@ -6,6 +6,7 @@
 //! Positions compare by (timeline, LSN): a timeline number is used once, and a later one of this cluster
 //! contains what was acknowledged on an earlier.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::records::{At, Leadership, MemberRecord, Seal};
@@ -61,6 +62,9 @@ pub struct Ballot<'a> {
     pub members: &'a BTreeMap<MemberId, At<MemberRecord>>,
     /// Members whose agent was heard of just now; only they are worth electing.
     pub alive: &'a BTreeSet<MemberId>,
+    /// Members that had better not lead: their disk is full, their storage hangs, they crash again and again.
+    /// One of them leads only if no other can.
+    pub unfit: &'a BTreeSet<MemberId>,
     /// In `async`: the last known flush position of the former leader.
     pub leader_lsn: Option<Lsn>,
     /// In `async`: how far behind it a winner may be, bytes.
@@ -204,14 +208,20 @@ impl<'a> Ballot<'a> {
     }
 
     /// The best first: the most WAL, then the wish, then priority, then the name. Where the operator accepts a
-    /// loss, the one that was named comes first.
-    fn order(&self, a: &Candidate<'_>, b: &Candidate<'_>) -> std::cmp::Ordering {
+    /// loss, the one that was named comes first. Every candidate holds what was acknowledged, so where commits
+    /// are kept nothing is lost with one that is fit; in `async` each byte of WAL may be an acknowledged commit.
+    fn order(&self, a: &Candidate<'_>, b: &Candidate<'_>) -> Ordering {
         let l = self.leadership;
         let wished = |c: &Candidate<'_>| l.preferred.as_ref() == Some(c.member);
         let forced = |c: &Candidate<'_>| l.allow_data_loss && wished(c);
+        let fit = |c: &Candidate<'_>| !self.unfit.contains(c.member);
+        let fitter = fit(b).cmp(&fit(a));
+        let lossless = l.durability.keeps_commits() && !l.allow_data_loss;
         forced(b)
             .cmp(&forced(a))
+            .then(if lossless { fitter } else { Ordering::Equal })
             .then(b.position.cmp(&a.position))
+            .then(fitter)
             .then(wished(b).cmp(&wished(a)))
             .then(b.priority.cmp(&a.priority))
             .then(a.member.cmp(b.member))

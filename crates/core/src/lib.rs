@@ -5,6 +5,7 @@
 
 pub mod decide;
 pub mod election;
+pub mod health;
 pub mod observe;
 pub mod promise;
 pub mod records;

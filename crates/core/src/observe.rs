@@ -1,9 +1,10 @@
 //! What an agent knows at one instant: the whole input of [`crate::decide::decide`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
+use crate::health::{Health, Host};
 use crate::records::{ClusterView, MemberRecord, MemberRef, Seal};
 use crate::settings::Settings;
 use crate::sync::{StandbyView, SyncSet};
@@ -152,6 +153,12 @@ pub struct MemberStatus {
     /// them can follow.
     #[serde(default)]
     pub slots: BTreeMap<String, Lsn>,
+    /// The leader's slots that lost the WAL their member needs (`wal_status = lost`).
+    #[serde(default)]
+    pub lost_slots: BTreeSet<String>,
+    /// How fit its host is.
+    #[serde(default)]
+    pub health: Health,
     /// Names this life of its PostgreSQL: another one after every restart; none while it is down.
     #[serde(default)]
     pub process: Option<u64>,
@@ -249,6 +256,8 @@ pub struct Observation {
     pub config_stale: bool,
     /// Parameters that wait for a restart of PostgreSQL.
     pub pending: Vec<PendingChange>,
+    /// Its host.
+    pub host: Host,
     /// The bootstrap task has succeeded since the agent's start.
     pub bootstrap_done: bool,
     /// What it sealed, since it last followed anybody.

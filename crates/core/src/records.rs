@@ -199,6 +199,9 @@ pub struct Request {
     pub phase: RequestPhase,
     /// Who asked.
     pub by: String,
+    /// Why, where a member asked for itself.
+    #[serde(default)]
+    pub why: Option<String>,
 }
 
 /// Maintenance: no failover, no start of a stopped PostgreSQL, no rewind and no clone but what is asked for. The

@@ -62,6 +62,16 @@ pub struct Settings {
     pub standby_grace_ms: u64,
     /// A planned switchover waits at most this long for running transactions to end.
     pub switchover_wait_ms: u64,
+    /// A leader whose fullest file system has less room than this hands over; below twice as much it warns.
+    /// A file of this size is kept on the member's disk and given up when it runs full. On a small file
+    /// system at most an eighth of it. MiB; 0: the disk is not looked at.
+    pub disk_reserve_mb: u64,
+    /// A leader whose commits, or whose probe of the storage, have not come to an end for this long fences
+    /// itself and hands over, if another member can be promoted. 0: never.
+    pub stall_after_ms: u64,
+    /// A leader whose PostgreSQL runs and does not answer (recovering from the crash of a backend, or stuck)
+    /// for this long counts as dead, if another member can be promoted.
+    pub crash_grace_ms: u64,
     /// Parameters of PostgreSQL for every member, by name. A member's own `[node.postgresql]` goes over them.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub postgresql: BTreeMap<String, String>,
@@ -80,11 +90,17 @@ impl Default for Settings {
             max_lag_bytes: 16 << 20,
             standby_grace_ms: 2000,
             switchover_wait_ms: 3000,
+            disk_reserve_mb: 128,
+            stall_after_ms: 4000,
+            crash_grace_ms: 2000,
             postgresql: BTreeMap::new(),
             unknown: BTreeMap::new(),
         }
     }
 }
+
+/// The reserve takes at most this part of a file system.
+const RESERVE_PART: u64 = 8;
 
 impl Settings {
     /// The lease's length.
@@ -103,6 +119,23 @@ impl Settings {
         Duration::from_millis(self.heartbeat_ms)
     }
 
+    /// The reserve on a file system of this size, bytes.
+    pub fn disk_reserve(&self, total: u64) -> u64 {
+        self.disk_reserve_mb
+            .saturating_mul(1 << 20)
+            .min(total / RESERVE_PART)
+    }
+
+    /// After how long storage counts as hung; none: never.
+    pub fn stall_after(&self) -> Option<Duration> {
+        (self.stall_after_ms > 0).then(|| Duration::from_millis(self.stall_after_ms))
+    }
+
+    /// How long a PostgreSQL that runs may be silent.
+    pub fn crash_grace(&self) -> Duration {
+        Duration::from_millis(self.crash_grace_ms)
+    }
+
     /// Says what is wrong with the settings, if anything: each field's range, then what two say together.
     /// PostgreSQL's parameters are checked by whoever has a PostgreSQL.
     pub fn validate(&self) -> Result<(), String> {
@@ -116,6 +149,12 @@ impl Settings {
             return Err(format!(
                 "heartbeat_ms = {} does not fit ttl_ms = {}: use at most a third of the ttl, so that one lost renewal is not a failover",
                 self.heartbeat_ms, self.ttl_ms
+            ));
+        }
+        if self.stall_after_ms != 0 && self.stall_after_ms < 1000 {
+            return Err(format!(
+                "stall_after_ms = {} is too short: a healthy disk may take a second for a flush; use 1000 or more, or 0 for never",
+                self.stall_after_ms
             ));
         }
         Ok(())
@@ -326,6 +365,33 @@ pub const FIELDS: &[Field] = &[
         kind: Kind::Number {
             min: 0,
             max: 600_000,
+        },
+    },
+    Field {
+        name: "disk_reserve_mb",
+        doc: "A leader whose fullest file system has less room than this (MiB) hands over; below twice as much it warns. A file of this size is kept on the member's disk and given up when it runs full. At most an eighth of a file system counts; 0: the disk is not looked at.",
+        unit: Unit::None,
+        kind: Kind::Number {
+            min: 0,
+            max: 1 << 20,
+        },
+    },
+    Field {
+        name: "stall_after_ms",
+        doc: "A leader whose commits, or whose probe of the storage, have not come to an end for this long fences itself and hands over, if another member can be promoted; 0: never.",
+        unit: Unit::Milliseconds,
+        kind: Kind::Number {
+            min: 0,
+            max: 3_600_000,
+        },
+    },
+    Field {
+        name: "crash_grace_ms",
+        doc: "A leader whose PostgreSQL runs and does not answer (recovering from the crash of a backend, or stuck) for this long counts as dead, if another member can be promoted.",
+        unit: Unit::Milliseconds,
+        kind: Kind::Number {
+            min: 500,
+            max: 3_600_000,
         },
     },
 ];

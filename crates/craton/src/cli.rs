@@ -133,6 +133,9 @@ pub enum Command {
     Fence {
         /// The board on which the agent says whom to guard and until when
         board: PathBuf,
+        /// The watchdog device to feed while PostgreSQL may run
+        #[arg(long)]
+        watchdog: Option<PathBuf>,
     },
     /// Run the supervisor of a local cluster (`craton up` does)
     #[command(hide = true)]
@@ -250,8 +253,8 @@ pub fn wait_for<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Res
 /// Runs a command; the result is the exit code.
 pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     // First: it must start fast, and on nothing but its board.
-    if let Command::Fence { board } = &cli.command {
-        return daemons::fence(board);
+    if let Command::Fence { board, watchdog } = &cli.command {
+        return daemons::fence(board, watchdog.clone());
     }
     let json = cli.json;
     let dir = layout::directory(cli.dir.as_deref())?;
@@ -267,7 +270,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Up(args) => up::run(&dir, &args),
         Command::Down(args) => down::run(&dir, &args),
         Command::Supervise => wait_for(supervise::run(&dir)),
-        Command::Fence { board } => daemons::fence(&board),
+        Command::Fence { board, watchdog } => daemons::fence(&board, watchdog),
         Command::Node(args) => daemons::node(&args),
         Command::Proxy(args) => daemons::proxy(&args),
         Command::Status(args) => wait_for(status::run(&access()?, &args, json)),

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io::IsTerminal as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -112,8 +112,9 @@ pub fn backup(args: &DaemonArgs) -> anyhow::Result<u8> {
 }
 
 /// `craton fence`: no runtime, no log file, nothing that could wait.
-pub fn fence(board: &Path) -> anyhow::Result<u8> {
-    craton_fence::run(board).with_context(|| format!("the fence of {} failed", board.display()))?;
+pub fn fence(board: &Path, watchdog: Option<PathBuf>) -> anyhow::Result<u8> {
+    craton_fence::run(board, watchdog)
+        .with_context(|| format!("the fence of {} failed", board.display()))?;
     Ok(exit::OK)
 }
 

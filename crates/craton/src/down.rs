@@ -75,7 +75,9 @@ async fn verify_stopped(layout: &Layout) -> anyhow::Result<()> {
 pub fn purge(layout: &Layout) -> anyhow::Result<()> {
     for member in &layout.cluster.members {
         // The fence's board is on tmpfs, outside of the directory; the agent may have removed it.
-        let _ = std::fs::remove_file(craton_fence::board_path(&layout.member(member)));
+        let board = craton_fence::board_path(&layout.member(member));
+        let _ = std::fs::remove_file(board.with_extension("lease"));
+        let _ = std::fs::remove_file(board);
     }
     // The description goes last: until then the directory can be recognised and purged again.
     for entry in OWN_ENTRIES

@@ -110,6 +110,9 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         origins: BTreeMap::new(),
         fence_program: Some(layout.binary()),
         tls: TlsSettings::default(),
+        // The members of a local cluster share one host: it must not be restarted for one of them.
+        watchdog: craton_agent::WatchdogMode::Off,
+        watchdog_device: "/dev/watchdog".into(),
     })
 }
 

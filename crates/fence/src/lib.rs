@@ -13,6 +13,7 @@
 //! The board is a file of 128 bytes, best on tmpfs ([`board_path`]): reading it must not wait for a disk.
 
 mod kill;
+mod watchdog;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,7 +26,10 @@ use rustix::fs::{FlockOperation, Mode, OFlags, flock, fstat, ftruncate, open};
 use rustix::io::{Errno, pread, pwrite};
 use rustix::time::{ClockId, clock_gettime};
 
+use watchdog::Watchdog;
+
 pub use kill::Target;
+pub use watchdog::WatchdogState;
 
 /// The longest time until an order is read again, and between two signs of life.
 pub const PERIOD: Duration = Duration::from_millis(50);
@@ -51,6 +55,11 @@ pub struct Order {
     pub deadline_ns: u64,
     /// The postmaster to guard.
     pub target: Option<Target>,
+    /// The watchdog device's timeout, seconds; 0: none is wanted.
+    pub watchdog_s: u64,
+    /// How long after the deadline the device may fire, nanoseconds: within the margin, and late enough for
+    /// the fence to kill PostgreSQL first.
+    pub slack_ns: u64,
 }
 
 /// What the fence says of itself.
@@ -66,6 +75,8 @@ pub struct Report {
     pub fired_count: u64,
     /// Its memory is locked, so that it cannot be swapped out.
     pub locked: bool,
+    /// The watchdog device.
+    pub watchdog: WatchdogState,
 }
 
 impl Report {
@@ -122,7 +133,19 @@ impl Board {
 
     /// The standing order; none before the first one.
     pub fn order(&self) -> io::Result<Option<Order>> {
-        let Some([_, flags, deadline_ns, pid, start_ticks, ..]) = self.read(ORDER_AT)? else {
+        let Some(
+            [
+                _,
+                flags,
+                deadline_ns,
+                pid,
+                start_ticks,
+                watchdog_s,
+                slack_ns,
+                _,
+            ],
+        ) = self.read(ORDER_AT)?
+        else {
             return Ok(None);
         };
         let pid = i32::try_from(pid).ok().filter(|p| *p > 0);
@@ -131,6 +154,8 @@ impl Board {
             quit: flags & 2 != 0,
             deadline_ns,
             target: pid.map(|pid| Target { pid, start_ticks }),
+            watchdog_s,
+            slack_ns,
         }))
     }
 
@@ -142,14 +167,16 @@ impl Board {
             .and_then(|t| u64::try_from(t.pid).ok())
             .unwrap_or(0);
         let ticks = order.target.map_or(0, |t| t.start_ticks);
-        let words = [MAGIC, flags, order.deadline_ns, pid, ticks, 0, 0, 0];
+        let (dog, slack) = (order.watchdog_s, order.slack_ns);
+        let words = [MAGIC, flags, order.deadline_ns, pid, ticks, dog, slack, 0];
         self.write(ORDER_AT, words)
     }
 
     /// What the fence says; none before it first ran.
     pub fn report(&self) -> io::Result<Option<Report>> {
         Ok(self.read(REPORT_AT)?.map(|words| {
-            let [_, pid, alive_ns, fired_ns, fired_count, locked, ..] = words;
+            let [_, pid, alive_ns, fired_ns, fired_count, locked, watchdog, _] = words;
+            let watchdog = WatchdogState::of_word(watchdog);
             let locked = locked != 0;
             Report {
                 pid,
@@ -157,6 +184,7 @@ impl Board {
                 fired_ns,
                 fired_count,
                 locked,
+                watchdog,
             }
         }))
     }
@@ -170,7 +198,7 @@ impl Board {
             r.fired_ns,
             r.fired_count,
             locked,
-            0,
+            r.watchdog.word(),
             0,
         ];
         self.write(REPORT_AT, words)
@@ -225,8 +253,9 @@ pub enum Ended {
     AnotherServes,
 }
 
-/// Serves a board until told to end. One fence per board: a second one returns at once.
-pub fn run(path: &Path) -> io::Result<Ended> {
+/// Serves a board until told to end. One fence per board: a second one returns at once. `watchdog` is the
+/// device to feed, if one is to be used.
+pub fn run(path: &Path, watchdog: Option<PathBuf>) -> io::Result<Ended> {
     let board = Board::open(path)?;
     match flock(&board.file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
@@ -241,11 +270,13 @@ pub fn run(path: &Path) -> io::Result<Ended> {
         ..earlier
     };
     let mut order = Order::default();
+    let mut watchdog = Watchdog::new(watchdog);
     loop {
         if let Ok(Some(now)) = board.order() {
             order = now;
         }
         if !order.armed && (order.quit || fstat(&board.file)?.st_nlink == 0) {
+            watchdog.stop();
             return Ok(Ended::Told);
         }
         let now = boottime_ns();
@@ -257,6 +288,9 @@ pub fn run(path: &Path) -> io::Result<Ended> {
             report.fired_ns = boottime_ns();
             report.fired_count += 1;
         }
+        let guarded = order.armed && order.target.as_ref().is_some_and(Target::is_alive);
+        let until = order.deadline_ns.saturating_add(order.slack_ns);
+        report.watchdog = watchdog.tend(order.watchdog_s, guarded.then_some(until), boottime_ns());
         report.alive_ns = boottime_ns();
         // A full tmpfs must not stop the guard; the agent sees the missing sign of life.
         let _ = board.say(&report);

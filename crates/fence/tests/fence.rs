@@ -19,7 +19,10 @@ const LIMIT_NS: u64 = 10_000_000_000;
 #[test]
 fn serves() {
     if let Some(path) = std::env::var_os(BOARD) {
-        assert_eq!(craton_fence::run(Path::new(&path)).unwrap(), Ended::Told);
+        assert_eq!(
+            craton_fence::run(Path::new(&path), None).unwrap(),
+            Ended::Told
+        );
     }
 }
 
@@ -74,6 +77,7 @@ impl Scene {
             quit: false,
             deadline_ns: boottime_ns() + u64::try_from(left.as_nanos()).unwrap(),
             target: Target::of(self.victim_pid()),
+            ..Order::default()
         }
     }
 
@@ -227,7 +231,7 @@ fn a_damaged_order_does_not_lengthen_the_deadline() {
 fn one_fence_serves_a_board() {
     let scene = Scene::new();
     assert_eq!(
-        craton_fence::run(&board_in(scene.dir.path())).unwrap(),
+        craton_fence::run(&board_in(scene.dir.path()), None).unwrap(),
         Ended::AnotherServes
     );
 }
@@ -247,12 +251,14 @@ fn orders_read_back() {
             quit: false,
             deadline_ns: u64::MAX,
             target,
+            ..Order::default()
         },
         Order {
             armed: false,
             quit: true,
             deadline_ns: 0,
             target: None,
+            ..Order::default()
         },
     ] {
         board.give(&order).unwrap();

@@ -656,6 +656,11 @@ impl Instance {
         blocking(move || disk::set_reserve(&path, bytes)).await
     }
 
+    /// As [`Instance::set_reserve`], on the calling thread: a full or hung disk may hold it for long.
+    pub fn set_reserve_blocking(&self, bytes: u64) -> Result<()> {
+        disk::set_reserve(&self.member_dir().join("reserve"), bytes)
+    }
+
     /// Keeps the server's log below `bytes_max`: a longer one becomes `pg.log.1`, and the log is emptied.
     /// The server writes in append mode, so it goes on at the new end. Lines written in between are lost.
     pub async fn bound_log(&self, bytes_max: u64) -> Result<()> {

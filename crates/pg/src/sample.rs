@@ -100,6 +100,13 @@ pub struct ServerSample {
     pub primary_conninfo: String,
     /// The cluster's.
     pub system_identifier: u64,
+    /// Some process waits for a write or a flush of WAL at this moment.
+    #[serde(default)]
+    pub wal_waits: bool,
+    /// The checkpointer: another one under the same postmaster means that a backend crashed, and that all
+    /// processes were started again.
+    #[serde(default)]
+    pub checkpointer_pid: Option<i32>,
 }
 
 impl ServerSample {
@@ -155,6 +162,8 @@ struct RawRest {
     synchronous_standby_names: String,
     primary_conninfo: String,
     system_identifier: u64,
+    wal_waits: bool,
+    checkpointer_pid: Option<i32>,
 }
 
 fn sql() -> String {
@@ -183,7 +192,10 @@ fn sql() -> String {
       FROM pg_replication_slots),
   'synchronous_standby_names', current_setting('synchronous_standby_names'),
   'primary_conninfo', current_setting('primary_conninfo'),
-  'system_identifier', (SELECT system_identifier FROM pg_control_system())
+  'system_identifier', (SELECT system_identifier FROM pg_control_system()),
+  'wal_waits', EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'IO'
+      AND lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
+  'checkpointer_pid', (SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer' LIMIT 1)
 ) FROM (SELECT pg_is_in_recovery() AS standby) AS r"
     )
 }
@@ -213,6 +225,8 @@ impl Control {
             synchronous_standby_names: rest.synchronous_standby_names,
             primary_conninfo: rest.primary_conninfo,
             system_identifier: rest.system_identifier,
+            wal_waits: rest.wal_waits,
+            checkpointer_pid: rest.checkpointer_pid,
         })
     }
 
@@ -257,6 +271,8 @@ mod tests {
             synchronous_standby_names: String::new(),
             primary_conninfo: String::new(),
             system_identifier: 1,
+            wal_waits: false,
+            checkpointer_pid: None,
         }
     }
 

@@ -70,6 +70,7 @@ impl World {
             peers: BTreeMap::new(),
             data: DataView::Empty,
             server: ServerView::Down,
+            host: craton_core::health::Host::default(),
             process: None,
             config_stale: false,
             pending: Vec::new(),

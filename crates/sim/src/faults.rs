@@ -476,6 +476,7 @@ impl World {
             allow_data_loss: kind == RequestKind::Failover,
             phase: RequestPhase::Asked,
             by: "operator".into(),
+            why: None,
         };
         let change = Change {
             expect: vec![(Key::Request, 0)],

@@ -35,6 +35,8 @@ pub fn announcement(own: &Own) -> MemberStatus {
         doing: String::new(),
         checkpoint_timeline: own.checkpoint,
         slots: std::collections::BTreeMap::new(),
+        lost_slots: std::collections::BTreeSet::new(),
+        health: craton_core::health::Health::default(),
         process: None,
         pending_restart: Vec::new(),
     }

@@ -1,13 +1,12 @@
 //! The leader's duties: hold the lease, promote, open, hand over.
 
-use super::request::{request_rule, schedule_rule};
+use super::health::{gave_up, give_up, gives_up as gives_up_serving, hand_over_rule, is_guarded};
+use super::request::{cause, request_rule, schedule_rule};
 use super::rolling::rolling_rule;
 use super::sync_set::{is_settled_for, names_of, promise_needs, settle_early, sync_rule};
 use super::{Mind, Task, TaskKind};
 use crate::observe::{DataView, Server, ServerView};
-use crate::records::{
-    Change, ClusterRecord, ClusterView, Key, Leadership, Record, RequestKind, RequestPhase,
-};
+use crate::records::{Change, ClusterRecord, ClusterView, Key, Leadership, Record, RequestPhase};
 use crate::settings::Durability;
 use crate::types::MemberId;
 
@@ -29,8 +28,14 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
         let text = "the lease was lost, so PostgreSQL was stopped; it stays down until `craton resume`, or `craton failover` promotes somebody";
         return mind.because("stopped_by_fence", text);
     }
+    if !fenced && !mind.is_paused() && gives_up_serving(mind, view, l) {
+        return;
+    }
     match &mind.o.server {
-        _ if fenced => step_aside(mind, view, l, "the lease ran out"),
+        _ if fenced => {
+            let cause = gave_up(mind, l).unwrap_or_else(|| "the lease ran out".into());
+            step_aside(mind, view, l, &cause);
+        }
         ServerView::Down if !mind.lease_runs(l.term) && served => {
             // It lapsed: whoever is first opens the next election; the start is one as a standby.
             mind.because("lapsed", "the lease lapsed while PostgreSQL was down");
@@ -49,23 +54,21 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
 }
 
 /// PostgreSQL runs and does not answer: starting, recovering from a crash of a backend, or stuck. A leader
-/// that is stuck for a ttl is worth replacing, if somebody can take over now.
+/// that is silent for longer than `crash_grace_ms` is worth replacing, if somebody can take over now.
 fn silent_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     mind.out.lease = super::LeaseWish::Hold(l.term);
     let now = mind.o.now;
     let since = *mind.out.memory.silent_since.get_or_insert(now);
     if mind.o.task.is_none()
         && !mind.is_paused()
-        && now.since(since) >= mind.settings.ttl()
+        && now.since(since) >= mind.settings.crash_grace()
         && can_hand_over(mind, view, l)
     {
         let why = format!(
             "PostgreSQL has not answered for {:.1} s",
             now.since(since).as_secs_f64()
         );
-        mind.because("stalled", why.clone());
-        mind.out.kill = Some(why);
-        return;
+        return give_up(mind, l, why);
     }
     mind.because("silent", "PostgreSQL does not answer yet");
 }
@@ -100,10 +103,7 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
         .map(|r| &r.value)
         .filter(|r| r.term == l.term);
     if let Some(r) = request.filter(|r| r.phase == RequestPhase::Hold) {
-        let cause = match r.kind {
-            RequestKind::Switchover => format!("switchover asked by {}", r.by),
-            RequestKind::Failover => format!("failover asked by {}", r.by),
-        };
+        let cause = cause(r, &mind.o.me.id);
         mind.because("handing_over", cause.clone());
         return step_aside(mind, view, l, &cause);
     }
@@ -129,18 +129,23 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
     }
     // Also when it is closed: PostgreSQL may fail to start in place for good, and others come back.
     if !ordered && can_hand_over(mind, view, l) {
+        let cause = gave_up(mind, l).unwrap_or_else(|| "PostgreSQL died on the leader".into());
         mind.because(
             "handing_over",
             "PostgreSQL died here and another member can be promoted now",
         );
-        return step_aside(mind, view, l, "PostgreSQL died on the leader");
+        return step_aside(mind, view, l, &cause);
     }
     mind.because(
         "restarting",
         "nobody else can be promoted now: starting PostgreSQL in place",
     );
+    mind.out.memory.giving_up = None;
     if !mind.lease_runs(l.term) {
         return lease_rule(mind, view, l);
+    }
+    if !is_guarded(mind) {
+        return;
     }
     let sync = names_of(mind, l);
     if !is_settled_for(mind, view, l, &sync) {
@@ -176,7 +181,7 @@ fn gives_up(mind: &mut Mind<'_>, kind: TaskKind) -> bool {
     hopeless
 }
 
-/// Enough of V is alive to give the seals, and one of them may lead.
+/// Enough of V is alive to give the seals, and one of them may lead and is fit to.
 pub(super) fn can_hand_over(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> bool {
     let ready = |m: &MemberId| {
         mind.is_alive(m)
@@ -186,7 +191,8 @@ pub(super) fn can_hand_over(mind: &Mind<'_>, view: &ClusterView, l: &Leadership)
                 .get(m)
                 .is_some_and(|p| p.status.timeline == Some(l.timeline))
     };
-    let may_lead = |m: &MemberId| view.members.get(m).is_some_and(|r| r.value.priority > 0);
+    let may_lead =
+        |m: &MemberId| view.members.get(m).is_some_and(|r| r.value.priority > 0) && mind.is_fit(m);
     let needed = if l.durability == Durability::Async {
         1
     } else {
@@ -250,6 +256,12 @@ fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Se
     if gives_up(mind, TaskKind::Promote) {
         return step_aside(mind, view, l, "the elected leader cannot be promoted");
     }
+    if !is_guarded(mind) {
+        if mind.is_settled() {
+            return step_aside(mind, view, l, "the elected leader has no fence");
+        }
+        return;
+    }
     mind.because("promoting", format!("promoting to timeline {}", l.timeline));
     let sync = names_of(mind, l);
     mind.start(Task::Promote {
@@ -307,6 +319,7 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
         open_rule(mind, view, l, s);
     }
     sync_rule(mind, view, l, s);
+    hand_over_rule(mind, view, l, s);
     request_rule(mind, view, l, s);
     pause_rule(mind, view, l);
     if l.open {

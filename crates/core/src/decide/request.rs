@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::health::is_urgent;
 use super::leader::can_hand_over;
 use super::{Mind, StopHow, Task, standby};
 use crate::observe::Server;
@@ -9,6 +10,15 @@ use crate::records::{
     Change, ClusterView, Key, Leadership, Record, Request, RequestKind, RequestPhase,
 };
 use crate::types::MemberId;
+
+/// What a new leadership is put down to when a request brings it about.
+pub(super) fn cause(request: &Request, leader: &MemberId) -> String {
+    match (&request.why, request.kind) {
+        (Some(why), _) => format!("{leader} hands over: {why}"),
+        (None, RequestKind::Switchover) => format!("switchover asked by {}", request.by),
+        (None, RequestKind::Failover) => format!("failover asked by {}", request.by),
+    }
+}
 
 /// Works on what the operator asked for.
 pub(super) fn request_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
@@ -33,7 +43,9 @@ pub(super) fn request_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
         .to_lowercase(),
     );
     match request.phase {
-        RequestPhase::Asked if mind.out.memory.checkpointed != Some(request.id) => {
+        RequestPhase::Asked
+            if mind.out.memory.checkpointed != Some(request.id) && !is_urgent(mind) =>
+        {
             if mind.o.task.is_none() {
                 mind.out.memory.checkpointed = Some(request.id);
             }
@@ -71,7 +83,7 @@ pub(super) fn hold_rule(mind: &mut Mind<'_>, s: &Server, id: u64, why: &str) {
     let limit = Duration::from_millis(mind.settings.switchover_wait_ms);
     // The first count may be older than the hold.
     let idle = s.active_transactions == Some(0) && now.since(since) >= HOLD_MIN;
-    if idle || now.since(since) >= limit {
+    if idle || now.since(since) >= limit || is_urgent(mind) {
         standby::stop(mind, StopHow::Fast, why);
     } else {
         mind.because("holding", "waiting for running transactions to end");
@@ -188,6 +200,7 @@ pub(super) fn schedule_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leaders
                 allow_data_loss: false,
                 phase: RequestPhase::Asked,
                 by: format!("{} (scheduled)", schedule.by),
+                why: None,
             };
             mind.submit(Change {
                 expect: vec![

@@ -172,6 +172,7 @@ fn next_step(
             allow_data_loss: false,
             phase: RequestPhase::Asked,
             by: format!("{} (restart)", plan.by),
+            why: None,
         };
         return mind.submit(Change {
             expect: vec![

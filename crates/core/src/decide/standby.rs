@@ -1,12 +1,15 @@
 //! A member that does not lead: clone, follow, rewind, and notice that the leader is gone.
 
-use super::{Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind};
+use super::{Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind, request};
 use crate::observe::{LeaseSeen, Server, ServerView};
-use crate::records::{ClusterView, Leadership, MemberRef, RequestKind};
+use crate::records::{ClusterView, Leadership, MemberRef, Request, RequestKind, RequestPhase};
 use crate::settings::Durability;
 use crate::timeline::Relation;
 use crate::topology::MemberRole;
 use crate::types::MemberId;
+
+/// A standby whose slot on the leader is lost streams from what WAL there still is, if it does so within this.
+const LOST_SLOT_MAX: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// An empty data directory in a cluster that has a database: copy it from somebody.
 pub(super) fn clone_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
@@ -109,7 +112,7 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
                 ),
             );
             let preferred = asked.and_then(|r| r.to.clone());
-            let cause = format!("the lease of {} ran out", leader.member);
+            let cause = why_over(mind, leader, asked);
             mind.open_election(view, l, preferred, forced.is_some(), &cause);
         }
         LeaseSeen::Lapsed if !may_win && settled => {
@@ -125,6 +128,19 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
             mind.because("leader_was_alone", text);
         }
         _ => {}
+    }
+}
+
+/// Why the lease ended, as far as can be known here: the leader may have said what ails it, or be handing over.
+fn why_over(mind: &Mind<'_>, leader: &MemberRef, asked: Option<&Request>) -> String {
+    let over = format!("the lease of {} ran out", leader.member);
+    if let Some(request) = asked.filter(|r| r.phase == RequestPhase::Hold) {
+        return format!("{over}: {}", request::cause(request, &leader.member));
+    }
+    let health = mind.o.peers.get(&leader.member).map(|p| &p.status.health);
+    match health.filter(|h| !h.is_fit()) {
+        Some(h) => format!("{over}: {}", h.unfit.join("; ")),
+        None => over,
     }
 }
 
@@ -324,6 +340,24 @@ fn streaming_rule(
     let relation = timelines.relation(s.timeline, s.end, l.timeline);
     if relation != Relation::Prefix && s.end_is_exact {
         return rewind(mind, l, &leader.member, s, relation);
+    }
+    let lost = mind
+        .o
+        .peers
+        .get(&leader.member)
+        .is_some_and(|p| p.status.lost_slots.contains(&mind.o.me.id.slot_name()));
+    if lost && now.since(since) >= LOST_SLOT_MAX && serves(mind, l, &leader.member) {
+        let text = format!(
+            "{} no longer has the WAL that this member needs (its slot there is lost): cloning anew",
+            leader.member
+        );
+        mind.because("slot_lost", text);
+        mind.out.memory.not_streaming_since = None;
+        return mind.start(Task::Rewind {
+            from: leader.member.clone(),
+            fork: None,
+            term: l.term,
+        });
     }
     if now.since(since) >= NOT_STREAMING_MAX && serves(mind, l, &leader.member) {
         // With its slot intact the leader has all the WAL this member needs: no copy would stream any better.

@@ -2,9 +2,12 @@
 
 mod durability;
 mod electing;
+mod health;
 mod joining;
 mod leading;
 mod random;
+
+use std::collections::BTreeSet;
 
 use proptest::prelude::*;
 
@@ -71,6 +74,8 @@ fn status(name: &str) -> MemberStatus {
         slots: BTreeMap::new(),
         process: Some(1),
         pending_restart: vec![],
+        lost_slots: BTreeSet::new(),
+        health: crate::health::Health::default(),
     }
 }
 
@@ -133,6 +138,7 @@ impl Scene {
             process: Some(1),
             config_stale: false,
             pending: vec![],
+            host: crate::health::Host::default(),
             bootstrap_done: false,
             sealed: None,
             task: None,
@@ -281,6 +287,7 @@ impl Scene {
             allow_data_loss: false,
             phase,
             by: "op".into(),
+            why: None,
         });
         self
     }

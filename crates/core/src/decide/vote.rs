@@ -104,11 +104,13 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
         .filter(|m| mind.is_alive(m))
         .cloned()
         .collect();
+    let unfit = mind.unfit(view);
     let tally = Ballot {
         leadership: l,
         seals: &view.seals,
         members: &view.members,
         alive: &alive,
+        unfit: &unfit,
         leader_lsn: leader_lsn(mind, l),
         max_lag_bytes: mind.settings.max_lag_bytes,
     }
@@ -127,6 +129,12 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
     }
     if let Some(catch_up) = &tally.catch_up {
         return catch_up_rule(mind, view, l, catch_up, &seal, &tally.why);
+    }
+    if tally.winner.as_ref() == Some(&me) && unfit.contains(&me) && others_may_come(mind, view, l) {
+        return mind.because(
+            "collecting",
+            "this member is not fit to lead: waiting a moment for the others' seals",
+        );
     }
     if tally.winner.as_ref() == Some(&me) {
         mind.because(
@@ -241,6 +249,22 @@ fn awaited(
     let (_, since) = mind.out.memory.election_since?;
     let in_time = mind.o.now.since(since) < mind.settings.ttl();
     (in_time && !sealed).then(|| wanted.clone())
+}
+
+/// Within a ttl of the election's opening, while a member that is fit to lead has not sealed.
+fn others_may_come(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> bool {
+    let in_time = mind
+        .out
+        .memory
+        .election_since
+        .is_some_and(|(_, at)| mind.o.now.since(at) < mind.settings.ttl());
+    let pending = |m: &MemberId| {
+        *m != mind.o.me.id
+            && mind.is_alive(m)
+            && mind.is_fit(m)
+            && view.seals.get(m).is_none_or(|s| s.value.term != l.term)
+    };
+    in_time && view.members.keys().any(pending)
 }
 
 /// In `async`, or when the operator accepts a loss, any seal may win: all that are alive get a moment to give

@@ -16,6 +16,7 @@ struct Case {
     seals: BTreeMap<MemberId, At<Seal>>,
     members: BTreeMap<MemberId, At<MemberRecord>>,
     alive: BTreeSet<MemberId>,
+    unfit: BTreeSet<MemberId>,
 }
 
 /// m0 led; V is m1..=v.
@@ -55,6 +56,7 @@ fn case(v: usize, k: u32) -> Case {
         seals: BTreeMap::new(),
         members,
         alive: (0..=v).map(id).collect(),
+        unfit: BTreeSet::new(),
     }
 }
 
@@ -76,6 +78,7 @@ impl Case {
             seals: &self.seals,
             members: &self.members,
             alive: &self.alive,
+            unfit: &self.unfit,
             leader_lsn: Some(Lsn(1000)),
             max_lag_bytes: 10,
         }
@@ -100,6 +103,26 @@ fn ties_go_to_the_wish_then_priority_then_id() {
     assert_eq!(c.tally().winner, Some(id(2)));
     c.leadership.preferred = Some(id(1));
     assert_eq!(c.tally().winner, Some(id(1)));
+}
+
+#[test]
+fn who_is_unfit_leads_only_if_nobody_else_can() {
+    let mut c = case(2, 1).seal(1, 60).seal(2, 50);
+    // m2 holds all that was acknowledged only once the former leader's seal says so.
+    c.unfit.insert(id(1));
+    assert_eq!(c.tally().winner, Some(id(1)), "nobody else is safe");
+    let mut c = c.seal(0, 50);
+    assert_eq!(c.tally().winner, Some(id(0)), "fit, and safe");
+    c.unfit.insert(id(0));
+    assert_eq!(c.tally().winner, Some(id(2)));
+    c.unfit.insert(id(2));
+    assert_eq!(c.tally().winner, Some(id(1)), "all are unfit: the most WAL");
+    // In async the WAL counts first: a byte more may be a commit more.
+    let mut c = case(2, 1).seal(1, 1000).seal(2, 995);
+    c.leadership.durability = Durability::Async;
+    c.unfit.insert(id(1));
+    assert_eq!(c.tally().winner, Some(id(1)));
+    assert_eq!(c.seal(2, 1000).tally().winner, Some(id(2)));
 }
 
 #[test]

@@ -145,6 +145,7 @@ fn an_operator_who_asks_for_a_failover_ends_the_term() {
             allow_data_loss: false,
             phase: RequestPhase::Asked,
             by: "op".into(),
+            why: None,
         };
         view.request = Some(At { revision: 2, value });
         known_term(&view)

@@ -197,6 +197,7 @@ impl Rules {
             seals: &seals,
             members: &members,
             alive: &[candidate.clone()].into(),
+            unfit: &[].into(),
             leader_lsn: None,
             max_lag_bytes: 0,
         }

@@ -136,6 +136,7 @@ impl Dice {
                     RequestPhase::Hold
                 },
                 by: "op".into(),
+                why: None,
             })
             .and_then(at);
         view
