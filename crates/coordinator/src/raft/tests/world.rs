@@ -252,7 +252,8 @@ impl World {
         node.reads_ready.clear();
     }
 
-    /// A new disk, if fewer than a minority are without a say already.
+    /// A new disk, if fewer than a minority are without a say already. Not with one or two voters either: they do
+    /// not survive the loss of a disk, nor that of a member at the very moment in which it becomes the second.
     pub(super) fn wipe(&mut self, who: &MemberId) -> bool {
         let pending = |n: &Node| n.raft.as_ref().is_some_and(Raft::change_pending);
         let voters = self.voters();
@@ -261,7 +262,7 @@ impl World {
             .filter(|v| self.nodes[*v].disk.hard.standing != Standing::Voter)
             .count();
         let changing = self.nodes.values().any(pending);
-        if changing || voters.contains(who) && without >= (voters.len() - 1) / 2 {
+        if changing || voters.len() < 3 || voters.contains(who) && without >= (voters.len() - 1) / 2 {
             return false;
         }
         self.crash(who);
