@@ -28,6 +28,7 @@ static TURN: Mutex<()> = Mutex::new(());
 /// What every trial of a cluster that loses nothing is run with.
 const QUORUM: Terms = Terms {
     cancel: false,
+    fresh: false,
     sample: true,
     lost_max: 0,
 };

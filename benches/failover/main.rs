@@ -75,6 +75,8 @@ impl Kind {
             fault,
             terms: Terms {
                 cancel,
+                // Old sessions go on; only new ones show it.
+                fresh: fault == Fault::FreezePostmaster,
                 sample: false,
                 lost_max: usize::MAX,
             },

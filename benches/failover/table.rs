@@ -6,6 +6,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
+/// How the names of ways end whose clients make a session for every write.
+const FRESH: &str = ", new sessions";
+
 /// All runs of one fault on one system.
 #[derive(Default)]
 struct Cell {
@@ -44,14 +47,22 @@ impl Cell {
     }
 
     fn outage(&self, way: &str) -> String {
-        let all = self.outages.get(way).map_or(&[][..], Vec::as_slice);
-        spread(all)
+        let of = |way: &str| self.outages.get(way).map_or(&[][..], Vec::as_slice);
+        match of(&format!("{way}{FRESH}")) {
+            [] => spread(of(way)),
+            fresh => format!("{}; new sessions {}", spread(of(way)), spread(fresh)),
+        }
     }
 
-    /// The median outage of the way that is shortest.
+    /// The median outage of the way that is shortest; of those for new sessions, where there are any.
     fn best(&self) -> Option<f64> {
-        let medians = self.outages.values().filter_map(|all| median(all));
-        medians.min_by(f64::total_cmp)
+        let fresh = self.outages.keys().any(|way| way.ends_with(FRESH));
+        let ways = self
+            .outages
+            .iter()
+            .filter(|(way, _)| way.ends_with(FRESH) == fresh);
+        ways.filter_map(|(_, all)| median(all))
+            .min_by(f64::total_cmp)
     }
 }
 

@@ -25,6 +25,9 @@ const WRITERS: u32 = 4;
 /// The pause of each between two writes.
 const PAUSE: Duration = Duration::from_millis(15);
 
+/// The pause of clients that make a session for every write.
+const FRESH_PAUSE: Duration = Duration::from_millis(100);
+
 /// The pause of the writer that tries a member whatever its role.
 const SAMPLE_PAUSE: Duration = Duration::from_millis(5);
 
@@ -45,6 +48,8 @@ const CATCH_UP: Duration = Duration::from_secs(60);
 pub struct Terms {
     /// True: clients cancel a statement that takes too long, and believe the answer.
     pub cancel: bool,
+    /// True: more clients come with a new session for every write.
+    pub fresh: bool,
     /// True: every member is also tried by a writer of its own all the time.
     pub sample: bool,
     /// How many acknowledged rows may be lost (`async`).
@@ -169,22 +174,35 @@ impl<'a> Recording<'a> {
             .client()
             .run(async move { prepare(&first).await })
             .unwrap_or_else(|e| panic!("the table cannot be made: {e}\n{}", system.logs()));
+        let plan = |write: Endpoint, writers: u32, pause: Duration| Plan {
+            write,
+            read: None,
+            patience: Patience::Drop(PATIENCE),
+            writers,
+            pause,
+            fresh: false,
+            run,
+            first_id: 0,
+            writes_max: ROWS_MAX,
+        };
         let mut plans = Vec::new();
         for entry in entries {
+            let mut lasting = plan(entry.write.clone(), WRITERS, PAUSE);
             // What PostgreSQL answers to a cancelled commit is its own affair; the proxy's answer is ours.
-            let patience = if terms.cancel && entry.read.is_some() {
-                Patience::Cancel(PATIENCE)
-            } else {
-                Patience::Drop(PATIENCE)
-            };
-            let write = (entry.write, entry.read, patience, WRITERS, PAUSE);
-            plans.push((Some(entry.name.to_owned()), write));
+            if terms.cancel && entry.read.is_some() {
+                lasting.patience = Patience::Cancel(PATIENCE);
+            }
+            lasting.read = entry.read;
+            plans.push((Some(entry.name.to_owned()), lasting));
+            if terms.fresh {
+                let mut fresh = plan(entry.write, WRITERS, FRESH_PAUSE);
+                fresh.fresh = true;
+                plans.push((Some(format!("{}, new sessions", entry.name)), fresh));
+            }
         }
         if terms.sample {
             for (member, _) in MEMBERS {
-                let endpoint = system.direct(member);
-                let patience = Patience::Drop(PATIENCE);
-                plans.push((None, (endpoint, None, patience, 1, SAMPLE_PAUSE)));
+                plans.push((None, plan(system.direct(member), 1, SAMPLE_PAUSE)));
             }
         }
         let mut recording = Self {
@@ -194,17 +212,8 @@ impl<'a> Recording<'a> {
             samples: Vec::new(),
         };
         let mut first_id = 1;
-        for (name, (write, read, patience, writers, pause)) in plans {
-            let plan = Plan {
-                write,
-                read,
-                patience,
-                writers,
-                pause,
-                run,
-                first_id,
-                writes_max: ROWS_MAX,
-            };
+        for (name, mut plan) in plans {
+            plan.first_id = first_id;
             first_id += ROWS_MAX;
             let recorder = system.client().run(async move { Recorder::start(&plan) });
             match name {

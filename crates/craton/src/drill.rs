@@ -162,6 +162,7 @@ async fn break_and_measure(layout: Layout, args: DrillArgs, json: bool) -> anyho
         patience: Patience::Drop(STATEMENT_TIMEOUT),
         writers: args.writers,
         pause: Duration::from_millis(args.pause_ms),
+        fresh: false,
         run,
         first_id: 1,
         writes_max: WRITES_MAX,

@@ -149,6 +149,8 @@ pub struct Plan {
     pub writers: u32,
     /// The pause of each between two writes.
     pub pause: Duration,
+    /// True: each write has a session of its own, as those of clients without a pool.
+    pub fresh: bool,
     /// The number of this recording, part of every row.
     pub run: i64,
     /// The number of the first row; recordings of one run have ranges of their own.
@@ -225,7 +227,12 @@ async fn write_on(
 ) {
     while !*stopped.borrow() {
         match plan.write.connect().await {
-            Ok(client) => write_in_session(&plan, &client, &log, &next_id, &stopped).await,
+            Ok(client) => {
+                write_in_session(&plan, &client, &log, &next_id, &stopped).await;
+                if plan.fresh {
+                    sleep(plan.pause).await;
+                }
+            }
             Err(error) => {
                 with_log(&log, |log| {
                     log.connects_failed.push(Instant::now());
@@ -237,7 +244,7 @@ async fn write_on(
     }
 }
 
-/// Writes until the session ends or it is time to stop.
+/// Writes until the session ends or it is time to stop; once, where each write has a session of its own.
 async fn write_in_session(
     plan: &Plan,
     client: &Client,
@@ -282,7 +289,7 @@ async fn write_in_session(
                 log.sessions_lost.push(ended);
             }
         });
-        if over {
+        if over || plan.fresh {
             return;
         }
         sleep(plan.pause).await;
