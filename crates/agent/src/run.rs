@@ -126,6 +126,11 @@ pub async fn run_with(
         state: Mutex::new(state),
         fencing: Arc::clone(&fencing),
         progress,
+        clone: config.clone.clone(),
+        program: match &config.fence_program {
+            Some(program) => program.clone(),
+            None => std::env::current_exe().map_err(io("cannot find this program's own path"))?,
+        },
     });
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));

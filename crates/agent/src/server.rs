@@ -440,6 +440,7 @@ impl LocalServer {
         let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
         ManagedConfig {
             upstream,
+            restore_command: None,
             sync,
             settings: self.settings.clone(),
             hba: HbaRule::standard(&networks),

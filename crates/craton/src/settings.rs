@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use craton_agent::{AgentConfig, Peer};
+use craton_agent::{AgentConfig, CloneConfig, Peer};
 use craton_core::MemberId;
 use craton_core::settings::{Durability, Settings};
 
@@ -91,6 +91,10 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         initial: Settings {
             durability: durability(&layout.cluster.durability)?,
             ..Settings::default()
+        },
+        clone: CloneConfig {
+            repository: Some(layout.repository()),
+            ..CloneConfig::default()
         },
         fence_program: Some(layout.binary()),
     })

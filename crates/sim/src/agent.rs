@@ -58,6 +58,7 @@ impl World {
             data: DataView::Empty,
             server: ServerView::Down,
             bootstrap_done: false,
+            clone_repository: false,
             sealed: None,
             task: None,
             failures: Vec::new(),

@@ -125,6 +125,7 @@ impl Scene {
             data: DataView::Empty,
             server: ServerView::Down,
             bootstrap_done: false,
+            clone_repository: false,
             sealed: None,
             task: None,
             failures: vec![],
@@ -351,7 +352,15 @@ fn line(d: &Decision) -> String {
     match &d.task {
         None => {}
         Some(Task::Follow { leader, term }) => words.push(format!("Follow {leader} {term}")),
-        Some(Task::Clone { from, term }) => words.push(format!("Clone {from} {term}")),
+        Some(Task::Clone {
+            from,
+            term,
+            repository,
+        }) => words.push(if *repository {
+            format!("Clone repository {term}")
+        } else {
+            format!("Clone {from} {term}")
+        }),
         Some(Task::Rewind { from, term, .. }) => words.push(format!("Rewind {from} {term}")),
         Some(Task::Promote { timeline, sync, .. }) => {
             words.push(format!("Promote {timeline} ({sync})"));
