@@ -17,7 +17,7 @@ use serde_json::Value;
 #[path = "harness/mod.rs"]
 mod harness;
 
-use harness::{Cluster, directory, text, whole_async};
+use harness::{Cluster, directory, processes_of, signal, text, whole_async};
 
 /// Rows that no standby is given.
 const ROWS: u64 = 41;
@@ -193,36 +193,6 @@ fn wal_senders(member: &Path) -> Vec<u32> {
         .collect();
     assert!(senders.len() >= 2, "{senders:?}");
     senders
-}
-
-/// Agent, fence and PostgreSQL of a member: what works in its directory or names it on its command line.
-fn processes_of(dir: &Path, member: &str) -> Vec<u32> {
-    let home = dir.join("members").join(member);
-    let settings = format!("/{member}.toml");
-    let board = craton_fence::board_path(&home);
-    let belongs = |proc: &Path| {
-        let line = std::fs::read_to_string(proc.join("cmdline")).unwrap_or_default();
-        let cwd = std::fs::read_link(proc.join("cwd")).unwrap_or_default();
-        cwd.starts_with(&home)
-            || (line.contains(dir.to_str().unwrap()) && line.contains(&settings))
-            || line.contains(board.to_str().unwrap())
-    };
-    std::fs::read_dir("/proc")
-        .unwrap()
-        .flatten()
-        .filter_map(|e| Some((e.file_name().to_str()?.parse().ok()?, e.path())))
-        .filter(|(_, path)| belongs(path))
-        .map(|(pid, _)| pid)
-        .collect()
-}
-
-/// A process that has ended meanwhile needs none.
-fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill")
-        .args([&format!("-{name}"), &pid.to_string()])
-        .status()
-        .unwrap();
-    assert!(status.success() || !Path::new(&format!("/proc/{pid}")).exists());
 }
 
 fn wait_until(what: &str, mut met: impl FnMut() -> bool) {

@@ -192,3 +192,33 @@ pub fn whole_async(status: &Value) -> bool {
             .iter()
             .all(|m| m["role"] == "leader" || m["streaming"] == true)
 }
+
+/// Agent, fence and PostgreSQL of a member: what works in its directory or names it on its command line.
+pub fn processes_of(dir: &Path, member: &str) -> Vec<u32> {
+    let home = dir.join("members").join(member);
+    let settings = format!("/{member}.toml");
+    let board = craton_fence::board_path(&home);
+    let belongs = |proc: &Path| {
+        let line = std::fs::read_to_string(proc.join("cmdline")).unwrap_or_default();
+        let cwd = std::fs::read_link(proc.join("cwd")).unwrap_or_default();
+        cwd.starts_with(&home)
+            || (line.contains(dir.to_str().unwrap()) && line.contains(&settings))
+            || line.contains(board.to_str().unwrap())
+    };
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|e| Some((e.file_name().to_str()?.parse().ok()?, e.path())))
+        .filter(|(_, path)| belongs(path))
+        .map(|(pid, _)| pid)
+        .collect()
+}
+
+/// A process that has ended meanwhile needs none.
+pub fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill")
+        .args([&format!("-{name}"), &pid.to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success() || !Path::new(&format!("/proc/{pid}")).exists());
+}

@@ -1,5 +1,6 @@
 //! Carries out the long tasks of a decision. Each can be repeated after a crash in the middle.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -9,13 +10,13 @@ use craton_core::records::{At, MemberRecord, Seal, Timelines};
 use craton_core::sync::{SyncSet, application_name};
 use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
-    CloneProgress, DataDir, InitOptions, KnownTimeline, PgError, RelationNames, RolePasswords,
-    StartMode, StopMode, SyncNames, Upstream,
+    CloneProgress, InitOptions, KnownTimeline, PgError, RelationNames, RolePasswords, StartMode,
+    StopMode, SyncNames, Upstream,
 };
 use tokio::sync::watch;
 
 use crate::clock;
-use crate::config::Secrets;
+use crate::config::{CloneConfig, Secrets};
 use crate::fencing::Fencing;
 use crate::promises::Told;
 use crate::server::{LocalServer, end_is_exact, sync_names};
@@ -83,6 +84,10 @@ pub struct Actor {
     pub fencing: Arc<Fencing>,
     /// Progress of a clone.
     pub progress: watch::Sender<CloneProgress>,
+    /// How a data directory is filled.
+    pub clone: CloneConfig,
+    /// The program that restores out of the repository, and that PostgreSQL calls for WAL.
+    pub program: PathBuf,
 }
 
 /// Members by name, as the coordinator has them.
@@ -102,7 +107,7 @@ impl Actor {
     }
 
     /// A new life of the data directory; its floor is the term at its birth.
-    async fn reborn(&self, floor: Term) -> Result<(), ActError> {
+    pub(crate) async fn reborn(&self, floor: Term) -> Result<(), ActError> {
         let incarnation = Incarnation(rand::random());
         let change = move |file: &mut StateFile| {
             let floor = floor.max(file.get().floor);
@@ -256,7 +261,17 @@ impl Actor {
                 known,
             } => self.promote(term, timeline, sync, &known, members).await,
             Task::Bootstrap => self.bootstrap().await,
-            Task::Clone { from, term } => self.clone_from(&from, term, members).await,
+            Task::Clone {
+                from,
+                repository,
+                term,
+            } => {
+                if repository {
+                    self.clone_from_repository(term).await
+                } else {
+                    self.clone_from(&from, term, members).await
+                }
+            }
             Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
             Task::CatchUp {
                 from,
@@ -271,7 +286,12 @@ impl Actor {
         }
     }
 
-    fn upstream(&self, of: &MemberId, members: &Members, user: &str) -> Result<Upstream, ActError> {
+    pub(crate) fn upstream(
+        &self,
+        of: &MemberId,
+        members: &Members,
+        user: &str,
+    ) -> Result<Upstream, ActError> {
         let record = members.get(of).map(|m| &m.value).ok_or_else(|| {
             ActError::Stale(format!("the coordinator has no address of {of} yet"))
         })?;
@@ -299,7 +319,7 @@ impl Actor {
     }
 
     /// Starts as a standby without an upstream, so that nothing is added to its WAL before its end is known.
-    async fn start_standby(&self) -> Result<(), ActError> {
+    pub(crate) async fn start_standby(&self) -> Result<(), ActError> {
         self.start_following(None).await
     }
 
@@ -379,7 +399,7 @@ impl Actor {
         Ok(())
     }
 
-    async fn stop(&self, how: StopHow, why: &str) -> Result<(), ActError> {
+    pub(crate) async fn stop(&self, how: StopHow, why: &str) -> Result<(), ActError> {
         tracing::info!(?how, why, "stopping PostgreSQL");
         let Some(process) = self.server.process() else {
             return Ok(());
@@ -579,32 +599,6 @@ impl Actor {
             .control
             .bootstrap_roles(&passwords, QUERY_MAX)
             .await?)
-    }
-
-    async fn clone_from(
-        &self,
-        from: &MemberId,
-        term: Term,
-        members: &Members,
-    ) -> Result<(), ActError> {
-        // The new life begins before its first byte: nothing of the old one can be taken for it.
-        self.reborn(term).await?;
-        if matches!(
-            self.server.instance.data_dir_state().await?,
-            DataDir::HalfRewind
-        ) {
-            // Its divergent WAL was kept before pg_rewind began.
-            self.server.instance.discard_data_dir().await?;
-        }
-        let mut source = self.upstream(from, members, "craton_replication")?;
-        source.slot = None;
-        tracing::info!(%from, "cloning");
-        self.server
-            .instance
-            .clone_from(&source, self.progress.clone())
-            .await?;
-        self.server.data_changed();
-        self.start_standby().await
     }
 
     /// Keeps what the cluster does not have, then rewinds; where that cannot work, clones.

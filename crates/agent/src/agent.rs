@@ -19,6 +19,7 @@ use tokio::task::JoinHandle;
 
 use crate::act::{ActError, Actor};
 use crate::clock;
+use crate::cloning;
 use crate::config::AgentConfig;
 use crate::fencing::Fencing;
 use crate::lease::{LeaseKeeper, LeaseTiming};
@@ -314,6 +315,7 @@ impl Agent {
             pending: self.server.parameters.pending(),
             host: self.host(),
             bootstrap_done: self.bootstrap_done,
+            clone_repository: self.config.clone.repository.is_some(),
             sealed: self.server.sealed(),
             task: self.task.as_ref().map(|(view, _)| view.clone()),
             failures: self.failures.values().cloned().collect(),
@@ -488,6 +490,12 @@ impl Agent {
     /// Announcements and topology: at once when something of substance changed, else with the heartbeat.
     fn tell(&mut self, o: &Observation, d: &Decision) {
         let mut own = views::own_status(o, d);
+        if o.task
+            .as_ref()
+            .is_some_and(|t| t.task.kind() == TaskKind::Clone)
+        {
+            own.doing = cloning::in_words(&own.doing, *self.actor.progress.borrow());
+        }
         if own.role == MemberRole::Leader {
             own.slots = self.server.slots();
             own.lost_slots = self.server.lost_slots();

@@ -31,6 +31,35 @@ pub enum VoterWish {
     Never,
 }
 
+/// The `[node.clone]` table: how an empty data directory is filled.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CloneConfig {
+    /// Kilobytes a second that a copy from another member may take, 32 to 1048576; as fast as it goes if not
+    /// given.
+    pub max_rate_kb: Option<u32>,
+    /// Where this host sees the backup repository: copies come from there first, so that no member is loaded.
+    pub repository: Option<PathBuf>,
+    /// A newest backup that is older than this is not used, hours; 48 if not given.
+    pub repository_age_max_h: Option<u32>,
+}
+
+impl CloneConfig {
+    /// See [`Self::repository_age_max_h`].
+    pub fn age_max_h(&self) -> u32 {
+        self.repository_age_max_h.unwrap_or(48)
+    }
+
+    fn validate(&self) -> Result<(), String> {
+        match self.max_rate_kb {
+            Some(rate) if !(32..=1_048_576).contains(&rate) => Err(format!(
+                "node.clone.max_rate_kb = {rate} is out of range: use 32 to 1048576 (kilobytes a second)"
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The `[node]` table.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -86,6 +115,9 @@ pub struct AgentConfig {
     /// The cluster-wide settings that a new cluster starts with.
     #[serde(default, deserialize_with = "craton_core::settings::strict")]
     pub initial: Settings,
+    /// How an empty data directory is filled.
+    #[serde(default)]
+    pub clone: CloneConfig,
     /// Where each of these was written (`craton.toml:12`), by its dotted name; for people.
     #[serde(skip)]
     pub origins: BTreeMap<String, String>,
@@ -167,6 +199,7 @@ impl AgentConfig {
         if names.windows(2).any(|w| matches!(w, [a, b] if a == b)) {
             return Err("node.peers lists a member twice".into());
         }
+        self.clone.validate()?;
         self.initial
             .validate()
             .map_err(|e| format!("node.initial.{e}"))

@@ -2,7 +2,7 @@
 //!
 //! * [`agent`]: the loop. It gathers an observation, asks [`craton_core::decide`], and does what it says.
 //! * [`server`]: PostgreSQL as the agent holds it; [`parameters`]: its configuration; [`act`]: the long tasks;
-//!   [`slots`]: upkeep.
+//!   [`slots`]: upkeep; `cloning`: a copy from a member or out of the backup repository.
 //! * [`lease`]: renewals, [`promises`]: what stands in for them, and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`storage`]: the disks, watched from threads of their own.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
@@ -13,6 +13,7 @@ pub mod act;
 pub mod agent;
 pub mod api;
 pub mod clock;
+mod cloning;
 pub mod config;
 mod enrol;
 pub mod fencing;
@@ -30,6 +31,6 @@ pub mod store;
 mod trust;
 pub mod views;
 
-pub use config::{AgentConfig, Peer, Secrets, VoterWish, WatchdogMode};
+pub use config::{AgentConfig, CloneConfig, Peer, Secrets, VoterWish, WatchdogMode};
 pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};
 pub use run::{AgentError, run, run_with};

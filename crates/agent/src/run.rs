@@ -231,6 +231,11 @@ fn actor(
         secrets,
         state: StateKeeper::new(state),
         noting: Arc::default(),
+        clone: config.clone.clone(),
+        program: match &config.fence_program {
+            Some(program) => program.clone(),
+            None => std::env::current_exe().map_err(io("cannot find this program's own path"))?,
+        },
         fencing: Arc::clone(fencing),
         progress,
     }))

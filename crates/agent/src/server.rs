@@ -609,6 +609,7 @@ impl LocalServer {
         let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
         ManagedConfig {
             upstream,
+            restore_command: None,
             sync,
             settings: self.parameters.to_write(),
             hba: HbaRule::standard(&networks, self.tls.is_some()),

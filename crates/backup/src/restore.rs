@@ -56,6 +56,10 @@ pub struct Options {
     pub program: PathBuf,
     /// Follow this divergent WAL instead of the cluster's.
     pub divergence: Option<Divergence>,
+    /// For a member of the cluster: no recovery settings are written, its agent starts it as a standby.
+    pub standby: bool,
+    /// The newest backup must have ended less than this long ago.
+    pub age_max: Option<std::time::Duration>,
 }
 
 /// How far a restore is.
@@ -107,6 +111,7 @@ pub fn restore(
         Some(divergence) => plan::diverged(repository, divergence, options.backup.as_ref())?,
         None => plan(repository, target, options.backup.as_ref())?,
     };
+    plan.check_age(options.age_max)?;
     let places = write::places(&directory, &plan.manifest, &options.tablespaces)?;
     let mut undo = write::Undo::default();
     let written = write::files(repository, &plan.manifest, &places, &mut undo, progress)?;

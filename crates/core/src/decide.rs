@@ -85,6 +85,8 @@ pub enum Task {
     Clone {
         /// From whom.
         from: MemberId,
+        /// Out of the backup repository instead, if it has a fresh backup.
+        repository: bool,
         /// The term at its birth: the new incarnation's floor.
         term: Term,
     },

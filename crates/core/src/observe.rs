@@ -260,6 +260,8 @@ pub struct Observation {
     pub host: Host,
     /// The bootstrap task has succeeded since the agent's start.
     pub bootstrap_done: bool,
+    /// This host sees the backup repository: an empty data directory can be filled from there.
+    pub clone_repository: bool,
     /// What it sealed, since it last followed anybody.
     pub sealed: Option<Seal>,
     /// A long action in progress.

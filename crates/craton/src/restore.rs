@@ -47,6 +47,12 @@ pub struct RestoreArgs {
     /// rows that only a former leader had
     #[arg(long, value_name = "DIRECTORY", conflicts_with_all = ["to", "lsn", "immediate"])]
     pub divergence: Option<PathBuf>,
+    /// Make a member's data directory; its agent calls this, and starts it as a standby
+    #[arg(long, hide = true)]
+    pub standby: bool,
+    /// Refuse a backup that ended more hours ago
+    #[arg(long, value_name = "HOURS")]
+    pub age_max_h: Option<u32>,
     #[command(flatten)]
     repository: RepositoryArgs,
 }
@@ -68,6 +74,10 @@ pub fn run(dir: &Path, args: &RestoreArgs, json: bool) -> anyhow::Result<u8> {
         tablespaces: tablespaces(&args.tablespace)?,
         program: program(dir)?,
         divergence: args.divergence.as_deref().map(divergence).transpose()?,
+        standby: args.standby,
+        age_max: args
+            .age_max_h
+            .map(|h| std::time::Duration::from_secs(u64::from(h) * 3600)),
     };
     let target = target(args)?;
     let repository = args.repository.open(dir)?;
@@ -76,7 +86,17 @@ pub fn run(dir: &Path, args: &RestoreArgs, json: bool) -> anyhow::Result<u8> {
         let percent = (p.done_bytes * 100)
             .checked_div(p.total_bytes)
             .unwrap_or(100);
-        if percent >= said + PROGRESS_STEP_PERCENT {
+        if args.standby {
+            // As pg_basebackup tells it: an agent reads this.
+            if percent > said || p.done_bytes == p.total_bytes {
+                said = percent;
+                output::note(format!(
+                    "{}/{} kB",
+                    p.done_bytes / 1024,
+                    p.total_bytes / 1024
+                ));
+            }
+        } else if percent >= said + PROGRESS_STEP_PERCENT {
             said = percent - percent % PROGRESS_STEP_PERCENT;
             output::note(format!(
                 "  {} of {} ({percent} %)",

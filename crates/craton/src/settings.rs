@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use craton_agent::{AgentConfig, Peer};
+use craton_agent::{AgentConfig, CloneConfig, Peer};
 use craton_core::MemberId;
 use craton_core::settings::{Durability, Settings};
 use craton_trust::TlsSettings;
@@ -108,6 +108,10 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
             ..Settings::default()
         },
         origins: BTreeMap::new(),
+        clone: CloneConfig {
+            repository: Some(layout.repository()),
+            ..CloneConfig::default()
+        },
         fence_program: Some(layout.binary()),
         tls: TlsSettings::default(),
         // The members of a local cluster share one host: it must not be restarted for one of them.

@@ -1,5 +1,6 @@
 //! A new data directory from a running server, by pg_basebackup.
 
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -45,19 +46,14 @@ impl CloneProgress {
 impl Instance {
     /// Clones the upstream, a primary or a standby, into the empty data directory. The clone is made beside,
     /// flushed by pg_basebackup, and renamed into place when complete. Dropping the future ends it; what it
-    /// left is removed by the next try.
+    /// left is removed by the next try. `max_rate_kb`: kilobytes a second at most, 32 to 1048576.
     pub async fn clone_from(
         &self,
         upstream: &Upstream,
+        max_rate_kb: Option<u32>,
         progress: watch::Sender<CloneProgress>,
     ) -> Result<ControlData> {
-        let making = self.member_dir().join("data.clone");
-        let (this, place) = (self.clone(), making.clone());
-        blocking(move || {
-            this.check_data_dir_is_free()?;
-            files::remove_tree(&place)
-        })
-        .await?;
+        let making = self.place_for_clone().await?;
         let conninfo = Self::side_connection(upstream, APPLICATION_NAME, None);
         let mut command = tokio::process::Command::from(self.tool("pg_basebackup"));
         command
@@ -68,7 +64,53 @@ impl Instance {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        let result = run_watched(command, "pg_basebackup", |line| {
+        if let Some(rate) = max_rate_kb {
+            command.arg(format!("--max-rate={rate}k"));
+        }
+        self.clone_with(command, "pg_basebackup", making, progress)
+            .await
+    }
+
+    /// Copies a data directory with another program, for example out of a backup repository: `command` gets the
+    /// directory to make as its last argument, and tells its progress on standard error as pg_basebackup does.
+    pub async fn clone_by(
+        &self,
+        mut command: std::process::Command,
+        tool: &'static str,
+        progress: watch::Sender<CloneProgress>,
+    ) -> Result<ControlData> {
+        let making = self.place_for_clone().await?;
+        command.arg(&making);
+        let mut command = tokio::process::Command::from(command);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .kill_on_drop(true);
+        self.clone_with(command, tool, making, progress).await
+    }
+
+    /// The directory in which a clone is made, empty.
+    async fn place_for_clone(&self) -> Result<PathBuf> {
+        let making = self.member_dir().join("data.clone");
+        let (this, place) = (self.clone(), making.clone());
+        blocking(move || {
+            this.check_data_dir_is_free()?;
+            files::remove_tree(&place)
+        })
+        .await?;
+        Ok(making)
+    }
+
+    async fn clone_with(
+        &self,
+        command: tokio::process::Command,
+        tool: &'static str,
+        making: PathBuf,
+        progress: watch::Sender<CloneProgress>,
+    ) -> Result<ControlData> {
+        progress.send_replace(CloneProgress::default());
+        let result = run_watched(command, tool, |line| {
             if let Some(now) = CloneProgress::parse(line) {
                 progress.send_replace(now);
                 return true;

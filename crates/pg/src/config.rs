@@ -98,6 +98,7 @@ const DEFAULTS: &[(&str, &str)] = &[
 
 /// Settings that the agent owns: an operator's value for them is refused.
 pub(crate) const OWNED_KEYS: &[&str] = &[
+    "archive_cleanup_command",
     "cluster_name",
     "config_file",
     "data_directory",
@@ -122,6 +123,8 @@ pub(crate) const OWNED_KEYS: &[&str] = &[
     "recovery_target_time",
     "recovery_target_timeline",
     "recovery_target_xid",
+    // A sealed standby that went on reading an archive would not be sealed (failover protocol, 3.1).
+    "restore_command",
     "ssl",
     "ssl_ca_file",
     "ssl_cert_file",
@@ -270,6 +273,9 @@ impl HbaRule {
 pub struct ManagedConfig {
     /// Where to stream from; none for a leader, or to make a standby drop its WAL receiver.
     pub upstream: Option<Upstream>,
+    /// Where WAL is read from besides, while a copy from the backup repository catches up; never on a member
+    /// that takes part in the cluster.
+    pub restore_command: Option<String>,
     /// Who must have flushed a commit before a client hears of it.
     pub sync: SyncNames,
     /// The operator's settings for the whole cluster, over the defaults.
@@ -435,6 +441,10 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
         ("log_destination", "stderr".to_owned()),
         ("logging_collector", "off".to_owned()),
         ("recovery_target_timeline", "latest".to_owned()),
+        (
+            "restore_command",
+            managed.restore_command.clone().unwrap_or_default(),
+        ),
         (
             "primary_conninfo",
             upstream.map(|u| u.conninfo(None)).unwrap_or_default(),

@@ -321,7 +321,7 @@ async fn a_clone_that_fails_leaves_nothing_that_looks_like_a_cluster() {
     let stranger = a.as_upstream("nobody_known", "b", None);
     let error = b
         .instance
-        .clone_from(&stranger, progress.clone())
+        .clone_from(&stranger, None, progress.clone())
         .await
         .unwrap_err();
     assert!(matches!(error, PgError::Tool { .. }), "{error}");
@@ -334,10 +334,14 @@ async fn a_clone_that_fails_leaves_nothing_that_looks_like_a_cluster() {
     let source = a.as_upstream("craton_replication", "b", None);
     let cut = tokio::time::timeout(
         Duration::from_millis(50),
-        b.instance.clone_from(&source, progress.clone()),
+        b.instance.clone_from(&source, None, progress.clone()),
     );
     assert!(cut.await.is_err());
-    let control = b.instance.clone_from(&source, progress).await.unwrap();
+    let control = b
+        .instance
+        .clone_from(&source, None, progress)
+        .await
+        .unwrap();
     assert_eq!(
         control.system_identifier,
         a.instance.control_data().await.unwrap().system_identifier

@@ -75,6 +75,7 @@ impl World {
             config_stale: false,
             pending: Vec::new(),
             bootstrap_done: false,
+            clone_repository: false,
             sealed: None,
             task: None,
             failures: Vec::new(),

@@ -145,7 +145,7 @@ impl World {
                 self.flush_now(m);
                 Step::Done
             }
-            Task::Clone { from, term } => self.clone_from(m, r, from, *term),
+            Task::Clone { from, term, .. } => self.clone_from(m, r, from, *term),
             Task::Rewind { from, term, .. } => self.rewind(m, r, from, *term),
             Task::CatchUp {
                 from, term, lsn, ..

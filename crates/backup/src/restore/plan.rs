@@ -26,6 +26,25 @@ pub struct Plan {
     pub note: Option<String>,
 }
 
+impl Plan {
+    /// Refuses a backup that is older than it may be.
+    pub(super) fn check_age(&self, age_max: Option<std::time::Duration>) -> Result<()> {
+        let summary = &self.manifest.summary;
+        let age_ms = now_ms().saturating_sub(summary.ended_at_ms);
+        match age_max {
+            Some(max) if u128::from(age_ms) > max.as_millis() => {
+                Err(BackupError::Refused(format!(
+                    "the newest backup that fits, {}, ended {} hours ago, more than the {} that are allowed",
+                    summary.id,
+                    age_ms / 3_600_000,
+                    max.as_secs() / 3600
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Chooses a backup for a target and proves that the target can be reached from it.
 pub fn plan(repository: &Repository, target: Target, backup: Option<&BackupId>) -> Result<Plan> {
     if let Target::Time(time) = target

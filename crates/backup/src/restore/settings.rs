@@ -57,11 +57,19 @@ pub(super) fn write(
         "# Recovery from backup {}, written by craton restore.",
         plan.manifest.summary.id
     ));
-    for (name, value) in recovery(repository, plan, options)? {
-        lines.push(format!("{name} = {}", quote(&value)));
+    if options.standby {
+        lines.pop();
+    } else {
+        for (name, value) in recovery(repository, plan, options)? {
+            lines.push(format!("{name} = {}", quote(&value)));
+        }
     }
     let text = lines.join("\n") + "\n";
     fs::write(&auto, text).map_err(BackupError::io("write", &auto))?;
+    if options.standby {
+        // The agent has its own, outside of the data directory.
+        return Ok(());
+    }
     for (name, content) in [
         ("postgresql.conf", ""),
         ("pg_hba.conf", HBA),

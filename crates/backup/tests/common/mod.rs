@@ -450,6 +450,8 @@ pub fn options(root: &Path) -> Options {
         tablespaces: BTreeMap::new(),
         program: fetch_program(root),
         divergence: None,
+        standby: false,
+        age_max: None,
     }
 }
 

@@ -39,15 +39,31 @@ pub(super) fn clone_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership
             && p.status.timeline == Some(l.timeline)
             && mind.is_alive(m)
     });
+    // First out of the backup repository, which loads nobody; then in turn, so that no broken source is for ever.
+    let turn = if mind.o.clone_repository {
+        failed % 3
+    } else {
+        1 + failed % 2
+    };
+    let repository = turn == 0;
     let from = match standby {
-        Some((m, _)) if failed.is_multiple_of(2) => m.clone(),
+        Some((m, _)) if turn < 2 => m.clone(),
         _ => leader.member.clone(),
+    };
+    let source = if repository {
+        "out of the backup repository".to_owned()
+    } else {
+        format!("from {from}")
     };
     mind.because(
         "cloning",
-        format!("the data directory is empty: cloning from {from}"),
+        format!("the data directory is empty: cloning {source}"),
     );
-    mind.start(Task::Clone { from, term: l.term });
+    mind.start(Task::Clone {
+        from,
+        repository,
+        term: l.term,
+    });
 }
 
 /// Somebody else leads.

@@ -140,6 +140,7 @@ impl Scene {
             pending: vec![],
             host: crate::health::Host::default(),
             bootstrap_done: false,
+            clone_repository: false,
             sealed: None,
             task: None,
             failures: vec![],
@@ -367,7 +368,15 @@ fn line(d: &Decision) -> String {
     match &d.task {
         None => {}
         Some(Task::Follow { leader, term }) => words.push(format!("Follow {leader} {term}")),
-        Some(Task::Clone { from, term }) => words.push(format!("Clone {from} {term}")),
+        Some(Task::Clone {
+            from,
+            term,
+            repository,
+        }) => words.push(if *repository {
+            format!("Clone repository {term}")
+        } else {
+            format!("Clone {from} {term}")
+        }),
         Some(Task::Rewind { from, term, .. }) => words.push(format!("Rewind {from} {term}")),
         Some(Task::Promote { timeline, sync, .. }) => {
             words.push(format!("Promote {timeline} ({sync})"));

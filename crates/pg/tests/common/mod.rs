@@ -161,7 +161,11 @@ impl Member {
         let mut member = Self::new(root, name);
         let source = upstream.as_upstream("craton_replication", name, None);
         let (progress, _) = tokio::sync::watch::channel(craton_pg::CloneProgress::default());
-        member.instance.clone_from(&source, progress).await.unwrap();
+        member
+            .instance
+            .clone_from(&source, None, progress)
+            .await
+            .unwrap();
         member.managed.upstream = Some(source);
         member.start(StartMode::Standby).await;
         member
