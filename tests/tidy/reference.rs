@@ -124,6 +124,12 @@ fn settings(root: &Path) -> String {
             "Peer",
         ),
         (
+            "[node.hooks]",
+            "A program of the operator's that is told of changes of the role.",
+            "crates/agent/src/hooks.rs",
+            "HooksConfig",
+        ),
+        (
             "[node.initial]",
             "What a new cluster starts with; from then on the cluster keeps these itself: see `craton config`.",
             "crates/core/src/settings.rs",

@@ -7,6 +7,8 @@ use craton_core::MemberId;
 use craton_core::settings::Settings;
 use serde::{Deserialize, Serialize};
 
+use crate::hooks::HooksConfig;
+
 /// A voter of the coordinator.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -60,6 +62,9 @@ pub struct AgentConfig {
     /// The cluster-wide settings that a new cluster starts with.
     #[serde(default, deserialize_with = "craton_core::settings::strict")]
     pub initial: Settings,
+    /// A program that is told of changes of the role, see `[node.hooks]`.
+    #[serde(default)]
+    pub hooks: HooksConfig,
     /// Where each of these was written (`craton.toml:12`), by its dotted name; for people.
     #[serde(skip)]
     pub origins: BTreeMap<String, String>,
@@ -125,6 +130,7 @@ impl AgentConfig {
         if names.windows(2).any(|w| matches!(w, [a, b] if a == b)) {
             return Err("node.peers lists a member twice".into());
         }
+        self.hooks.validate()?;
         self.initial
             .validate()
             .map_err(|e| format!("node.initial.{e}"))

@@ -6,7 +6,7 @@
 //! * [`lease`]: renewals and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`storage`]: the disks, watched from threads of their own.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
-//! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
+//! * [`api`], [`views`], [`metrics`], [`hooks`]: what others see. [`run()`] wires it all.
 
 pub mod act;
 pub mod agent;
@@ -14,6 +14,7 @@ pub mod api;
 pub mod clock;
 pub mod config;
 pub mod fencing;
+pub mod hooks;
 pub mod lease;
 pub mod metrics;
 pub mod parameters;

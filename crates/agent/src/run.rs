@@ -22,6 +22,7 @@ use crate::agent::{Agent, Parts, Seen};
 use crate::api::{self, Api};
 use crate::config::{AgentConfig, Secrets};
 use crate::fencing::Fencing;
+use crate::hooks::{self, Hooks};
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::metrics::AgentMetrics;
 use crate::server::LocalServer;
@@ -144,6 +145,8 @@ pub async fn run_with(
     background.spawn(Arc::clone(&server).knock());
     background.spawn(slots::keep(Arc::clone(&server), seen.clone()));
     background.spawn(parameters::keep(Arc::clone(&server)));
+    let hooks = Hooks::new(&config.hooks, &config.member, &config.cluster);
+    background.spawn(hooks::keep(hooks.clone(), seen.clone()));
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
@@ -163,7 +166,24 @@ pub async fn run_with(
     agent.run(shutdown).await;
     background.shutdown().await;
     stop(&server, &lease, &coordinator, &fencing).await;
+    if let Some(hooks) = hooks {
+        let term = lease_term(&coordinator);
+        hooks
+            .call(hooks::Change {
+                role: hooks::Role::Stopped,
+                term,
+            })
+            .await;
+    }
     Ok(())
+}
+
+/// The term as last known here.
+fn lease_term(coordinator: &Arc<dyn Coordinator>) -> Term {
+    let snapshot = Arc::clone(&coordinator.watch().borrow());
+    let view = crate::store::view(&snapshot).ok();
+    let leadership = view.and_then(|v| v.leadership);
+    leadership.map_or(Term(0), |l| l.value.term)
 }
 
 fn start_lease(

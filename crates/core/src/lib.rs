@@ -7,6 +7,7 @@ pub mod decide;
 pub mod election;
 pub mod health;
 pub mod observe;
+pub mod reasons;
 pub mod records;
 pub mod settings;
 pub mod sync;

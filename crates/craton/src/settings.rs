@@ -93,6 +93,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
             postgresql,
             ..Settings::default()
         },
+        hooks: craton_agent::hooks::HooksConfig::default(),
         origins: BTreeMap::new(),
         fence_program: Some(layout.binary()),
         // The members of a local cluster share one host: it must not be restarted for one of them.
