@@ -73,6 +73,11 @@ pub const MEANINGS: &[Meaning] = &[
         "",
     ),
     m(
+        "disk_low",
+        "Free space on this member's file system is below what is kept in reserve.",
+        "Make room: a leader whose disk is nearly full hands over, and a full one stops.",
+    ),
+    m(
         "diverged",
         "This member has WAL that the cluster does not have. It is kept, then the data are rewound.",
         "craton divergence list shows what was kept.",
@@ -101,6 +106,16 @@ pub const MEANINGS: &[Meaning] = &[
     m(
         "handing_over",
         "PostgreSQL is down on the leader and another member can be promoted now.",
+        "",
+    ),
+    m(
+        "hands_over",
+        "This member's host is about to fail it, so it asks for a switchover.",
+        "Mend what it names: a full disk, crashes in a row.",
+    ),
+    m(
+        "hands_over_later",
+        "This member asked for a switchover a moment ago and does not ask again yet.",
         "",
     ),
     m(
@@ -160,6 +175,11 @@ pub const MEANINGS: &[Meaning] = &[
         "craton resume lets an election begin; craton failover asks for one.",
     ),
     m(
+        "no_fence",
+        "PostgreSQL does not become writable without a fence that is at work.",
+        "craton explain and the agent's log say what the fence lacks.",
+    ),
+    m(
         "no_incarnation",
         "The data directory has no name for its life yet.",
         "",
@@ -168,6 +188,11 @@ pub const MEANINGS: &[Meaning] = &[
         "no_winner",
         "An election is open and nobody can be promoted without the risk of losing acknowledged commits.",
         "Bring a member back whose seal is missing. Only if it is lost for good: craton failover --allow-data-loss.",
+    ),
+    m(
+        "nobody_fitter",
+        "This member would hand over, and no other is better off.",
+        "Bring another standby into shape; see craton doctor.",
     ),
     m(
         "not_streaming",
@@ -286,6 +311,11 @@ pub const MEANINGS: &[Meaning] = &[
         "If it stays so, read pg.log of this member.",
     ),
     m(
+        "slot_lost",
+        "The leader no longer has the WAL that this member needs: it is cloned anew.",
+        "Raise max_slot_wal_keep_size if members are away for long.",
+    ),
+    m(
         "stalled",
         "PostgreSQL has not answered for a whole ttl and another member can take over: it is killed.",
         "Look at the storage of this member.",
@@ -340,6 +370,11 @@ pub const MEANINGS: &[Meaning] = &[
         "sync_waiting",
         "A sync set counts only when its members have flushed all that was acknowledged before.",
         "",
+    ),
+    m(
+        "unfit",
+        "This member had better not lead, for the reason given; it is elected only if nobody else can be.",
+        "Mend what it names.",
     ),
     m(
         "unknown_data",
