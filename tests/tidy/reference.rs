@@ -108,58 +108,66 @@ fn metrics() -> String {
     ])
 }
 
+/// Title, what it is about, file and struct.
+const TABLES: [(&str, &str, &str, &str); 9] = [
+    (
+        "[node]",
+        "The agent beside one PostgreSQL.",
+        "crates/agent/src/config.rs",
+        "AgentConfig",
+    ),
+    (
+        "[[node.peers]]",
+        "Each voter of the coordinator.",
+        "crates/agent/src/config.rs",
+        "Peer",
+    ),
+    (
+        "[node.hooks]",
+        "A program of the operator's that is told of changes of the role.",
+        "crates/agent/src/hooks.rs",
+        "HooksConfig",
+    ),
+    (
+        "[node.initial]",
+        "What a new cluster starts with; from then on the cluster keeps these itself: see `craton config`.",
+        "crates/core/src/settings.rs",
+        "Settings",
+    ),
+    (
+        "[node.tls], [proxy.tls], [backup.tls]",
+        "Certificates of a part. TLS is on: without them a daemon does not start.",
+        "crates/trust/src/files.rs",
+        "TlsSettings",
+    ),
+    (
+        "[proxy]",
+        "The proxy.",
+        "crates/proxy/src/config.rs",
+        "ProxyConfig",
+    ),
+    (
+        "[[proxy.pools]]",
+        "Pools that differ.",
+        "crates/proxy/src/config.rs",
+        "PoolOverride",
+    ),
+    (
+        "[[proxy.backends]]",
+        "Each server of a set without agents.",
+        "crates/proxy/src/config.rs",
+        "StaticBackend",
+    ),
+    (
+        "[backup]",
+        "The backup daemon.",
+        "crates/backup/src/config.rs",
+        "Config",
+    ),
+];
+
 /// The settings are read from the source: a struct's fields, their types, their documentation.
 fn settings(root: &Path) -> String {
-    let tables = [
-        (
-            "[node]",
-            "The agent beside one PostgreSQL.",
-            "crates/agent/src/config.rs",
-            "AgentConfig",
-        ),
-        (
-            "[[node.peers]]",
-            "Each voter of the coordinator.",
-            "crates/agent/src/config.rs",
-            "Peer",
-        ),
-        (
-            "[node.initial]",
-            "What a new cluster starts with; from then on the cluster keeps these itself: see `craton config`.",
-            "crates/core/src/settings.rs",
-            "Settings",
-        ),
-        (
-            "[node.tls], [proxy.tls], [backup.tls]",
-            "Certificates of a part. TLS is on: without them a daemon does not start.",
-            "crates/trust/src/files.rs",
-            "TlsSettings",
-        ),
-        (
-            "[proxy]",
-            "The proxy.",
-            "crates/proxy/src/config.rs",
-            "ProxyConfig",
-        ),
-        (
-            "[[proxy.pools]]",
-            "Pools that differ.",
-            "crates/proxy/src/config.rs",
-            "PoolOverride",
-        ),
-        (
-            "[[proxy.backends]]",
-            "Each server of a set without agents.",
-            "crates/proxy/src/config.rs",
-            "StaticBackend",
-        ),
-        (
-            "[backup]",
-            "The backup daemon.",
-            "crates/backup/src/config.rs",
-            "Config",
-        ),
-    ];
     let mut page = String::from(
         "# Settings\n\nGenerated from the code by `make fix`; a test keeps it in step.\n\n\
          A daemon reads its table of `craton.toml` (`--config`), then variables `CRATON_<TABLE>_<KEY>` (a key inside\n\
@@ -167,7 +175,7 @@ fn settings(root: &Path) -> String {
          counts. `CRATON_LOG` sets the level of the log (`info`, `debug`, `craton_proxy=trace`), and\n\
          `CRATON_LOG_FORMAT=json` its form.\n",
     );
-    for (table, about, file, name) in tables {
+    for (table, about, file, name) in TABLES {
         writeln!(
             page,
             "\n## `{table}`\n\n{about}\n\n| key | type | meaning |\n|---|---|---|"

@@ -8,6 +8,8 @@ use craton_core::settings::Settings;
 use craton_trust::TlsSettings;
 use serde::{Deserialize, Serialize};
 
+use crate::hooks::HooksConfig;
+
 /// A voter of the coordinator.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -118,6 +120,9 @@ pub struct AgentConfig {
     /// How an empty data directory is filled.
     #[serde(default)]
     pub clone: CloneConfig,
+    /// A program that is told of changes of the role, see `[node.hooks]`.
+    #[serde(default)]
+    pub hooks: HooksConfig,
     /// Where each of these was written (`craton.toml:12`), by its dotted name; for people.
     #[serde(skip)]
     pub origins: BTreeMap<String, String>,
@@ -200,6 +205,7 @@ impl AgentConfig {
             return Err("node.peers lists a member twice".into());
         }
         self.clone.validate()?;
+        self.hooks.validate()?;
         self.initial
             .validate()
             .map_err(|e| format!("node.initial.{e}"))

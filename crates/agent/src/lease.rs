@@ -586,6 +586,21 @@ mod tests {
     }
 
     #[test]
+    fn a_shorter_ttl_takes_nothing_away_from_a_lease_that_was_granted() {
+        // Voters keep the longest promise they gave (`promise.rs`), so the deadline does not go back either.
+        let dir = tempfile::tempdir().unwrap();
+        let shared = shared(dir.path());
+        shared.accept(Term(4), BootTime(0), BootTime(100));
+        shared.accept(Term(4), BootTime(1), BootTime(60));
+        let held = shared.held().lease.map(|l| l.until);
+        assert_eq!(held, Some(BootTime(100)));
+        assert_eq!(shared.file.read().map(|l| l.until), Some(BootTime(100)));
+        shared.accept(Term(4), BootTime(2), BootTime(120));
+        let held = shared.held().lease.map(|l| l.until);
+        assert_eq!(held, Some(BootTime(120)));
+    }
+
+    #[test]
     fn an_old_wish_is_not_acted_upon() {
         let dir = tempfile::tempdir().unwrap();
         let shared = shared(dir.path());

@@ -7,7 +7,7 @@
 //! * [`storage`]: the disks, watched from threads of their own.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
 //! * `trust`: the agent's certificate; `enrol`: new parts, and new certificates for them.
-//! * [`api`], [`views`], [`metrics`]: what others see. [`run()`] wires it all.
+//! * [`api`], [`views`], [`metrics`], [`hooks`]: what others see. [`run()`] wires it all.
 
 pub mod act;
 pub mod agent;
@@ -17,6 +17,7 @@ mod cloning;
 pub mod config;
 mod enrol;
 pub mod fencing;
+pub mod hooks;
 pub mod lease;
 pub mod members;
 pub mod metrics;

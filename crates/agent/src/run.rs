@@ -27,6 +27,7 @@ use crate::api::{self, Api};
 use crate::config::{AgentConfig, Secrets};
 use crate::enrol::{self, Enrolment};
 use crate::fencing::Fencing;
+use crate::hooks::{self, Hooks};
 use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::members;
 use crate::metrics::AgentMetrics;
@@ -192,6 +193,8 @@ pub async fn run_with(
         seen.clone(),
         Arc::clone(&coordinator),
     ));
+    let hooks = Hooks::new(&config.hooks, &config.member, &config.cluster);
+    background.spawn(hooks::keep(hooks.clone(), seen.clone()));
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
@@ -211,7 +214,21 @@ pub async fn run_with(
     agent.run(shutdown).await;
     background.shutdown().await;
     stop(&server, &lease, &coordinator, &fencing).await;
+    say_stopped(hooks, &coordinator).await;
     Ok(())
+}
+
+/// The operator's program hears of the end, too.
+async fn say_stopped(hooks: Option<Hooks>, coordinator: &Arc<dyn Coordinator>) {
+    if let Some(hooks) = hooks {
+        let term = lease_term(coordinator);
+        hooks
+            .call(hooks::Change {
+                role: hooks::Role::Stopped,
+                term,
+            })
+            .await;
+    }
 }
 
 /// The hands, with what the member noted in an earlier life.
@@ -247,6 +264,14 @@ fn client(config: &AgentConfig, trust: Option<&Arc<Trust>>) -> Result<Client, Ag
         Some(trust) => Client::trusted(Arc::clone(trust), Role::Node),
         None => Client::new(trust::token(config, None)?),
     })
+}
+
+/// The term as last known here.
+fn lease_term(coordinator: &Arc<dyn Coordinator>) -> Term {
+    let snapshot = Arc::clone(&coordinator.watch().borrow());
+    let view = crate::store::view(&snapshot).ok();
+    let leadership = view.and_then(|v| v.leadership);
+    leadership.map_or(Term(0), |l| l.value.term)
 }
 
 fn start_lease(

@@ -405,6 +405,7 @@ fn members(
                 heard_ms_ago: age,
                 timeline: shown.and_then(|s| s.timeline),
                 lsn,
+                last_heard_lsn: status.as_ref().and_then(|s| s.lsn),
                 replay_lsn: shown.and_then(|s| s.replay_lsn),
                 lag_bytes: if Some(id) == leader {
                     Some(0)
@@ -524,6 +525,16 @@ pub fn explain(o: &Observation, decision: &Decision) -> ExplainView {
             .map(|r| format!("{}: {}", r.code, r.text))
             .collect(),
         waiting_for,
+        hints: decision
+            .reasons
+            .iter()
+            .filter_map(|r| craton_core::reasons::meaning(r.code))
+            .map(|m| {
+                format!("{}: {} {}", m.code, m.means, m.todo)
+                    .trim_end()
+                    .to_owned()
+            })
+            .collect(),
     }
 }
 

@@ -159,6 +159,9 @@ pub struct MemberView {
     pub timeline: Option<TimelineId>,
     /// The end of its WAL: flushed on the leader, received on a standby.
     pub lsn: Option<Lsn>,
+    /// The end of its WAL as last heard, also of a member that is gone.
+    #[serde(default)]
+    pub last_heard_lsn: Option<Lsn>,
     /// What a standby has replayed.
     pub replay_lsn: Option<Lsn>,
     /// Bytes that it has not yet received of what the leader has flushed.
@@ -200,6 +203,9 @@ pub struct ExplainView {
     /// What it waits for, and what an operator may do.
     #[serde(default)]
     pub waiting_for: Vec<String>,
+    /// What the reasons mean and what to do about them, as `code: meaning`.
+    #[serde(default)]
+    pub hints: Vec<String>,
 }
 
 /// The answer to `GET /v1/history`, oldest first.

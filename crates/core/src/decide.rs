@@ -297,13 +297,20 @@ impl Mind<'_> {
         pause.is_some_and(|p| p.value.holds_at(self.o.wall_ms))
     }
 
+    /// Somebody asked for this member's PostgreSQL to be restarted, or made anew.
+    fn is_asked_for(&self, view: &ClusterView) -> bool {
+        let me = &self.o.me.id;
+        let planned = view.restart.as_ref().map(|r| &r.value.members);
+        view.orders.contains_key(me) || planned.is_some_and(|m| m.contains_key(me))
+    }
+
     /// During a pause: what nobody asked for. A stopped PostgreSQL stays stopped, unless it was stopped to be
     /// started again, or an election needs it; and no data are rewound or copied.
     fn is_suspended(&self, kind: TaskKind) -> bool {
         let Some(view) = self.o.view.as_ref().filter(|_| self.is_paused()) else {
             return false;
         };
-        let ordered = view.orders.contains_key(&self.o.me.id);
+        let ordered = self.is_asked_for(view);
         let open = view.leadership.as_ref().is_some_and(|l| l.value.open);
         match kind {
             TaskKind::Clone | TaskKind::Rewind => !ordered,

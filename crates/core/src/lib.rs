@@ -8,6 +8,7 @@ pub mod election;
 pub mod health;
 pub mod observe;
 pub mod promise;
+pub mod reasons;
 pub mod records;
 pub mod settings;
 pub mod sync;

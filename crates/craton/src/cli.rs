@@ -10,8 +10,8 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, ca, change, configure, daemons, divergence, down, drill, explain, history, join,
-    layout, member, psql, recover, restore, status, supervise, up,
+    backup, ca, change, configure, daemons, divergence, doctor, down, drill, explain, history,
+    join, layout, maintenance, member, psql, recover, restore, status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -83,20 +83,33 @@ pub enum Command {
         member: Option<MemberId>,
     },
     /// Hand the leadership over as planned: clients of the proxy see a pause, no error
-    Switchover {
-        /// The member that is to lead [default: the one that is furthest]
-        #[arg(long, value_name = "MEMBER")]
-        to: Option<MemberId>,
-    },
+    Switchover(change::SwitchoverArgs),
     /// Replace a leader that is gone, where the cluster may not do so by itself
-    Failover {
-        /// The member that is to lead [default: the one that is furthest]
-        #[arg(long, value_name = "MEMBER")]
-        to: Option<MemberId>,
-        /// Go on even where acknowledged commits may be lost
-        #[arg(long)]
-        allow_data_loss: bool,
-    },
+    Failover(change::FailoverArgs),
+    /// Maintenance: no automatic failover, start, rewind or clone until craton resume
+    ///
+    /// The lease and the fence go on: a leader that loses its lease is stopped all the same, and stays so. What is
+    /// asked for (switchover, failover, restart, reinit) is done in a pause too.
+    Pause(maintenance::PauseArgs),
+    /// End the pause
+    Resume,
+    /// Restart PostgreSQL: standbys one at a time, the leader last, without an error for clients of the proxy
+    ///
+    /// The next one begins when the last one streams, has caught up, and counts for durability again. The cluster
+    /// works on it by itself, also if this command is interrupted; it stops by itself if a member does not
+    /// come back. Where parameters are lowered that a standby needs as much of as its primary, the leader
+    /// comes first, in place.
+    Restart(maintenance::RestartArgs),
+    /// Have PostgreSQL read its configuration anew
+    Reload(maintenance::ReloadArgs),
+    /// Throw a standby's data directory away and clone it anew
+    ///
+    /// Refused for the leader, and while acknowledged commits may rest on that copy.
+    Reinit(maintenance::ReinitArgs),
+    /// Everything that is or will be wrong, and what to do about it
+    ///
+    /// Exit code 0: nothing (or notes only); 9: warnings; 10: clients are stopped, or will be by the next failure.
+    Doctor(doctor::DoctorArgs),
     /// Cluster-wide settings and PostgreSQL's parameters for all members: show, set, unset, edit
     #[command(subcommand)]
     Config(configure::ConfigCommand),
@@ -275,11 +288,14 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Proxy(args) => daemons::proxy(&args),
         Command::Status(args) => wait_for(status::run(&access()?, &args, json)),
         Command::Explain { member } => wait_for(explain::run(&access()?, member, json)),
-        Command::Switchover { to } => wait_for(change::switchover(&access()?, to, json)),
-        Command::Failover {
-            to,
-            allow_data_loss,
-        } => wait_for(change::failover(&access()?, to, allow_data_loss, json)),
+        Command::Switchover(args) => wait_for(change::switchover(&access()?, args, json)),
+        Command::Failover(args) => wait_for(change::failover(&access()?, args, json)),
+        Command::Pause(args) => wait_for(maintenance::pause(&access()?, args, json)),
+        Command::Resume => wait_for(maintenance::resume(&access()?, json)),
+        Command::Restart(args) => wait_for(maintenance::restart(&access()?, args, json)),
+        Command::Reload(args) => wait_for(maintenance::reload(&access()?, args, json)),
+        Command::Reinit(args) => wait_for(maintenance::reinit(&access()?, args, json)),
+        Command::Doctor(args) => wait_for(doctor::run(&access()?, &dir, &args, json)),
         Command::Config(command) => wait_for(configure::run(&access()?, command, json)),
         Command::History => wait_for(history::run(&access()?, json)),
         Command::Member(command) => wait_for(member::run(&access()?, &dir, command, json)),

@@ -21,8 +21,13 @@ pub const MACHINE: u8 = 7;
 /// The same daemon runs already.
 pub const RUNNING_ALREADY: u8 = 8;
 
+/// `craton doctor` found something that is less safe than it could be.
+pub const DOCTOR_WARNING: u8 = 9;
+/// `craton doctor` found something that stops clients, or will with the next failure.
+pub const DOCTOR_CRITICAL: u8 = 10;
+
 /// Every code with its meaning, for the reference page.
-pub const MEANINGS: [(u8, &str); 9] = [
+pub const MEANINGS: [(u8, &str); 11] = [
     (OK, "done"),
     (FAILURE, "something went wrong that has no code of its own"),
     (
@@ -47,6 +52,14 @@ pub const MEANINGS: [(u8, &str); 9] = [
         "the machine lacks something: a package, a free port, disk space, a permission",
     ),
     (RUNNING_ALREADY, "the same daemon runs already"),
+    (
+        DOCTOR_WARNING,
+        "craton doctor found something that is less safe than it could be",
+    ),
+    (
+        DOCTOR_CRITICAL,
+        "craton doctor found something that stops clients, or will with the next failure",
+    ),
 ];
 
 /// An error for the person at the terminal: what, what to do, and the exit code.

@@ -37,6 +37,13 @@ pub async fn run(access: &Access, member: Option<MemberId>, json: bool) -> anyho
     for reason in &view.reasons {
         output::line(format!("  because {reason}"));
     }
+    for hint in &view.hints {
+        let (code, means) = hint.split_once(": ").unwrap_or(("", hint));
+        output::line(format!(
+            "  {} {means}",
+            paint(Colour::Dim, &format!("{code}:"))
+        ));
+    }
     for wait in &view.waiting_for {
         output::line(format!("  {} {wait}", paint(Colour::Yellow, "waits for")));
     }

@@ -107,6 +107,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
             postgresql,
             ..Settings::default()
         },
+        hooks: craton_agent::hooks::HooksConfig::default(),
         origins: BTreeMap::new(),
         clone: CloneConfig {
             repository: Some(layout.repository()),

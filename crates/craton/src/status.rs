@@ -49,6 +49,7 @@ pub fn render(view: &StatusView) -> String {
         String::new(),
         members(&view.members),
     ];
+    lines.extend(maintenance(view));
     if let Some(election) = &view.election {
         let names = |members: &[craton_core::MemberId]| {
             if members.is_empty() {
@@ -74,6 +75,49 @@ pub fn render(view: &StatusView) -> String {
         lines.push(format!("{} {warning}", paint(Colour::Yellow, "warning:")));
     }
     lines.join("\n")
+}
+
+/// Pause, schedule, restart.
+fn maintenance(view: &StatusView) -> Vec<String> {
+    let mut lines = Vec::new();
+    if let Some(p) = &view.paused {
+        let until = p
+            .until
+            .as_ref()
+            .map_or_else(|| "craton resume".to_owned(), Clone::clone);
+        let why = p
+            .reason
+            .as_ref()
+            .map(|r| format!(": {r}"))
+            .unwrap_or_default();
+        lines.push(format!(
+            "\n{} by {} since {} until {until}{why}",
+            paint(Colour::Yellow, "paused"),
+            p.by,
+            p.since
+        ));
+    }
+    if let Some(s) = &view.scheduled {
+        let to =
+            s.to.as_ref()
+                .map(|t| format!(" to {t}"))
+                .unwrap_or_default();
+        lines.push(format!(
+            "\n{} a switchover{to} at {}, asked by {}",
+            paint(Colour::Cyan, "scheduled"),
+            s.at,
+            s.by
+        ));
+    }
+    if let Some(r) = &view.restart {
+        lines.push(format!(
+            "\n{} asked by {}; left: {}",
+            paint(Colour::Yellow, "rolling restart"),
+            r.by,
+            join(&r.left)
+        ));
+    }
+    lines
 }
 
 fn headline(view: &StatusView) -> String {

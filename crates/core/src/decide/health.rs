@@ -82,6 +82,10 @@ pub(super) fn gives_up(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) 
     let Some(why) = storage_stalled(&mind.o.host, &mind.settings, mind.o.now) else {
         return false;
     };
+    if mind.is_paused() {
+        mind.because("stalled", format!("{why}; nobody takes over in a pause"));
+        return false;
+    }
     if !can_hand_over(mind, view, l) {
         mind.because("stalled", format!("{why}; nobody else can be promoted now"));
         return false;

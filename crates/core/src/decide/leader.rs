@@ -122,7 +122,9 @@ fn down_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, was_primar
         );
         return mind.start(Task::StartStandby);
     }
-    let ordered = view.orders.contains_key(&mind.o.me.id);
+    // With a plan alone this is so only in a pause: there the switchover comes before, if there is one.
+    let ordered =
+        view.orders.contains_key(&mind.o.me.id) || mind.is_paused() && mind.is_asked_for(view);
     if mind.is_paused() && !ordered {
         let text = "PostgreSQL is down, and nobody starts it or takes over until `craton resume`";
         return mind.because("stopped_in_pause", text);

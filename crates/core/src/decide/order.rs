@@ -113,6 +113,14 @@ pub(super) fn in_place_rule(mind: &mut Mind<'_>, view: &ClusterView, s: &crate::
 
 /// Throws the data directory away, once no promise to a client rests on it.
 fn reinit_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, order: &Order) -> bool {
+    if order.incarnation.is_none() {
+        let text = format!(
+            "reinit of {}, asked by {}, refused: it does not say which life of the data directory is meant",
+            mind.o.me.id, order.by
+        );
+        done(mind, view, l, "refused", text);
+        return false;
+    }
     if mind.o.me.incarnation != order.incarnation {
         done(
             mind,
@@ -120,7 +128,7 @@ fn reinit_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, order: &
             l,
             "reinit",
             format!(
-                "{} threw its data directory away to be cloned anew, asked by {}",
+                "{} begins a new life of its data directory, asked by {}",
                 mind.o.me.id, order.by
             ),
         );

@@ -215,7 +215,7 @@ fn end(
     kind: &'static str,
     text: String,
 ) {
-    mind.because(kind, text.clone());
+    mind.because("rolling_over", text.clone());
     let history = mind.event(view, l.term, kind, text);
     let orders: Vec<Key> = view
         .orders

@@ -5,6 +5,7 @@ mod electing;
 mod health;
 mod joining;
 mod leading;
+mod operating;
 mod random;
 
 use std::collections::BTreeSet;

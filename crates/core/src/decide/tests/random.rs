@@ -1,6 +1,7 @@
 //! Whatever is observed, some things are never decided.
 
 use super::*;
+use crate::records::{Order, OrderKind, Pause, RestartPlan};
 
 /// Chance from a number, so that a failing case shrinks to a seed.
 struct Dice(u64);
@@ -119,6 +120,38 @@ impl Dice {
             };
             view.seals.insert(r.member, At { revision: 3, value });
         }
+        if self.roll(3) == 0 {
+            let kind = if self.yes() {
+                OrderKind::Reinit
+            } else {
+                OrderKind::Restart
+            };
+            let value = Order {
+                id: self.roll(3),
+                kind,
+                process: self.maybe(|d| d.roll(3)),
+                incarnation: self.maybe(|_| life("b")),
+                by: "op".into(),
+            };
+            view.orders.insert(id("b"), At { revision: 4, value });
+        }
+        if self.roll(4) == 0 {
+            view.restart = at(RestartPlan {
+                id: self.roll(3),
+                members: ["a", "b"]
+                    .map(|m| (id(m), self.maybe(|d| d.roll(3))))
+                    .into(),
+                by: "op".into(),
+            });
+        }
+        if self.roll(4) == 0 {
+            view.pause = at(Pause {
+                since_ms: 0,
+                until_ms: None,
+                reason: None,
+                by: "op".into(),
+            });
+        }
         view.request = self
             .maybe(|d| Request {
                 id: d.roll(3),
@@ -176,6 +209,8 @@ impl Dice {
             },
         };
         o.server = self.server();
+        o.process = self.maybe(|d| d.roll(3));
+        o.config_stale = self.yes();
         o.bootstrap_done = self.yes();
         o.sealed = self.maybe(|d| Seal {
             term: Term(d.roll(4)),
@@ -215,6 +250,22 @@ fn never_wrong(o: &Observation, d: &Decision) {
         }
         if matches!(task, Task::InitDb | Task::Clone { .. }) {
             assert_eq!(o.data, DataView::Empty, "{task:?} over data");
+        }
+        if let Task::Reinit { incarnation, .. } = task {
+            let l = &o.view.as_ref().unwrap().leadership.as_ref().unwrap().value;
+            let me = o.me.reference().unwrap();
+            assert!(
+                l.open && l.leader.is_some() && !leads,
+                "thrown away when it may be needed"
+            );
+            assert!(
+                !l.sync.holds(&me.member, me.incarnation),
+                "commits rest on it"
+            );
+            assert_eq!(
+                *incarnation, o.me.incarnation,
+                "another life than the one meant"
+            );
         }
         if let Task::Follow { term, .. } = task {
             assert!(*term >= o.me.floor, "follows below its floor");
