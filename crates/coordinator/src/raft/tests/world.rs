@@ -262,7 +262,8 @@ impl World {
             .filter(|v| self.nodes[*v].disk.hard.standing != Standing::Voter)
             .count();
         let changing = self.nodes.values().any(pending);
-        if changing || voters.len() < 3 || voters.contains(who) && without >= (voters.len() - 1) / 2 {
+        if changing || voters.len() < 3 || voters.contains(who) && without >= (voters.len() - 1) / 2
+        {
             return false;
         }
         self.crash(who);
