@@ -8,7 +8,6 @@
     reason = "a test may fail at any line, and waits on the clock of the outside world"
 )]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -33,15 +32,17 @@ fn streaming(status: &Value, members: usize) -> bool {
             .is_some_and(|v| v.len() + 1 == members)
 }
 
-fn voters(c: &Cluster) -> usize {
-    let members = c.json(&["member", "list"]);
-    let all = members["members"].as_array().unwrap();
-    all.iter().filter(|m| m["voter"] == true).count()
+/// How many have a say; none while that cannot be asked.
+fn voters(c: &Cluster) -> Option<usize> {
+    let out = c.craton(&["--json", "member", "list"]);
+    let members: Value = serde_json::from_slice(&out.stdout).ok()?;
+    let all = members["members"].as_array()?;
+    Some(all.iter().filter(|m| m["voter"] == true).count())
 }
 
 fn wait_voters(c: &Cluster, wanted: usize) {
     let deadline = std::time::Instant::now() + PATIENCE;
-    while voters(c) != wanted {
+    while voters(c) != Some(wanted) {
         assert!(
             std::time::Instant::now() < deadline,
             "never {wanted} voters: {}\n{}",
@@ -51,30 +52,33 @@ fn wait_voters(c: &Cluster, wanted: usize) {
     }
 }
 
-/// Writes one row after the other through the proxy until told to stop; how many were acknowledged, and the first
+/// Writes one row after the other through the proxy until told to stop; how many were acknowledged, or the first
 /// error.
-fn writer(
-    c: &Arc<Cluster>,
-    stop: &Arc<AtomicBool>,
-) -> std::thread::JoinHandle<Result<u64, String>> {
-    let (c, stop) = (Arc::clone(c), Arc::clone(stop));
-    std::thread::spawn(move || {
-        let mut n = 0;
-        while !stop.load(Ordering::SeqCst) {
-            let insert = format!("INSERT INTO marks VALUES ({n})");
-            let out = c.craton(&["psql", "-d", "postgres", "-c", &insert]);
-            if !out.status.success() {
-                return Err(format!("row {n}: {}", text(&out)));
-            }
-            n += 1;
+fn write(c: &Cluster, stop: &AtomicBool) -> Result<u64, String> {
+    let mut n = 0;
+    while !stop.load(Ordering::SeqCst) {
+        let insert = format!("INSERT INTO marks VALUES ({n})");
+        let out = c.craton(&["psql", "-d", "postgres", "-c", &insert]);
+        if !out.status.success() {
+            return Err(format!("row {n}: {}", text(&out)));
         }
-        Ok(n)
-    })
+        n += 1;
+    }
+    Ok(n)
+}
+
+/// Ends the writer however the test ends: the cluster is purged only then.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::SeqCst);
+    }
 }
 
 #[test]
 fn from_two_to_three_to_five_and_back_while_clients_write() {
-    let c = Arc::new(Cluster::up("members", &["--members", "2", "--no-sample"]));
+    let c = Cluster::up("members", &["--members", "2", "--no-sample"]);
     c.wait_status("two members", PATIENCE, |s| streaming(s, 2));
     c.sql(&[
         "-d",
@@ -82,14 +86,39 @@ fn from_two_to_three_to_five_and_back_while_clients_write() {
         "-c",
         "CREATE TABLE marks (n bigint PRIMARY KEY)",
     ]);
-    let stop = Arc::new(AtomicBool::new(false));
-    let writing = writer(&c, &stop);
+    let stop = AtomicBool::new(false);
+    let written = std::thread::scope(|scope| {
+        let writing = scope.spawn(|| write(&c, &stop));
+        let stopper = Stop(&stop);
+        grow_and_shrink(&c);
+        drop(stopper);
+        writing.join().unwrap()
+    });
+    let written = written.unwrap_or_else(|error| {
+        panic!("a client saw an error: {error}\n{}", c.logs());
+    });
+    let count = "SELECT count(*) FROM marks";
+    assert_eq!(
+        c.sql(&["-d", "postgres", "-Atc", count]),
+        written.to_string()
+    );
+    assert!(written > 20, "only {written} rows were written");
 
+    // What is left is a cluster as any other.
+    let over = c.craton(&["switchover"]);
+    c.expect_ok(&over, "craton switchover");
+    assert_eq!(
+        c.sql(&["-d", "postgres", "-Atc", count]),
+        written.to_string()
+    );
+}
+
+fn grow_and_shrink(c: &Cluster) {
     for (members, votes) in [("3", 3), ("5", 5)] {
         let up = c.craton(&["up", "--members", members]);
         c.expect_ok(&up, "craton up --members");
         c.wait_status("all of them", PATIENCE, |s| streaming(s, votes));
-        wait_voters(&c, votes);
+        wait_voters(c, votes);
     }
     // The leader is not removed.
     let status = c.json(&["status"]);
@@ -110,7 +139,7 @@ fn from_two_to_three_to_five_and_back_while_clients_write() {
         c.expect_ok(&out, "craton member remove");
         c.wait_status("the others", PATIENCE, |s| streaming(s, left));
     }
-    assert_eq!(voters(&c), 3);
+    wait_voters(c, 3);
     let slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name ~ '^craton_.$'";
     let deadline = std::time::Instant::now() + PATIENCE;
     while c.sql(&["-d", "postgres", "-Atc", slots]) != "2" {
@@ -119,18 +148,4 @@ fn from_two_to_three_to_five_and_back_while_clients_write() {
             "slots of removed members stay"
         );
     }
-
-    stop.store(true, Ordering::SeqCst);
-    let written = writing.join().unwrap().unwrap_or_else(|error| {
-        panic!("a client saw an error: {error}\n{}", c.logs());
-    });
-    let count = c.sql(&["-d", "postgres", "-Atc", "SELECT count(*) FROM marks"]);
-    assert_eq!(count, written.to_string());
-    assert!(written > 20, "only {written} rows were written");
-
-    // What is left is a cluster as any other.
-    let over = c.craton(&["switchover"]);
-    c.expect_ok(&over, "craton switchover");
-    let count = c.sql(&["-d", "postgres", "-Atc", "SELECT count(*) FROM marks"]);
-    assert_eq!(count, written.to_string());
 }

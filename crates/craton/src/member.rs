@@ -63,6 +63,14 @@ pub async fn run(
             if !yes && !confirmed(&member)? {
                 return Ok(exit::FAILURE);
             }
+            if let Some(account) = local_owner(dir)? {
+                // The description of a local cluster belongs to its user.
+                let mut typed: Vec<_> = std::env::args_os().collect();
+                if !yes {
+                    typed.push("--yes".into());
+                }
+                return owner::run_to_the_end(owner::again_as(&account, dir, &typed));
+            }
             let view = ask(access, "remove", member.clone()).await?;
             forget_local(dir, &member).await?;
             view
@@ -115,12 +123,20 @@ fn confirmed(member: &MemberId) -> anyhow::Result<bool> {
     Ok(same)
 }
 
+/// The account that a local cluster belongs to, where that is not the one that runs this.
+fn local_owner(dir: &Path) -> anyhow::Result<Option<owner::Account>> {
+    if Layout::load(dir)?.is_none() {
+        return Ok(None);
+    }
+    owner::successor(dir)
+}
+
 /// A member of the local cluster is taken out of its description too, and its files put aside.
 async fn forget_local(dir: &Path, member: &MemberId) -> anyhow::Result<()> {
     let Some(mut layout) = Layout::load(dir)? else {
         return Ok(());
     };
-    if !layout.cluster.members.contains(member) || owner::successor(dir)?.is_some() {
+    if !layout.cluster.members.contains(member) {
         return Ok(());
     }
     layout.cluster.members.retain(|m| m != member);

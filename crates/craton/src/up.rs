@@ -23,6 +23,12 @@ const CLUSTER_NAME: &str = "local";
 /// How long the supervisor may take to appear.
 const SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long members that are added to a running cluster may take to stream.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// How often is looked.
+const JOIN_POLL: Duration = Duration::from_millis(200);
+
 /// How long loading the map may hold up a command that found the cluster up.
 const SAMPLE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -141,9 +147,40 @@ async fn grow(mut layout: Layout, count: u8) -> anyhow::Result<u8> {
     layout.write()?;
     let names: Vec<&str> = added.iter().map(craton_core::MemberId::as_str).collect();
     output::note(format!("adding {} …", names.join(", ")));
-    ready::wait(&layout).await?;
-    output::line(summary(&layout, &Access::local(&layout)?.status().await?));
+    let view = joined(&layout).await?;
+    output::line(summary(&layout, &view));
     Ok(exit::OK)
+}
+
+/// Waits until every member of the description streams, or leads.
+async fn joined(layout: &Layout) -> anyhow::Result<craton_console::views::StatusView> {
+    let access = Access::local(layout)?;
+    let deadline = Instant::now() + JOIN_TIMEOUT;
+    loop {
+        let view = access.status().await?;
+        let there = |m: &craton_console::views::MemberView| {
+            m.streaming || view.leader.as_ref() == Some(&m.id)
+        };
+        let missing: Vec<&str> = layout
+            .cluster
+            .members
+            .iter()
+            .filter(|id| !view.members.iter().any(|m| m.id == **id && there(m)))
+            .map(craton_core::MemberId::as_str)
+            .collect();
+        if missing.is_empty() {
+            return Ok(view);
+        }
+        if Instant::now() > deadline {
+            let what = format!(
+                "{} did not join within {} s; it goes on trying",
+                missing.join(", "),
+                JOIN_TIMEOUT.as_secs()
+            );
+            return Err(Problem::new(NOT_IN_TIME, what, "see craton status, and its log").into());
+        }
+        sleep(JOIN_POLL).await;
+    }
 }
 
 /// Checks before a cluster that exists is started again.
