@@ -261,6 +261,10 @@ impl System for Patroni {
         Ok(State {
             leader: leader.map(|(member, _)| member.clone()),
             term: leader.map_or(0, |(_, a)| timeline(a)),
+            synchronous: answers
+                .iter()
+                .find(|(_, a)| a["sync_standby"] == true)
+                .map(|(member, _)| member.clone()),
             missing: missing(&answers, self.variant == Variant::Fastest),
         })
     }

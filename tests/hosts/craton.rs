@@ -270,6 +270,7 @@ impl System for Craton {
         Ok(State {
             leader: status.leader.as_ref().map(ToString::to_string),
             term: status.term.0,
+            synchronous: status.sync.members.first().map(ToString::to_string),
             missing: missing_redundancy(&status).or_else(|| {
                 (status.members.len() < MEMBERS.len())
                     .then(|| format!("only {} members are known", status.members.len()))

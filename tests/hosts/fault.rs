@@ -5,7 +5,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::net::{Rules, signal};
-use super::system::{MEMBERS, System};
+use super::system::{MEMBERS, State, System};
 
 /// A fault of one host, or of all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,7 +34,7 @@ pub enum Fault {
     FreezeAgent,
     /// The leader's agent runs, but gets a thousandth of a core: what a loop at real-time priority leaves it.
     StarveAgent,
-    /// A standby's host dies.
+    /// The host of a standby dies that commits wait for.
     LoseStandby,
     /// No member reaches the coordinator.
     LoseCoordinator,
@@ -102,13 +102,18 @@ impl Fault {
         }
     }
 
-    /// The member that it strikes.
-    pub fn target(self, leader: &str) -> &str {
+    /// The member that it strikes: the leader, or a standby, rather one that commits wait for.
+    pub fn target(self, state: &State) -> String {
+        let leader = state.leader.clone().unwrap_or_default();
         if self != Self::LoseStandby {
             return leader;
         }
-        let mut others = MEMBERS.iter().map(|(name, _)| *name);
-        others.rfind(|name| *name != leader).unwrap_or(leader)
+        let other = MEMBERS.iter().map(|(name, _)| (*name).to_owned());
+        state
+            .synchronous
+            .clone()
+            .or_else(|| other.rev().find(|name| *name != leader))
+            .unwrap_or(leader)
     }
 
     /// True for what is over at once: there is nothing to undo.

@@ -49,6 +49,8 @@ pub struct State {
     pub leader: Option<String>,
     /// A number that grows with every change of leadership.
     pub term: u64,
+    /// A standby that commits wait for.
+    pub synchronous: Option<String>,
     /// What keeps it from being whole; none when it is.
     pub missing: Option<String>,
 }

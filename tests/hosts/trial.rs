@@ -525,9 +525,9 @@ pub fn rolling(
     let pace = system.pace();
     let (mut course, recording) = Course::begin(system, "rolling", terms);
     while course.began.elapsed() < length && course.healed.is_ok() {
-        let leader = system.leader(pace.heal_within);
+        system.leader(pace.heal_within);
         let (fault, lasts) = draw();
-        let target = fault.target(&leader).to_owned();
+        let target = fault.target(&system.state()?);
         let inflicted = Inflicted::on(system, fault, &target)?;
         hold(lasts, lasts, || true);
         inflicted.undo(system);
@@ -547,8 +547,7 @@ pub fn rolling(
 pub fn run(system: &dyn System, fault: Fault, terms: Terms) -> Result<Outcome, String> {
     let pace = system.pace();
     let (mut course, recording) = Course::begin(system, fault.name(), terms);
-    let leader = course.before.leader.clone().unwrap_or_default();
-    let inflicted = Inflicted::on(system, fault, fault.target(&leader))?;
+    let inflicted = Inflicted::on(system, fault, &fault.target(&course.before))?;
     if !fault.at_once() {
         // A cluster may notice some of them late: only then there is something to see.
         let times = if fault == Fault::FreezePostmaster {
