@@ -205,7 +205,7 @@ async fn leases(members: &[Handle]) {
         sleep(TTL / 5).await;
     }
     assert_eq!(other.free(one).await, Ok(false));
-    assert!(matches!(holder.lease_hint(), LeaseHint::Held { term, .. } if term == one));
+    until_held(holder, one).await;
     let last = Instant::now();
     renewed(holder, one).await;
     until_free(other, one).await;
@@ -264,6 +264,16 @@ async fn renewed(holder: &Arc<dyn Coordinator>, term: Term) {
     // A voter whose disk is slow may not have noted its first promise in time.
     while let Err(e) = holder.renew(term, TTL).await {
         assert!(Instant::now() < due, "renew: {e}");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// A majority may have answered before the local voter did: the hint follows.
+async fn until_held(holder: &Arc<dyn Coordinator>, term: Term) {
+    let due = Instant::now() + PATIENCE;
+    while !matches!(holder.lease_hint(), LeaseHint::Held { term: t, .. } if t == term) {
+        assert!(Instant::now() < due, "no hint of the lease of term {term}");
+        renewed(holder, term).await;
         sleep(Duration::from_millis(10)).await;
     }
 }
