@@ -218,6 +218,21 @@ struct Wish {
     by: String,
 }
 
+/// When somebody asked.
+#[derive(Clone, Copy)]
+struct AskedIn {
+    term: Term,
+    /// An election was open: it is this very term that gets a leader.
+    electing: bool,
+}
+
+impl AskedIn {
+    /// A leader of `term` is what was asked for.
+    fn is_answered_by(self, term: Term) -> bool {
+        term > self.term || self.electing && term == self.term
+    }
+}
+
 /// So often a change is tried that loses its race against the agents' own.
 const RACES_MAX: usize = 5;
 
@@ -286,7 +301,7 @@ impl Api {
 async fn change(api: &Api, wish: Wish) -> Response {
     let began = clock::now();
     match ask(api, wish).await {
-        Ok(term) => match outcome(api, term).await {
+        Ok(asked) => match outcome(api, asked).await {
             Ok((leader, term)) => {
                 let took = clock::now().since(began);
                 Json(ChangeView {
@@ -304,7 +319,7 @@ async fn change(api: &Api, wish: Wish) -> Response {
 }
 
 /// Writes the request; returns the term that it is to end.
-async fn ask(api: &Api, wish: Wish) -> Result<Term, Refusal> {
+async fn ask(api: &Api, wish: Wish) -> Result<AskedIn, Refusal> {
     let view = api.read().await?;
     let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
         return Err(Refusal(
@@ -339,7 +354,10 @@ async fn ask(api: &Api, wish: Wish) -> Result<Term, Refusal> {
         .await
         .map_err(|e| Refusal::unavailable(&e))?
     {
-        TxnOutcome::Committed(_) => Ok(l.term),
+        TxnOutcome::Committed(_) => Ok(AskedIn {
+            term: l.term,
+            electing: l.leader.is_none(),
+        }),
         TxnOutcome::Conflict => Err(Refusal(
             StatusCode::CONFLICT,
             "the leadership changed at this very moment".into(),
@@ -394,20 +412,20 @@ fn check(
 }
 
 /// Waits until another term is open, or the request was refused.
-async fn outcome(api: &Api, asked_in: Term) -> Result<(MemberId, Term), Refusal> {
+async fn outcome(api: &Api, asked: AskedIn) -> Result<(MemberId, Term), Refusal> {
     let mut store_watch = api.coordinator.watch();
     let deadline = clock::now().after(CHANGE_MAX);
     loop {
         let snapshot = Arc::clone(&store_watch.borrow_and_update());
         if let Ok(view) = store::view(&snapshot) {
             if let Some(l) = view.leadership.as_ref().map(|l| &l.value)
-                && l.term > asked_in
+                && asked.is_answered_by(l.term)
                 && l.open
                 && let Some(leader) = &l.leader
             {
                 return Ok((leader.member.clone(), l.term));
             }
-            if let Some(why) = refused(&view, asked_in) {
+            if let Some(why) = refused(&view, asked.term) {
                 return Err(Refusal(
                     StatusCode::CONFLICT,
                     why,
@@ -446,4 +464,23 @@ fn refused(view: &ClusterView, asked_in: Term) -> Option<String> {
         .rev()
         .find(|e| e.kind == "refused" && e.term == asked_in)
         .map(|e| e.text.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stuck_election_is_answered_in_its_own_term() {
+        let asked = |electing| AskedIn {
+            term: Term(5),
+            electing,
+        };
+        assert!(asked(true).is_answered_by(Term(5)), "it gets its leader");
+        assert!(
+            !asked(false).is_answered_by(Term(5)),
+            "the leader that is to go"
+        );
+        assert!(asked(true).is_answered_by(Term(6)) && asked(false).is_answered_by(Term(6)));
+    }
 }
