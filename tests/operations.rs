@@ -451,7 +451,11 @@ fn stuck_election(c: &Cluster) {
             "somebody was promoted without the others' seals"
         );
     }
+    let explained = text(&c.craton(&["explain", kept]));
+    println!("{explained}");
+    assert!(explained.contains("no_winner"), "{explained}");
     let out = c.craton(&["doctor"]);
+    println!("{}", text(&out));
     assert_eq!(out.status.code(), Some(10), "{}", text(&out));
     assert!(text(&out).contains("--allow-data-loss"), "{}", text(&out));
     let out = c.craton(&["failover", "--allow-data-loss", "--yes"]);

@@ -90,6 +90,12 @@ impl Parameters {
         self.known().pending.clone()
     }
 
+    /// PostgreSQL has started (or was taken over): what waited for that waits no more, as far as is known.
+    pub fn new_life(&self) {
+        self.known().pending.clear();
+        self.look.notify_one();
+    }
+
     /// The server has been told to read its files.
     pub fn look_soon(&self) {
         self.look.notify_one();

@@ -179,6 +179,7 @@ impl LocalServer {
         k.sample = None;
         k.active_transactions = None;
         drop(k);
+        self.parameters.new_life();
         self.poke();
     }
 
