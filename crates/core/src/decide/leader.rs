@@ -22,7 +22,13 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
     let served =
         l.open || (was_primary && view.cluster.as_ref().is_some_and(|c| c.value.bootstrapped));
     let lapsed = matches!(mind.o.server, ServerView::Down) && !mind.lease_runs(l.term) && served;
-    if mind.is_paused() && (fenced || lapsed) {
+    // A switchover gave the lease up itself, and goes on.
+    let handing_over = lapsed
+        && view
+            .request
+            .as_ref()
+            .is_some_and(|r| r.value.term == l.term && r.value.phase == RequestPhase::Hold);
+    if mind.is_paused() && (fenced || lapsed) && !handing_over {
         // A primary without a lease is stopped, paused or not: nobody can know who else writes by now. What a
         // pause suspends is what would come next, and nobody else begins it either.
         let text = "the lease was lost, so PostgreSQL was stopped; it stays down until `craton resume`, or `craton failover` promotes somebody";
