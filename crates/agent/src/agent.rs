@@ -242,6 +242,8 @@ impl Agent {
             }
             Ok((_, Err(error))) => {
                 tracing::warn!(?kind, %error, "a task failed");
+                // The data directory may be the reason, or be gone: it is looked at anew.
+                self.server.data_changed();
                 self.note_failure(kind, &error.to_string());
             }
             Err(join) if join.is_cancelled() => {}
