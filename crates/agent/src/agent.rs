@@ -44,16 +44,36 @@ const ECHO_MAX: Duration = Duration::from_millis(500);
 
 /// While the leader lives on promises, a submission that came to nothing is not repeated sooner.
 const SUBMIT_PAUSE: Duration = Duration::from_millis(250);
+/// A submission that failed is not repeated sooner: voters that are not connected fail it at once.
+const FAILED_PAUSE: Duration = Duration::from_millis(50);
 
 /// One observation with what was decided on it; published for the API and the metrics.
 pub type Seen = Arc<(Observation, Decision)>;
 
 type TaskEnd = (Task, Result<(), ActError>);
 
-/// Something asked of the coordinator; the answer is the newest revision that it made or saw.
+/// Something asked of the coordinator.
 struct Submission {
-    handle: JoinHandle<Option<u64>>,
+    handle: JoinHandle<Submitted>,
     first_read: bool,
+}
+
+/// What came of it.
+#[derive(Default)]
+struct Submitted {
+    /// The newest revision that it made or saw.
+    revision: Option<u64>,
+    /// What could not be done, and why.
+    failed: Option<(&'static str, CoordinatorError)>,
+}
+
+impl Submitted {
+    fn at(revision: u64) -> Self {
+        Self {
+            revision: Some(revision),
+            failed: None,
+        }
+    }
 }
 
 /// The agent of one member.
@@ -81,6 +101,8 @@ pub struct Agent {
     announced_at: Option<BootTime>,
     announced: Option<MemberStatus>,
     last_reasons: String,
+    /// The last failure of a submission that was logged.
+    last_failure: Option<CoordinatorError>,
     seen: watch::Sender<Option<Seen>>,
     topology: watch::Sender<Arc<Topology>>,
     topology_sent_at: BootTime,
@@ -131,6 +153,7 @@ impl Agent {
             announced_at: None,
             announced: None,
             last_reasons: String::new(),
+            last_failure: None,
             seen: parts.seen,
             topology: parts.topology,
             topology_sent_at: BootTime(0),
@@ -199,10 +222,10 @@ impl Agent {
         let coordinator = Arc::clone(&self.coordinator);
         let handle = tokio::spawn(async move {
             match coordinator.read().await {
-                Ok(snapshot) => Some(snapshot.revision),
+                Ok(snapshot) => Submitted::at(snapshot.revision),
                 Err(error) => {
                     tracing::debug!(%error, "the coordinator cannot be read yet");
-                    None
+                    Submitted::default()
                 }
             }
         });
@@ -216,11 +239,20 @@ impl Agent {
         let Some(s) = self.submission.take_if(|s| s.handle.is_finished()) else {
             return;
         };
-        let outcome = s.handle.await;
-        if !matches!(outcome, Ok(Some(_))) {
-            self.submit_after = clock::now().after(SUBMIT_PAUSE);
+        let Submitted { revision, failed } = s.handle.await.unwrap_or_default();
+        let pause = match (&failed, revision) {
+            (_, None) if self.lease.promises().0.is_some() => SUBMIT_PAUSE,
+            (Some(_), _) => FAILED_PAUSE,
+            (None, _) => Duration::ZERO,
+        };
+        self.submit_after = clock::now().after(pause);
+        if let Some((what, error)) = &failed
+            && self.last_failure.as_ref() != Some(error)
+        {
+            tracing::warn!(%error, "{what}");
         }
-        if let Ok(Some(revision)) = outcome {
+        self.last_failure = failed.map(|(_, error)| error);
+        if let Some(revision) = revision {
             if s.first_read {
                 self.known_from = Some(revision);
             } else {
@@ -419,8 +451,7 @@ impl Agent {
         let echoed = self.echo.is_none_or(|(rev, until)| {
             o.view.as_ref().is_some_and(|v| v.revision >= rev) || o.now > until
         });
-        let calm = o.promises.living_since.is_none() || o.now >= self.submit_after;
-        if self.submission.is_none() && echoed && calm {
+        if self.submission.is_none() && echoed && o.now >= self.submit_after {
             self.submit(d);
         }
         if let (Some(task), None) = (&d.task, &self.task) {
@@ -545,39 +576,35 @@ impl Agent {
     }
 }
 
-/// Submits in order; stops at the first that fails. Returns the newest revision made.
+/// Submits in order; stops at the first that fails.
 async fn submit(
     coordinator: &dyn Coordinator,
     txns: Vec<Txn>,
     open: Option<(OpenElection, Txn)>,
-) -> Option<u64> {
-    let mut newest = None;
+) -> Submitted {
+    let mut done = Submitted::default();
     for txn in txns {
         match coordinator.txn(txn).await {
-            Ok(TxnOutcome::Committed(revision)) => newest = Some(revision),
+            Ok(TxnOutcome::Committed(revision)) => done.revision = Some(revision),
             Ok(TxnOutcome::Conflict) => tracing::debug!("a change lost its race; deciding anew"),
             Err(error) => {
-                report(&error, "a change could not be submitted");
-                return newest;
+                done.failed = Some(("a change could not be submitted", error));
+                return done;
             }
         }
     }
     if let Some((open, txn)) = open {
         match coordinator.free(open.after).await {
             Ok(true) => match coordinator.txn(txn).await {
-                Ok(TxnOutcome::Committed(revision)) => newest = Some(revision),
+                Ok(TxnOutcome::Committed(revision)) => done.revision = Some(revision),
                 Ok(TxnOutcome::Conflict) => tracing::debug!("somebody else opened the election"),
-                Err(error) => report(&error, "an election could not be opened"),
+                Err(error) => done.failed = Some(("an election could not be opened", error)),
             },
             Ok(false) => tracing::debug!(term = %open.after, "the lease is not free yet"),
-            Err(error) => report(&error, "the voters could not be asked"),
+            Err(error) => done.failed = Some(("the voters could not be asked", error)),
         }
     }
-    newest
-}
-
-fn report(error: &CoordinatorError, what: &str) {
-    tracing::warn!(%error, "{what}");
+    done
 }
 
 /// Shared by the API: the newest observation.

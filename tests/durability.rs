@@ -1,0 +1,501 @@
+//! What each durability mode keeps when the leader is lost, and what it costs: the finished binary, real PostgreSQL,
+//! clients that write all the while, and a look at every member afterwards.
+//!
+//! Before the leader is killed its WAL senders are stopped, so that for a moment its WAL goes nowhere. That is the
+//! moment in which the modes differ: `async` goes on saying "committed", and loses those rows; the others wait.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::indexing_slicing,
+    clippy::disallowed_types,
+    reason = "a test may fail at any line, and waits on the clock of the outside world"
+)]
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use craton::drill::recorder::{Fate, Log, Patience, Plan, Recorder, Write, longest_gap};
+use craton::drill::verify::{self, Verdict};
+use craton::layout::Layout;
+use craton::processes::{self, ProcessId};
+use craton::sessions::{Login, value};
+use craton::supervise::Hold;
+use rustix::process::Signal;
+use serde_json::Value;
+
+#[path = "harness/mod.rs"]
+mod harness;
+
+use harness::{Cluster, text};
+
+/// How long anything may take that has to happen.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a killed member stays away: longer than the lease.
+const DOWN_FOR: Duration = Duration::from_secs(3);
+
+/// A client waits this long for an answer: longer than anything that is waited for here.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The default of `max_lag_bytes`.
+const MAX_LAG_BYTES: usize = 16 << 20;
+
+/// What a row of the recorder takes in WAL at least: heap, index and commit records.
+const ROW_WAL_BYTES: usize = 200;
+
+/// One cluster at a time: the machine is small.
+static TURN: Mutex<()> = Mutex::new(());
+
+fn turn() -> MutexGuard<'static, ()> {
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A cluster with what is needed to reach into it.
+struct Rig {
+    cluster: Cluster,
+    layout: Layout,
+    login: Login,
+    runtime: tokio::runtime::Runtime,
+}
+
+impl Rig {
+    fn up(name: &str, extra: &[&str]) -> Self {
+        let cluster = Cluster::up(name, &[&["--no-sample"], extra].concat());
+        let layout = Layout::require(&cluster.dir).unwrap();
+        let login = Login::superuser(&layout).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .unwrap();
+        let rig = Self {
+            cluster,
+            layout,
+            login,
+            runtime,
+        };
+        rig.wait_whole();
+        rig.runtime.block_on(async {
+            let client = rig.login.connect(rig.layout.proxy_port()).await.unwrap();
+            client.batch_execute(craton::drill::SCHEMA).await.unwrap();
+        });
+        rig
+    }
+
+    /// Every member streams, and protects commits where the mode has them protected.
+    fn wait_whole(&self) -> Value {
+        let members = self.layout.cluster.members.len();
+        self.cluster.wait_status("a whole cluster", LIMIT, |s| {
+            let all = s["members"].as_array().map_or(&[][..], Vec::as_slice);
+            let ready = |m: &Value| {
+                m["agent_alive"] == true && (m["role"] == "leader" || m["streaming"] == true)
+            };
+            s["writable"] == true
+                && all.len() == members
+                && all.iter().all(ready)
+                && s["sync"]["members"].as_array().map_or(0, Vec::len) + 1 == members
+                && (s["durability"] == "async" || s["sync"]["in_force"] == true)
+        })
+    }
+
+    fn leader(&self) -> String {
+        let status = self.wait_whole();
+        status["leader"].as_str().unwrap().to_owned()
+    }
+
+    fn standbys(&self, leader: &str) -> Vec<String> {
+        let all = self.layout.cluster.members.iter().map(ToString::to_string);
+        all.filter(|m| m != leader).collect()
+    }
+
+    /// Asks for a mode and waits until it is in force.
+    fn durability(&self, settings: &[&str], mode: &str, acks: u64) {
+        let out = self
+            .cluster
+            .craton(&[&["config", "set"], settings].concat());
+        self.cluster.expect_ok(&out, "config set");
+        self.cluster.wait_status(mode, LIMIT, |s| {
+            s["durability"] == mode
+                && s["sync"]["acks"] == acks
+                && (mode == "async" || s["sync"]["in_force"] == true)
+        });
+    }
+
+    fn record(&self, run: i64) -> Clients<'_> {
+        let plan = Plan {
+            write: self.login.at(self.layout.proxy_port()),
+            read: None,
+            patience: Patience::Drop(PATIENCE),
+            writers: 4,
+            pause: Duration::from_millis(5),
+            fresh: false,
+            run,
+            first_id: 1,
+            writes_max: 1_000_000,
+        };
+        let recorder = self.runtime.block_on(async { Recorder::start(&plan) });
+        let clients = Clients {
+            rig: self,
+            run,
+            recorder,
+        };
+        clients.wait_acknowledged("before anything is done", 50);
+        clients
+    }
+
+    /// The processes of PostgreSQL on a member that send WAL; those to `to` only, or all.
+    fn senders(&self, member: &str, to: Option<&str>) -> Vec<ProcessId> {
+        let filter = to.map_or("true".to_owned(), |m| {
+            format!("application_name LIKE '{m}@%'")
+        });
+        let port = self.layout.postgres_port(&member.parse().unwrap());
+        let pids = format!(
+            "SELECT coalesce(string_agg(pid::text, ','), '') FROM pg_stat_replication WHERE {filter}"
+        );
+        let pids = self.runtime.block_on(async {
+            let client = self.login.connect(port).await.unwrap();
+            value(&client, &pids).await.unwrap()
+        });
+        let pids = pids.split(',').map(|p| p.parse().expect("a sender"));
+        pids.filter_map(ProcessId::of).collect()
+    }
+
+    /// SIGKILL to everything of a member at once; its agent is not started again for `DOWN_FOR`.
+    fn kill_host(&self, member: &str) {
+        let agent = format!("node-{member}");
+        Hold::set(&self.layout, &agent, DOWN_FOR).unwrap();
+        let hold = self.layout.run().join(format!("{agent}.hold"));
+        // The supervisor is another user where this runs as root.
+        std::fs::set_permissions(hold, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let id = member.parse().unwrap();
+        let found = processes::of_member(&self.layout, &id);
+        for process in &found {
+            process.signal(Signal::STOP);
+        }
+        // Some may have been born before their parent was stopped.
+        let late = processes::of_member(&self.layout, &id);
+        for process in found.into_iter().chain(late) {
+            process.signal(Signal::KILL);
+        }
+    }
+
+    /// PostgreSQL of a member is there, and no standby.
+    fn is_writable(&self, member: &str) -> bool {
+        let port = self.layout.postgres_port(&member.parse().unwrap());
+        self.runtime.block_on(async {
+            let Ok(client) = self.login.connect(port).await else {
+                return false;
+            };
+            let asked = value(&client, "SELECT pg_is_in_recovery()").await;
+            asked.is_ok_and(|recovering| recovering == "f")
+        })
+    }
+
+    fn agent(&self, member: &str) -> ProcessId {
+        processes::running(&self.layout, &format!("node-{member}")).expect("an agent")
+    }
+
+    fn history(&self, kind: &str) -> Vec<String> {
+        let events = self.cluster.json(&["history"]);
+        let events = events["events"].as_array().unwrap().clone();
+        events
+            .iter()
+            .filter(|e| e["kind"] == kind)
+            .map(|e| e["text"].as_str().unwrap().to_owned())
+            .collect()
+    }
+}
+
+/// A look a hundred times a second does not disturb what is looked at.
+fn pause() {
+    std::thread::sleep(Duration::from_millis(10));
+}
+
+/// Processes that stand still, and go on when this is dropped.
+struct Frozen(Vec<ProcessId>);
+
+impl Frozen {
+    fn new(processes: Vec<ProcessId>) -> Self {
+        assert!(!processes.is_empty(), "nothing to stop");
+        for process in &processes {
+            assert!(process.signal(Signal::STOP), "it has ended");
+        }
+        Self(processes)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        for process in &self.0 {
+            process.signal(Signal::CONT);
+        }
+    }
+}
+
+/// Clients at work.
+struct Clients<'a> {
+    rig: &'a Rig,
+    run: i64,
+    recorder: Recorder,
+}
+
+impl Clients<'_> {
+    fn acknowledged(&self) -> usize {
+        let log = self.recorder.log();
+        count(&log.writes, Fate::Acknowledged)
+    }
+
+    /// Waits until `more` further rows are acknowledged.
+    fn wait_acknowledged(&self, what: &str, more: usize) {
+        let target = self.acknowledged() + more;
+        let deadline = Instant::now() + LIMIT;
+        while self.acknowledged() < target {
+            assert!(
+                Instant::now() < deadline,
+                "{what}: writes do not get through: {:?}\n{}",
+                self.recorder.log().errors,
+                self.rig.cluster.logs()
+            );
+            pause();
+        }
+    }
+
+    /// Watches for a while, and says how many rows were acknowledged meanwhile.
+    fn watch(&self, length: Duration) -> usize {
+        let before = self.acknowledged();
+        let end = Instant::now() + length;
+        while Instant::now() < end {
+            pause();
+        }
+        self.acknowledged() - before
+    }
+
+    fn no_error(&self, what: &str) {
+        let log = self.recorder.log();
+        assert!(
+            log.errors.is_empty(),
+            "{what}: clients saw {:?}\n{}",
+            log.errors,
+            self.rig.cluster.logs()
+        );
+    }
+
+    /// Lets every client finish, waits for a whole cluster, and compares with every member.
+    fn finish(self, what: &str) -> (Log, Verdict) {
+        self.rig.wait_whole();
+        self.wait_acknowledged(what, 20);
+        let rig = self.rig;
+        let log = rig.runtime.block_on(self.recorder.finish());
+        let verdicts = rig.runtime.block_on(verify::everywhere(
+            &rig.layout,
+            &rig.login,
+            self.run,
+            &log.writes,
+        ));
+        let verdicts = verdicts.unwrap_or_else(|e| panic!("{what}: {e:#}\n{}", rig.cluster.logs()));
+        let (_, first) = verdicts[0].clone();
+        for (server, verdict) in &verdicts {
+            assert_eq!(*verdict, first, "{what}: {server} has other rows");
+        }
+        assert!(first.ghosts.is_empty(), "{what}: {:?}", first.ghosts);
+        eprintln!(
+            "{what}: {} acknowledged, {} lost, {} unknown, errors {:?}",
+            count(&log.writes, Fate::Acknowledged),
+            first.lost.len(),
+            count(&log.writes, Fate::Unknown),
+            log.errors
+        );
+        (log, first)
+    }
+}
+
+fn count(writes: &[Write], fate: Fate) -> usize {
+    writes.iter().filter(|w| w.fate == fate).count()
+}
+
+#[test]
+fn each_mode_keeps_what_it_says() {
+    let _turn = turn();
+    let rig = Rig::up("modes", &["--durability", "async"]);
+
+    // From mode to mode under load: no client sees anything of it.
+    let clients = rig.record(1);
+    for (mode, acks) in [("quorum", 1), ("strict", 1), ("async", 0)] {
+        rig.durability(&[&format!("durability={mode}")], mode, acks);
+        clients.wait_acknowledged(mode, 50);
+    }
+    clients.no_error("from mode to mode");
+    let (_, verdict) = clients.finish("from mode to mode");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+
+    // `async`: what was not sent is lost, and that is no more than the bound.
+    let clients = rig.record(2);
+    let unsent = kill_while_nothing_is_sent(&rig, &clients, true);
+    let (_, verdict) = clients.finish("async");
+    assert!(
+        unsent >= 20 && !verdict.lost.is_empty(),
+        "{unsent} rows were acknowledged while no WAL was sent, and none is lost: the fault had no effect"
+    );
+    let most = MAX_LAG_BYTES / ROW_WAL_BYTES;
+    assert!(verdict.lost.len() <= most, "{} lost", verdict.lost.len());
+
+    for (run, mode) in [(3, "quorum"), (4, "strict")] {
+        rig.durability(&[&format!("durability={mode}")], mode, 1);
+        rig.wait_whole();
+        let clients = rig.record(run);
+        let unsent = kill_while_nothing_is_sent(&rig, &clients, false);
+        assert_eq!(unsent, 0, "{mode}: acknowledged without a standby");
+        let (_, verdict) = clients.finish(mode);
+        assert_eq!(verdict.lost, Vec::<u64>::new(), "{mode}");
+    }
+    a_standby_is_gone(&rig);
+}
+
+/// Stops the leader's WAL senders and kills its host a moment later. How many rows were acknowledged in between.
+fn kill_while_nothing_is_sent(rig: &Rig, clients: &Clients<'_>, goes_on: bool) -> usize {
+    let leader = rig.leader();
+    let frozen = Frozen::new(rig.senders(&leader, None));
+    // What was on its way when the senders were stopped is acknowledged still.
+    clients.watch(Duration::from_millis(100));
+    let before = clients.acknowledged();
+    if goes_on {
+        clients.wait_acknowledged("async without standbys", 20);
+    } else {
+        clients.watch(Duration::from_millis(400));
+    }
+    let unsent = clients.acknowledged() - before;
+    rig.kill_host(&leader);
+    drop(frozen);
+    rig.cluster.wait_status("another leader", LIMIT, |s| {
+        s["writable"] == true && s["leader"] != leader.as_str()
+    });
+    unsent
+}
+
+/// `strict` with k = 2 of two standbys: without one of them commits wait, and nobody is told otherwise.
+fn a_standby_is_gone(rig: &Rig) {
+    rig.durability(&["sync_standbys=2"], "strict", 2);
+    let clients = rig.record(5);
+    let leader = rig.leader();
+    let gone = rig.standbys(&leader).pop().unwrap();
+    rig.kill_host(&gone);
+    // What was on its way comes to an end; from then on nothing is acknowledged while the standby is away.
+    let deadline = Instant::now() + LIMIT;
+    while clients.watch(Duration::from_millis(300)) > 0 {
+        assert!(Instant::now() < deadline, "commits do not wait for {gone}");
+    }
+    let while_away = clients.watch(Duration::from_millis(1500));
+    assert_eq!(while_away, 0, "acknowledged with {gone} away");
+    let explained = text(&rig.cluster.craton(&["explain"]));
+    assert!(explained.contains("writes wait"), "{explained}");
+    clients.wait_acknowledged("the standby is back", 50);
+    assert_eq!(rig.leader(), leader, "the leader had no reason to go");
+    clients.no_error("a standby was gone");
+    let (_, verdict) = clients.finish("strict, a standby gone");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+}
+
+#[test]
+fn promises_and_a_member_that_never_leads() {
+    let _turn = turn();
+    // Four voters: two agents that stand still leave no majority, and a standby that can be asked.
+    let rig = Rig::up("holders", &["--members", "4"]);
+    the_coordinator_has_no_majority(&rig);
+    a_member_that_never_leads_holds_the_most(&rig);
+}
+
+/// The agents stand still, their PostgreSQL goes on: with one standby that promises the leader goes on, without any
+/// it must not.
+fn the_coordinator_has_no_majority(rig: &Rig) {
+    let clients = rig.record(1);
+    let leader = rig.leader();
+    let standbys = rig.standbys(&leader);
+    let began = tokio::time::Instant::now();
+    let frozen = Frozen::new(standbys[..2].iter().map(|m| rig.agent(m)).collect());
+    let status = rig.cluster.wait_status("life on promises", LIMIT, |s| {
+        s["lease"]["promises_ms"]
+            .as_u64()
+            .is_some_and(|ms| ms >= 5000)
+    });
+    assert_eq!(status["leader"], leader.as_str());
+    assert_eq!(status["writable"], true);
+    clients.wait_acknowledged("on promises", 50);
+    clients.no_error("on promises");
+    let acknowledged: Vec<tokio::time::Instant> = clients
+        .recorder
+        .log()
+        .writes
+        .iter()
+        .map(|w| w.ended)
+        .collect();
+    let gap = longest_gap(&acknowledged, began, tokio::time::Instant::now());
+    eprintln!("on promises: longest time without a commit {gap:?}");
+    assert!(
+        gap < Duration::from_secs(2),
+        "writes stood still for {gap:?}"
+    );
+
+    // The last that could promise: the leader cannot know any more whether somebody else leads.
+    let last = Frozen::new(vec![rig.agent(&standbys[2])]);
+    let deadline = Instant::now() + LIMIT;
+    while rig.is_writable(&leader) {
+        assert!(
+            Instant::now() < deadline,
+            "{leader} goes on without lease and promises\n{}",
+            rig.cluster.logs()
+        );
+    }
+    drop((frozen, last));
+    let (_, verdict) = clients.finish("without a coordinator");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+    // What cannot be done is tried at a measured pace, and said once.
+    let log = rig.layout.log_of(&format!("node-{leader}"));
+    let log = std::fs::read_to_string(log).unwrap();
+    let said = log.matches("the voters could not be asked").count();
+    assert!(said < 50, "said {said} times");
+}
+
+/// The member with priority 0 alone has what was acknowledged last: another gets it from there, and leads.
+fn a_member_that_never_leads_holds_the_most(rig: &Rig) {
+    let leader = rig.leader();
+    let standbys = rig.standbys(&leader);
+    let holder = &standbys[0];
+    let settings = rig.layout.conf().join(format!("node-{holder}.toml"));
+    let text = std::fs::read_to_string(&settings).unwrap();
+    assert!(text.contains("priority = 100"), "{text}");
+    std::fs::write(&settings, text.replace("priority = 100", "priority = 0")).unwrap();
+    rig.agent(holder).signal(Signal::KILL);
+    rig.cluster.wait_status("priority 0", LIMIT, |s| {
+        let members = s["members"].as_array().map_or(&[][..], Vec::as_slice);
+        members
+            .iter()
+            .any(|m| m["id"] == holder.as_str() && m["priority"] == 0)
+    });
+    rig.wait_whole();
+
+    let clients = rig.record(2);
+    let others = standbys[1..].iter();
+    let senders = others.flat_map(|m| rig.senders(&leader, Some(m))).collect();
+    let frozen = Frozen::new(senders);
+    // Within the standby's grace, or the others would be no part of V any more.
+    clients.watch(Duration::from_millis(100));
+    clients.wait_acknowledged("on the holder alone", 20);
+    rig.kill_host(&leader);
+    drop(frozen);
+    let after = rig.cluster.wait_status("another leader", LIMIT, |s| {
+        s["writable"] == true && s["leader"] != leader.as_str()
+    });
+    assert_ne!(after["leader"], holder.as_str(), "priority 0 leads");
+    let (_, verdict) = clients.finish("a member that never leads held the most");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+    let elected = rig.history("elected");
+    eprintln!("{}", elected.last().unwrap());
+    let got = rig.cluster.logs();
+    assert!(
+        got.contains("getting the missing WAL"),
+        "nobody had to get WAL from {holder}: the fault had no effect\n{got}"
+    );
+}
