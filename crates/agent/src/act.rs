@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use craton_coordinator::api::PresenceMap;
 use craton_core::decide::{StopHow, Task};
 use craton_core::promise::{Answer, Ask, Book, Facts};
 use craton_core::records::{At, MemberRecord, Seal, Timelines};
@@ -84,6 +85,8 @@ pub struct Actor {
     pub fencing: Arc<Fencing>,
     /// Progress of a clone.
     pub progress: watch::Sender<CloneProgress>,
+    /// What the members say of themselves.
+    pub presence: watch::Receiver<PresenceMap>,
     /// How a data directory is filled.
     pub clone: CloneConfig,
     /// The program that restores out of the repository, and that PostgreSQL calls for WAL.

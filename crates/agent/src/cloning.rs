@@ -8,6 +8,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use craton_core::observe::MemberStatus;
 use craton_core::{Lsn, MemberId, Term};
 use craton_pg::{CloneProgress, DataDir, PgError, StartMode, StopMode, SyncNames};
 use tokio::time::Instant;
@@ -15,7 +16,7 @@ use tokio::time::Instant;
 use crate::act::{ActError, Actor, Members};
 
 /// The archive is read to its end when nothing new was replayed for so long: PostgreSQL asks for the next
-/// segment every 200 ms.
+/// segment every 200 ms. While somebody writes and the archive follows at once, it has no end.
 const ARCHIVE_QUIET: Duration = Duration::from_secs(3);
 /// Reading the archive may take so long without a step forward; fetching one segment is a step.
 const ARCHIVE_STALL_MAX: Duration = Duration::from_secs(300);
@@ -103,6 +104,16 @@ impl Actor {
         self.start_standby().await
     }
 
+    /// The newest end of WAL that a member has told of.
+    fn newest_of_peers(&self) -> Option<Lsn> {
+        let presence = self.presence.borrow().clone();
+        presence
+            .iter()
+            .filter(|(member, _)| **member != self.me)
+            .filter_map(|(_, p)| serde_json::from_str::<MemberStatus>(&p.value).ok()?.lsn)
+            .max()
+    }
+
     /// Runs PostgreSQL as a standby that follows nobody and reads the archive, to the archive's end.
     async fn read_archive(&self, repository: &Path) -> Result<(), ActError> {
         let mut config = self.server.managed(None, SyncNames::Nobody);
@@ -113,6 +124,8 @@ impl Actor {
         self.server.hold(process.clone(), false);
         let mut newest = Lsn::ZERO;
         let mut moved = Instant::now();
+        // What comes later is streamed: the slots of all members keep it.
+        let enough = self.newest_of_peers();
         loop {
             if !process.is_running() {
                 return Err(ActError::Stale(
@@ -122,6 +135,10 @@ impl Actor {
             // Until it is consistent it does not answer.
             if let Ok(sample) = self.server.control.sample(LOOK_MAX).await {
                 let replayed = sample.replay_lsn.unwrap_or(Lsn::ZERO);
+                if enough.is_some_and(|lsn| replayed >= lsn) {
+                    newest = replayed;
+                    break;
+                }
                 if replayed > newest {
                     newest = replayed;
                     moved = Instant::now();

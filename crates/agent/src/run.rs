@@ -11,7 +11,7 @@ use craton_console::client::Client;
 use craton_console::metrics::Metrics;
 use craton_console::server::{Health, Service, serve};
 use craton_console::views::JoinRequest;
-use craton_coordinator::api::{Coordinator, Membership as _};
+use craton_coordinator::api::{Coordinator, Membership as _, PresenceMap};
 use craton_coordinator::embedded::{Embedded, EmbeddedConfig};
 use craton_core::Term;
 use craton_core::promise::Book;
@@ -162,7 +162,7 @@ pub async fn run_with(
         // deadline must stand on the board before it is armed.
         fencing.guard(&process);
     }
-    let actor = actor(&config, &server, &fencing, secrets)?;
+    let actor = actor(&config, &server, &fencing, secrets, coordinator.presence())?;
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
@@ -237,6 +237,7 @@ fn actor(
     server: &Arc<LocalServer>,
     fencing: &Arc<Fencing>,
     secrets: Secrets,
+    presence: watch::Receiver<PresenceMap>,
 ) -> Result<Arc<Actor>, AgentError> {
     let (progress, _) = watch::channel(CloneProgress::default());
     let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
@@ -248,6 +249,7 @@ fn actor(
         secrets,
         state: StateKeeper::new(state),
         noting: Arc::default(),
+        presence,
         clone: config.clone.clone(),
         program: match &config.fence_program {
             Some(program) => program.clone(),

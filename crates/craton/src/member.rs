@@ -69,7 +69,7 @@ pub async fn run(
                 if !yes {
                     typed.push("--yes".into());
                 }
-                return owner::run_to_the_end(owner::again_as(&account, dir, &typed));
+                return owner::to_the_end(owner::again_as(&account, dir, &typed)).await;
             }
             let view = ask(access, "remove", member.clone()).await?;
             forget_local(dir, &member).await?;

@@ -124,27 +124,30 @@ pub fn prepare_directory(dir: &Path, account: &Account) -> anyhow::Result<bool> 
 /// Runs a command to its end and returns its exit code. What is sent to us goes to it: it has to clean up
 /// first.
 pub fn run_to_the_end(command: Command) -> anyhow::Result<u8> {
-    crate::cli::wait_for(async {
-        let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
-        let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
-        let mut child = tokio::process::Command::from(command)
-            .spawn()
-            .context("cannot run as another user")?;
-        let pid = child
-            .id()
-            .and_then(|pid| ProcessId::of(i32::try_from(pid).ok()?));
-        loop {
-            tokio::select! {
-                status = child.wait() => {
-                    let code = status.context("cannot wait for the command")?.code();
-                    return Ok(code.and_then(|c| u8::try_from(c).ok()).unwrap_or(crate::exit::FAILURE));
-                }
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
+    crate::cli::wait_for(to_the_end(command))
+}
+
+/// As [`run_to_the_end`], for a command that waits already.
+pub async fn to_the_end(command: Command) -> anyhow::Result<u8> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot wait for signals")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot wait for signals")?;
+    let mut child = tokio::process::Command::from(command)
+        .spawn()
+        .context("cannot run as another user")?;
+    let pid = child
+        .id()
+        .and_then(|pid| ProcessId::of(i32::try_from(pid).ok()?));
+    loop {
+        tokio::select! {
+            status = child.wait() => {
+                let code = status.context("cannot wait for the command")?.code();
+                return Ok(code.and_then(|c| u8::try_from(c).ok()).unwrap_or(crate::exit::FAILURE));
             }
-            pid.map(|pid| pid.signal(rustix::process::Signal::INT));
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
         }
-    })
+        pid.map(|pid| pid.signal(rustix::process::Signal::INT));
+    }
 }
 
 /// The error for a directory that cannot be made.

@@ -72,6 +72,16 @@ pub(super) fn standby_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
         return;
     };
     watch_lease(mind, view, l, leader);
+    // A copy looks after its PostgreSQL by itself until it is one of this cluster's standbys.
+    if let Some(running) = mind
+        .o
+        .task
+        .as_ref()
+        .filter(|t| t.task.kind() == TaskKind::Clone)
+    {
+        let text = format!("{:?} is in progress", running.task.kind());
+        return mind.because("busy", text);
+    }
     match &mind.o.server {
         _ if fenced => {}
         ServerView::Down => down_rule(mind, l, leader),
