@@ -272,7 +272,11 @@ async fn renewed(holder: &Arc<dyn Coordinator>, term: Term) {
 async fn until_held(holder: &Arc<dyn Coordinator>, term: Term) {
     let due = Instant::now() + PATIENCE;
     while !matches!(holder.lease_hint(), LeaseHint::Held { term: t, .. } if t == term) {
-        assert!(Instant::now() < due, "no hint of the lease of term {term}");
+        assert!(
+            Instant::now() < due,
+            "no hint of the lease of term {term}: {:?}",
+            holder.lease_hint()
+        );
         renewed(holder, term).await;
         sleep(Duration::from_millis(10)).await;
     }

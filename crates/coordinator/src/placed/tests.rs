@@ -155,6 +155,17 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// Moves. A member that has not heard of the end of the last move yet says so after a while, and is asked again.
+async fn moved(member: &Arc<Placed>, place: Place) {
+    let due = Instant::now() + PATIENCE;
+    while let Err(error) = member.move_to(place.clone()).await {
+        assert!(
+            matches!(error, CoordinatorError::Unavailable(_)) && Instant::now() < due,
+            "no move to {place}: {error}"
+        );
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_conforms_before_and_after_a_move() {
     let world = World::new();
@@ -261,9 +272,9 @@ async fn there_and_back_with_one_away() {
     }
     contest.led_again("the start").await;
     let led_before = contest.newest();
-    members[1].move_to(elsewhere()).await.unwrap();
-    members[0].move_to(Place::default()).await.unwrap();
-    members[1].move_to(elsewhere()).await.unwrap();
+    moved(&members[1], elsewhere()).await;
+    moved(&members[0], Place::default()).await;
+    moved(&members[1], elsewhere()).await;
     contest.led_again("three moves").await;
     assert_eq!(
         contest.newest(),
