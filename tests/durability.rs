@@ -91,12 +91,15 @@ impl Rig {
         self.cluster.wait_status("a whole cluster", LIMIT, |s| {
             let all = s["members"].as_array().map_or(&[][..], Vec::as_slice);
             let ready = |m: &Value| {
-                m["agent_alive"] == true && (m["role"] == "leader" || m["streaming"] == true)
+                let counts = m["role"] == "leader" || m["streaming"] == true && m["sync"] == true;
+                m["agent_alive"] == true && counts
             };
+            let receivers = s["receivers"].as_array().map_or(&[][..], Vec::as_slice);
             s["writable"] == true
                 && all.len() == members
                 && all.iter().all(ready)
-                && s["sync"]["members"].as_array().map_or(0, Vec::len) + 1 == members
+                && receivers.len() == usize::from(self.layout.cluster.synchronous_backup)
+                && receivers.iter().all(|r| r["sync"] == true)
                 && (s["durability"] == "async" || s["sync"]["in_force"] == true)
         })
     }
@@ -396,6 +399,45 @@ fn a_standby_is_gone(rig: &Rig) {
     clients.no_error("a standby was gone");
     let (_, verdict) = clients.finish("strict, a standby gone");
     assert_eq!(verdict.lost, Vec::<u64>::new());
+}
+
+/// Commits wait for any one of two standbys and the backup daemon, and the newest are in the backup alone.
+#[test]
+fn the_backup_alone_has_the_newest_rows() {
+    let _turn = turn();
+    let rig = Rig::up("receiver", &["--synchronous-backup"]);
+    let clients = rig.record(1);
+    let leader = rig.leader();
+    let standbys = rig.standbys(&leader);
+    let both = standbys.iter().flat_map(|m| rig.senders(&leader, Some(m)));
+    let frozen = Frozen::new(both.collect());
+    clients.watch(Duration::from_millis(100));
+    clients.wait_acknowledged("on the backup alone", 20);
+    rig.kill_host(&leader);
+    drop(frozen);
+    rig.cluster.wait_status("another leader", LIMIT, |s| {
+        s["writable"] == true && s["leader"] != leader.as_str()
+    });
+    let (_, verdict) = clients.finish("the backup alone had the newest rows");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+    eprintln!("{}", rig.history("elected").last().unwrap());
+    let logs = rig.cluster.logs();
+    assert!(
+        logs.contains("getting the missing WAL out of the backup"),
+        "nobody had to get WAL from the backup: the fault had no effect\n{logs}"
+    );
+
+    // A copy that dies costs nobody a commit, and counts again when it is back.
+    let clients = rig.record(2);
+    let daemon = processes::running(&rig.layout, "backup").expect("the backup daemon");
+    assert!(daemon.signal(Signal::KILL));
+    clients.wait_acknowledged("without the backup", 50);
+    clients.no_error("the backup daemon died");
+    let (_, verdict) = clients.finish("the backup daemon died");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+    // It is taken out as any member.
+    let out = rig.cluster.craton(&["member", "remove", "backup", "--yes"]);
+    rig.cluster.expect_ok(&out, "member remove backup");
 }
 
 #[test]

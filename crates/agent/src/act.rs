@@ -20,6 +20,7 @@ use crate::clock;
 use crate::config::{CloneConfig, Secrets};
 use crate::fencing::Fencing;
 use crate::promises::Told;
+use crate::receivers::Receivers;
 use crate::server::{LocalServer, end_is_exact, sync_names};
 use crate::state::{MemberState, StateFile, StateKeeper};
 use crate::{parameters, slots};
@@ -83,6 +84,8 @@ pub struct Actor {
     pub noting: Arc<tokio::sync::Mutex<()>>,
     /// The fence.
     pub fencing: Arc<Fencing>,
+    /// Backup receivers, which give WAL.
+    pub receivers: Arc<Receivers>,
     /// Progress of a clone.
     pub progress: watch::Sender<CloneProgress>,
     /// What the members say of themselves.
@@ -278,10 +281,14 @@ impl Actor {
             Task::Rewind { from, fork, term } => self.rewind(&from, fork, term, members).await,
             Task::CatchUp {
                 from,
+                receiver,
                 term,
                 timeline,
                 lsn,
-            } => self.catch_up(&from, term, (timeline, lsn), members).await,
+            } => match receiver {
+                Some(api) => self.catch_up_by_files(&api, term, (timeline, lsn)).await,
+                None => self.catch_up(&from, term, (timeline, lsn), members).await,
+            },
             Task::SetSync(set) => self.set_sync(set).await,
             Task::Checkpoint => Ok(self.server.control.checkpoint(CHECKPOINT_MAX).await?),
             Task::Configure => self.configure().await,
@@ -436,7 +443,7 @@ impl Actor {
     }
 
     /// Rule 3.1.2: note the floor, drop the receiver, *see* that it is gone, then say what is here.
-    async fn seal(&self, term: Term) -> Result<(), ActError> {
+    pub(crate) async fn seal(&self, term: Term) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };

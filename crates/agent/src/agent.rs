@@ -24,6 +24,7 @@ use crate::config::AgentConfig;
 use crate::fencing::Fencing;
 use crate::lease::{LeaseKeeper, LeaseTiming};
 use crate::promises::Plan;
+use crate::receivers::Receivers;
 use crate::server::LocalServer;
 use crate::storage::Storage;
 use crate::store;
@@ -85,6 +86,7 @@ pub struct Agent {
     lease: LeaseKeeper,
     fencing: Arc<Fencing>,
     storage: Arc<Storage>,
+    receivers: Arc<Receivers>,
     memory: Memory,
     task: Option<(TaskView, JoinHandle<TaskEnd>)>,
     failures: BTreeMap<TaskKind, TaskFailure>,
@@ -124,6 +126,8 @@ pub struct Parts {
     pub fencing: Arc<Fencing>,
     /// The disks.
     pub storage: Arc<Storage>,
+    /// The backup receivers.
+    pub receivers: Arc<Receivers>,
     /// Where observations go.
     pub seen: watch::Sender<Option<Seen>>,
     /// Where the topology goes.
@@ -141,6 +145,7 @@ impl Agent {
             lease: parts.lease,
             fencing: parts.fencing,
             storage: parts.storage,
+            receivers: parts.receivers,
             memory: Memory::default(),
             task: None,
             failures: BTreeMap::new(),
@@ -342,6 +347,7 @@ impl Agent {
                 LeaseHint::Unknown => LeaseSeen::Unknown,
             },
             peers: self.peers(),
+            receivers: self.receivers.view(),
             data: self.server.data().await,
             server: self.server.view(),
             process: self.server.process_name(),
@@ -453,6 +459,9 @@ impl Agent {
         });
         if self.submission.is_none() && echoed && o.now >= self.submit_after {
             self.submit(d);
+        }
+        for ask in &d.ask_seals {
+            self.receivers.ask_seal(ask);
         }
         if let (Some(task), None) = (&d.task, &self.task) {
             self.start(task.clone(), o);

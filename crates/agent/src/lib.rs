@@ -12,6 +12,7 @@
 pub mod act;
 pub mod agent;
 pub mod api;
+mod catch_up;
 pub mod clock;
 mod cloning;
 pub mod config;
@@ -23,6 +24,7 @@ pub mod members;
 pub mod metrics;
 pub mod parameters;
 pub mod promises;
+pub mod receivers;
 mod run;
 pub mod server;
 pub mod slots;

@@ -18,7 +18,7 @@ use craton_core::records::{At, Change, ClusterView, Event, Key, MemberRecord, Re
 
 use crate::clock;
 use crate::config::VoterWish;
-use crate::store;
+use crate::{receivers, store};
 
 /// How long one member that is asked to take another in may take.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(30);
@@ -118,7 +118,7 @@ pub fn routes(coordinator: Arc<dyn Coordinator>) -> Router {
         .with_state(coordinator)
 }
 
-struct Refusal(StatusCode, String, String);
+pub(crate) struct Refusal(StatusCode, String, String);
 
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
@@ -126,7 +126,7 @@ impl IntoResponse for Refusal {
     }
 }
 
-fn refused(what: impl Into<String>, hint: impl Into<String>) -> Refusal {
+pub(crate) fn refused(what: impl Into<String>, hint: impl Into<String>) -> Refusal {
     Refusal(StatusCode::CONFLICT, what.into(), hint.into())
 }
 
@@ -154,7 +154,7 @@ fn membership(api: &Api) -> Result<&dyn Membership, Refusal> {
     })
 }
 
-async fn view(api: &Api) -> Result<ClusterView, Refusal> {
+pub(crate) async fn view(api: &Api) -> Result<ClusterView, Refusal> {
     let snapshot = api.read().await.map_err(|e| unavailable(&e))?;
     store::view(&snapshot).map_err(|e| unavailable(&e))
 }
@@ -259,6 +259,11 @@ async fn remove(
 ) -> Result<Response, Refusal> {
     let members = membership(&api)?;
     let seen = view(&api).await?;
+    if seen.receivers.contains_key(&member) {
+        receivers::take_out(&api, &member).await?;
+        tracing::info!(%member, "removed a backup receiver");
+        return list(State(Arc::clone(&api))).await;
+    }
     let config = members.members();
     if !config.holds(&member) && !seen.members.contains_key(&member) {
         return Err(Refusal(
@@ -369,7 +374,10 @@ async fn mark_leaving(api: &Api, member: &MemberId) -> Result<(), Refusal> {
 }
 
 /// Makes a change that rests on what is there, again if that changed meanwhile.
-async fn update(api: &Api, make: impl Fn(&ClusterView) -> Option<Change>) -> Result<(), Refusal> {
+pub(crate) async fn update(
+    api: &Api,
+    make: impl Fn(&ClusterView) -> Option<Change>,
+) -> Result<(), Refusal> {
     for _ in 0..TRIES_MAX {
         let Some(change) = make(&view(api).await?) else {
             return Ok(());

@@ -16,7 +16,7 @@ use craton_coordinator::embedded::{Embedded, EmbeddedConfig};
 use craton_core::Term;
 use craton_core::promise::Book;
 use craton_core::topology::Topology;
-use craton_pg::{Binaries, CloneProgress, Instance, InstanceConfig, StopMode};
+use craton_pg::{Binaries, CloneProgress, Instance, InstanceConfig, Postmaster, StopMode};
 use craton_trust::{Role, Trust};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -32,6 +32,7 @@ use crate::lease::{DeadlineSink, LeaseKeeper, LeaseTiming};
 use crate::members;
 use crate::metrics::AgentMetrics;
 use crate::promises::OverHttp;
+use crate::receivers::{self, Receivers};
 use crate::server::LocalServer;
 use crate::state::{StateFile, StateKeeper};
 use crate::storage::Storage;
@@ -148,13 +149,7 @@ pub async fn run_with(
     make_dir(&config.dir)?;
     let server = local_server(&config, &secrets, trust.as_deref())?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
-    let adopted = server.instance.adopt().await?;
-    if let Some(process) = adopted.clone() {
-        tracing::info!(pid = process.pid(), "took over the running PostgreSQL");
-        // PostgreSQL removes standby.signal before it accepts its first write (xlog.c, StartupXLOG).
-        let standby = server.instance.data_dir().join("standby.signal").exists();
-        server.hold(process, !standby);
-    }
+    let adopted = adopt(&server).await?;
     let asker = client(&config, trust.as_ref())?;
     let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, asker);
     if let Some(process) = adopted.filter(|_| server.is_maybe_primary()) {
@@ -162,7 +157,10 @@ pub async fn run_with(
         // deadline must stand on the board before it is armed.
         fencing.guard(&process);
     }
-    let actor = actor(&config, &server, &fencing, secrets, coordinator.presence())?;
+    let asker = client_of(&config, trust.as_ref(), Role::Backup)?;
+    let receivers = Receivers::new(asker, Arc::clone(&server));
+    let presence = coordinator.presence();
+    let actor = actor(&config, &server, &fencing, secrets, presence, &receivers)?;
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
@@ -193,6 +191,7 @@ pub async fn run_with(
         seen.clone(),
         Arc::clone(&coordinator),
     ));
+    background.spawn(Arc::clone(&receivers).keep(seen.clone()));
     let hooks = Hooks::new(&config.hooks, &config.member, &config.cluster);
     background.spawn(hooks::keep(hooks.clone(), seen.clone()));
     background.spawn(keep_metrics(metrics, seen, lease.clone()));
@@ -208,6 +207,7 @@ pub async fn run_with(
         lease: lease.clone(),
         fencing: Arc::clone(&fencing),
         storage,
+        receivers,
         seen: seen_tx,
         topology: topology_tx,
     });
@@ -216,6 +216,18 @@ pub async fn run_with(
     stop(&server, &lease, &coordinator, &fencing).await;
     say_stopped(hooks, &coordinator).await;
     Ok(())
+}
+
+/// Takes over a PostgreSQL that runs.
+async fn adopt(server: &LocalServer) -> Result<Option<Postmaster>, AgentError> {
+    let adopted = server.instance.adopt().await?;
+    if let Some(process) = adopted.clone() {
+        tracing::info!(pid = process.pid(), "took over the running PostgreSQL");
+        // PostgreSQL removes standby.signal before it accepts its first write (xlog.c, StartupXLOG).
+        let standby = server.instance.data_dir().join("standby.signal").exists();
+        server.hold(process, !standby);
+    }
+    Ok(adopted)
 }
 
 /// The operator's program hears of the end, too.
@@ -238,6 +250,7 @@ fn actor(
     fencing: &Arc<Fencing>,
     secrets: Secrets,
     presence: watch::Receiver<PresenceMap>,
+    receivers: &Arc<Receivers>,
 ) -> Result<Arc<Actor>, AgentError> {
     let (progress, _) = watch::channel(CloneProgress::default());
     let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
@@ -256,14 +269,24 @@ fn actor(
             None => std::env::current_exe().map_err(io("cannot find this program's own path"))?,
         },
         fencing: Arc::clone(fencing),
+        receivers: Arc::clone(receivers),
         progress,
     }))
 }
 
 /// A client for the other members' control APIs.
 fn client(config: &AgentConfig, trust: Option<&Arc<Trust>>) -> Result<Client, AgentError> {
+    client_of(config, trust, Role::Node)
+}
+
+/// A client for the APIs of holders of a role.
+fn client_of(
+    config: &AgentConfig,
+    trust: Option<&Arc<Trust>>,
+    role: Role,
+) -> Result<Client, AgentError> {
     Ok(match trust {
-        Some(trust) => Client::trusted(Arc::clone(trust), Role::Node),
+        Some(trust) => Client::trusted(Arc::clone(trust), role),
         None => Client::new(trust::token(config, None)?),
     })
 }
@@ -479,7 +502,9 @@ async fn serve_http(
         origins: Arc::new(config.origins.clone()),
         actor: Arc::clone(actor),
     });
-    let routes = routes.merge(members::routes(Arc::clone(coordinator)));
+    let routes = routes
+        .merge(members::routes(Arc::clone(coordinator)))
+        .merge(receivers::routes(Arc::clone(coordinator)));
     let enrolment = Enrolment {
         cluster: config.cluster.clone(),
         secrets: config.secrets.clone(),

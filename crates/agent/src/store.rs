@@ -54,6 +54,9 @@ pub fn view(snapshot: &Snapshot) -> Result<ClusterView, StoreError> {
                 Some(("member", name)) => {
                     view.members.insert(member(name)?, parse(key, at)?);
                 }
+                Some(("receiver", name)) => {
+                    view.receivers.insert(member(name)?, parse(key, at)?);
+                }
                 Some(("seal", name)) => {
                     view.seals.insert(member(name)?, parse(key, at)?);
                 }
@@ -78,6 +81,7 @@ fn text(record: &Record) -> Result<String, serde_json::Error> {
         Record::Order(_, v) => serde_json::to_string(v),
         Record::Member(_, v) => serde_json::to_string(v),
         Record::Seal(_, v) => serde_json::to_string(v),
+        Record::Receiver(_, v) => serde_json::to_string(v),
     }
 }
 

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 
 use craton_console::views::{
     ElectionView, ExplainView, HistoryEvent, HistoryView, LeaseView, MemberView, PauseView,
-    RestartView, ScheduleView, StatusView, SyncView,
+    ReceiverView, RestartView, ScheduleView, StatusView, SyncView,
 };
 use craton_core::decide::Decision;
 use craton_core::health::{Health, assess};
 use craton_core::observe::{DataView, MemberStatus, Observation, PendingChange, ServerView};
-use craton_core::records::{ClusterView, OrderKind, RequestPhase};
+use craton_core::records::{At, ClusterView, OrderKind, ReceiverRecord, RequestPhase};
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
 use craton_core::{Lsn, MemberId};
 use craton_pg::DivergenceSummary;
@@ -190,7 +190,11 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         .and_then(|l| l.leader.as_ref())
         .map(|l| l.member.clone());
     let members = members(o, view, &own, leader.as_ref());
-    let warnings = warnings(o, view, &members);
+    let receivers = receivers(o, view, &members, leader.as_ref());
+    let mut warnings = warnings(o, view, &members);
+    let silent = receivers.iter().filter(|r| !r.alive);
+    warnings
+        .extend(silent.map(|r| format!("the backup receiver {} has not been heard of", r.name)));
     StatusView {
         cluster: o.cluster_name.clone(),
         answered_by: o.me.id.clone(),
@@ -215,9 +219,10 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         election: leadership
             .filter(|l| l.leader.is_none())
             .map(|l| election(view, l)),
-        next: next(view, &members, leader.as_ref()),
+        next: next(view, &members, &receivers, leader.as_ref()),
         leader,
         members,
+        receivers,
         reasons: decision.reasons.iter().map(|r| r.text.clone()).collect(),
         warnings,
         paused: paused(o, view),
@@ -435,6 +440,43 @@ fn members(
         .collect()
 }
 
+/// Backup daemons that are synchronous copies.
+fn receivers(
+    o: &Observation,
+    view: &ClusterView,
+    members: &[MemberView],
+    leader: Option<&MemberId>,
+) -> Vec<ReceiverView> {
+    let leads = |m: &&MemberView| Some(&m.id) == leader;
+    let leader_lsn = members.iter().find(leads).and_then(|m| m.lsn);
+    let silent = view
+        .settings()
+        .heartbeat_ms
+        .saturating_mul(SILENT_HEARTBEATS);
+    let shown = |(name, record): (&MemberId, &At<ReceiverRecord>)| {
+        let seen = o.receivers.get(name);
+        let age =
+            seen.map(|s| u64::try_from(o.now.since(s.heard_at).as_millis()).unwrap_or(u64::MAX));
+        let alive = age.is_some_and(|a| a <= silent);
+        let seen = seen.filter(|_| alive);
+        ReceiverView {
+            name: name.clone(),
+            api: record.value.api.clone(),
+            heard_ms_ago: age,
+            alive,
+            timeline: seen.map(|s| s.timeline),
+            lsn: seen.map(|s| s.lsn),
+            lag_bytes: seen.and_then(|s| Some(leader_lsn?.bytes_since(s.lsn))),
+            streams_from: seen.and_then(|s| s.streams_from.clone()),
+            sync: view
+                .leadership
+                .as_ref()
+                .is_some_and(|l| l.value.sync.holds(name, record.value.incarnation)),
+        }
+    };
+    view.receivers.iter().map(shown).collect()
+}
+
 /// Everything that is wrong with a member's host.
 fn trouble(health: &Health) -> Vec<String> {
     health
@@ -446,7 +488,12 @@ fn trouble(health: &Health) -> Vec<String> {
 }
 
 /// What would happen if the leader were lost now.
-fn next(view: &ClusterView, members: &[MemberView], leader: Option<&MemberId>) -> String {
+fn next(
+    view: &ClusterView,
+    members: &[MemberView],
+    receivers: &[ReceiverView],
+    leader: Option<&MemberId>,
+) -> String {
     let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
         return "the cluster is being made".into();
     };
@@ -468,7 +515,8 @@ fn next(view: &ClusterView, members: &[MemberView], leader: Option<&MemberId>) -
     let sealing = members
         .iter()
         .filter(|m| m.id != *leader && m.agent_alive && m.sync)
-        .count();
+        .count()
+        + receivers.iter().filter(|r| r.alive && r.sync).count();
     let needed = seals_needed(l);
     if l.sync.members.is_empty() {
         return format!(

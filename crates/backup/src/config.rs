@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use craton_core::MemberId;
 use craton_core::topology::TopologyMember;
 use craton_pg::replication::{ReplicationLogin, ServerAddress};
 use craton_trust::{Expect, Role, TlsSettings, Trust};
@@ -39,13 +40,19 @@ pub struct Config {
     /// The physical slot that keeps WAL for this daemon.
     #[serde(default = "default_name")]
     pub slot: String,
-    /// The name in `pg_stat_replication`, and in `synchronous_standby_names` where it counts as a copy.
+    /// The name in `pg_stat_replication`, where it is not a synchronous copy.
     #[serde(default = "default_name")]
     pub application_name: String,
-    /// Sync and report after everything received, not only several times a second: for a daemon
-    /// that counts as a synchronous copy.
+    /// Be a synchronous copy: commits may wait for this daemon as for a standby, it seals in elections, and what only
+    /// it has received is not lost. Everything that is received is synced and reported at once.
     #[serde(default)]
     pub synchronous: bool,
+    /// Its name as a synchronous copy, `backup` if not given; no member has the same.
+    #[serde(default)]
+    pub name: Option<MemberId>,
+    /// Under which `host:port` the agents reach this daemon's API; the listen address if not given.
+    #[serde(default)]
+    pub advertise: Option<String>,
     /// Take a base backup as soon as there is a leader, when the repository has none.
     #[serde(default = "default_true")]
     pub backup_on_start: bool,
@@ -84,6 +91,22 @@ fn default_interval() -> u64 {
 }
 
 impl Config {
+    /// Its name as a synchronous copy.
+    pub(crate) fn copy_name(&self) -> Result<MemberId> {
+        let name = self
+            .name
+            .clone()
+            .map_or_else(|| MemberId::new("backup"), Ok);
+        name.map_err(BackupError::Config)
+    }
+
+    /// Where the agents reach the API.
+    pub fn api_address(&self) -> String {
+        self.advertise
+            .clone()
+            .unwrap_or_else(|| self.listen.to_string())
+    }
+
     /// How to log in to a server.
     pub(crate) fn login(
         &self,

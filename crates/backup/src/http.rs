@@ -3,15 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use craton_console::Health;
 use craton_console::server::failure;
+use craton_core::receiver::{SealRequest, WAL_PART_MAX};
 use craton_repo::manifest::BackupId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
@@ -38,6 +39,9 @@ pub(crate) fn routes(shared: Arc<Shared>, requests: mpsc::Sender<Request>) -> Ro
         .route("/v1/backup/list", get(list))
         .route("/v1/backup/show/{id}", get(show))
         .route("/v1/backup/status", get(status))
+        .route("/v1/receiver", get(receiver))
+        .route("/v1/receiver/seal", post(seal))
+        .route("/v1/receiver/wal/{name}", get(wal))
         .with_state(Api { shared, requests })
 }
 
@@ -127,6 +131,57 @@ async fn status(State(api): State<Api>) -> Response {
         view.repository_bytes = repository_bytes;
         view
     }))
+}
+
+fn no_copy() -> Response {
+    failure(
+        StatusCode::NOT_FOUND,
+        "this daemon is no synchronous copy, or the cluster does not know it yet",
+        Some("backup.synchronous makes it one"),
+    )
+}
+
+/// What this daemon is as a synchronous copy.
+async fn receiver(State(api): State<Api>) -> Response {
+    let streaming = api.shared.streaming.borrow().clone();
+    let copy = api.shared.copy.as_ref();
+    let status =
+        copy.and_then(|c| c.status((streaming.timeline, streaming.flushed), streaming.from));
+    status.map_or_else(no_copy, |status| Json(status).into_response())
+}
+
+async fn seal(State(api): State<Api>, Json(request): Json<SealRequest>) -> Response {
+    let (Some(copy), Some(repository)) = (&api.shared.copy, api.shared.repository.get()) else {
+        return no_copy();
+    };
+    match copy.seal(&request, repository.clone()).await {
+        Ok(seal) => Json(seal).into_response(),
+        Err(error) => failure(StatusCode::CONFLICT, &error.to_string(), None),
+    }
+}
+
+/// A part of a WAL or history file, from `offset` on; fewer bytes than [`WAL_PART_MAX`] are the end of it.
+async fn wal(
+    State(api): State<Api>,
+    Path(name): Path<String>,
+    Query(Part { offset }): Query<Part>,
+) -> Response {
+    let found = read(&api, move |r| crate::wal_fetch::raw(r, &name)).await;
+    match found {
+        Ok(Some(bytes)) => {
+            let rest = bytes.get(offset..).unwrap_or_default();
+            let part = rest.get(..WAL_PART_MAX.min(rest.len())).unwrap_or_default();
+            part.to_vec().into_response()
+        }
+        Ok(None) => failure(StatusCode::NOT_FOUND, "that has not been received", None),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
+    }
+}
+
+#[derive(Deserialize)]
+struct Part {
+    #[serde(default)]
+    offset: usize,
 }
 
 async fn read<T: Send + 'static>(

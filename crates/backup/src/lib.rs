@@ -2,6 +2,7 @@
 //!
 //! # Layout
 //! * [`config`]: the daemon's settings. [`run`] is the daemon.
+//! * `copy`: the daemon as a synchronous copy that seals; see [`craton_core::receiver`].
 //! * `receiver`, [`wal_sink`]: WAL from whoever leads, onto the disk, then reported as flushed.
 //! * `scheduler`, `base_backup`, `ingest`: when and how base backups are taken.
 //! * [`store`]: the repository on a disk. Its format is the crate `craton-repo`.
@@ -18,6 +19,7 @@
 mod base_backup;
 pub mod catalog;
 pub mod config;
+mod copy;
 mod error;
 mod http;
 mod ingest;
@@ -47,6 +49,7 @@ pub use config::Config;
 pub use error::{BackupError, Result};
 pub use store::Repository;
 
+use copy::Copy;
 use metrics::{BackupMetrics, whole};
 use receiver::{Receiver, blocking};
 use scheduler::{REQUESTS_MAX, Scheduler};
@@ -120,13 +123,15 @@ async fn run_with(
     })?;
     let mut metrics = Metrics::new();
     let handles = BackupMetrics::register(&mut metrics);
-    let shared = Arc::new(Shared::new(config, trust.clone(), handles));
+    let copy = Copy::open(&config)?;
+    let shared = Arc::new(Shared::new(config, trust.clone(), handles, copy));
     // What is there can be listed and shown before the first leader is found.
     if let Ok(known) = Repository::open(&shared.config.repository) {
         shared.repository.get_or_init(|| known);
     }
     let (ask, requests) = mpsc::channel(REQUESTS_MAX);
     let probed = Arc::clone(&shared);
+    let client = Client::either(trust.as_ref(), Role::Node, token.clone());
     let service = Service::new(Arc::new(metrics), move || http::health(&probed))
         .with_api(http::routes(Arc::clone(&shared), ask), token);
 
@@ -152,6 +157,16 @@ async fn run_with(
         );
         upkeep
     });
+    if let Some(copy) = shared.copy.clone() {
+        let told = copy.report(client, shared.config.agents.clone());
+        let mut shutdown = shutdown.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = told => {}
+                () = stopped(&mut shutdown) => {}
+            }
+        });
+    }
     tasks.spawn(receiver.run());
     tasks.spawn(scheduler.run());
     tasks.spawn(compress_segments(Arc::clone(&shared), shutdown.clone()));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
-use craton_core::{Lsn, TimelineId};
+use craton_core::{Lsn, Term, TimelineId};
 use craton_pg::replication::{
     ReplicationConnection, ReplicationError, Started, SystemIdentity, WalEvent, WalStream,
 };
@@ -95,11 +95,11 @@ impl Receiver {
     pub(crate) async fn run(mut self) {
         let mut pause = RETRY_MIN;
         while !*self.shutdown.borrow() {
-            let Some(leader) = self.wait_for_leader().await else {
+            let Some((leader, term)) = self.wait_for_leader().await else {
                 return;
             };
             let began = Instant::now();
-            let outcome = self.follow(&leader).await;
+            let outcome = self.follow_as_copy(&leader, term).await;
             self.disconnected(outcome.as_ref().err());
             if let Err(error) = outcome {
                 tracing::warn!(member = %leader.id, %error, "WAL stream interrupted");
@@ -121,14 +121,54 @@ impl Receiver {
         }
     }
 
-    async fn wait_for_leader(&mut self) -> Option<TopologyMember> {
+    /// The leader, and its term. A copy waits for one that it may receive from.
+    async fn wait_for_leader(&mut self) -> Option<(TopologyMember, Term)> {
         let mut shutdown = self.shutdown.clone();
+        let copy = self.shared.copy.clone();
+        if let Some(copy) = &copy {
+            tokio::select! {
+                () = copy.wait_known() => {}
+                () = stopped(&mut shutdown) => return None,
+            }
+        }
+        // A seal that comes meanwhile only raises it, and is looked at again before anything is received.
+        let floor = copy.map_or(Term(0), |c| c.floor());
+        let fits = |t: &Option<Arc<Topology>>| {
+            t.as_ref()
+                .is_some_and(|t| t.leader().is_some() && t.term >= floor)
+        };
         tokio::select! {
-            found = self.topology.wait_for(|t| t.as_ref().is_some_and(|t| t.leader().is_some())) => {
-                found.ok()?.as_ref()?.leader().cloned()
+            found = self.topology.wait_for(fits) => {
+                let found = found.ok()?;
+                let topology = found.as_ref()?;
+                Some((topology.leader()?.clone(), topology.term))
             }
             () = stopped(&mut shutdown) => None,
         }
+    }
+
+    /// [`Self::follow`]; as a copy only for as long as that term may be received from.
+    async fn follow_as_copy(&mut self, leader: &TopologyMember, term: Term) -> Result<()> {
+        let Some(copy) = self.shared.copy.clone() else {
+            return self.follow(leader, term).await;
+        };
+        if !copy.follow(term).await? {
+            return Ok(());
+        }
+        let outcome = tokio::select! {
+            outcome = self.follow(leader, term) => outcome,
+            // Dropping it ends the connection: nothing more is received, nor acknowledged.
+            () = copy.superseded(term) => Ok(()),
+        };
+        copy.left();
+        outcome
+    }
+
+    /// The name in the leader's `pg_stat_replication`.
+    fn application_name(&self) -> String {
+        let copy = self.shared.copy.as_ref();
+        copy.and_then(|c| c.application_name())
+            .unwrap_or_else(|| self.shared.config.application_name.clone())
     }
 
     fn disconnected(&self, error: Option<&BackupError>) {
@@ -140,10 +180,10 @@ impl Receiver {
     }
 
     /// Streams from a leader for as long as it leads, timeline after timeline.
-    async fn follow(&mut self, leader: &TopologyMember) -> Result<()> {
+    async fn follow(&mut self, leader: &TopologyMember, term: Term) -> Result<()> {
         let config = &self.shared.config;
         let trust = self.shared.trust.as_ref();
-        let login = config.login(trust, leader, &config.application_name)?;
+        let login = config.login(trust, leader, &self.application_name())?;
         let mut connection = ReplicationConnection::connect(&login).await?;
         let slot = config.slot.clone();
         if connection.ensure_physical_slot(&slot).await? {
@@ -174,7 +214,9 @@ impl Receiver {
                 Ok(_) => return Ok(()),
                 Err(StreamFailure::WalRemoved(error)) => {
                     tracing::warn!(member = %leader.id, timeline = %start.0, from = %start.1, %error, "the leader no longer has the WAL that is due");
-                    return self.recover_removed(leader, &slot, &prepared, start).await;
+                    return self
+                        .recover_removed((leader, term), &slot, &prepared, start)
+                        .await;
                 }
                 Err(StreamFailure::Other(error)) => return Err(error),
             }
@@ -301,7 +343,7 @@ impl Receiver {
     /// has it gives it up, says so, and goes on from what the leader keeps.
     async fn recover_removed(
         &mut self,
-        leader: &TopologyMember,
+        (leader, term): (&TopologyMember, Term),
         slot: &str,
         prepared: &Prepared,
         start: (TimelineId, Lsn),
@@ -325,7 +367,8 @@ impl Receiver {
         }
         let config = &self.shared.config;
         let trust = self.shared.trust.as_ref();
-        let login = config.login(trust, leader, &config.application_name)?;
+        let name = format!("{}_look", config.application_name);
+        let login = config.login(trust, leader, &name)?;
         let mut connection = ReplicationConnection::connect(&login).await?;
         let kept = connection
             .read_slot(slot)
@@ -338,7 +381,19 @@ impl Receiver {
             .timeline_of(go_on.0.checked_div(size).unwrap_or(0), size);
         if go_on > start.1 {
             self.give_up(&prepared.repository, start, go_on).await?;
+            // What this copy acknowledged until now says nothing any more of what it holds.
+            if let Some(copy) = self.shared.copy.clone() {
+                copy.reborn().await?;
+                copy.wait_known().await;
+                if !copy.follow(term).await? {
+                    return Ok(());
+                }
+            }
         }
+        let config = &self.shared.config;
+        let trust = self.shared.trust.as_ref();
+        let login = config.login(trust, leader, &self.application_name())?;
+        let connection = ReplicationConnection::connect(&login).await?;
         let end = self
             .stream_from(
                 connection,

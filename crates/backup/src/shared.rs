@@ -7,6 +7,7 @@ use craton_trust::Trust;
 use tokio::sync::{Notify, watch};
 
 use crate::config::Config;
+use crate::copy::Copy;
 use crate::metrics::BackupMetrics;
 use crate::store::Repository;
 use crate::views::RunsView;
@@ -33,6 +34,8 @@ pub(crate) struct Shared {
     /// The certificate; none where TLS is off.
     pub(crate) trust: Option<Arc<Trust>>,
     pub(crate) metrics: BackupMetrics,
+    /// The daemon as a synchronous copy; none where it is none.
+    pub(crate) copy: Option<Arc<Copy>>,
     /// Set once the first leader has told whose WAL it is.
     pub(crate) repository: OnceLock<Repository>,
     pub(crate) streaming: watch::Sender<Streaming>,
@@ -44,11 +47,17 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(config: Config, trust: Option<Arc<Trust>>, metrics: BackupMetrics) -> Self {
+    pub(crate) fn new(
+        config: Config,
+        trust: Option<Arc<Trust>>,
+        metrics: BackupMetrics,
+        copy: Option<Arc<Copy>>,
+    ) -> Self {
         Self {
             config,
             trust,
             metrics,
+            copy,
             repository: OnceLock::new(),
             streaming: watch::Sender::new(Streaming::default()),
             runs: watch::Sender::new(RunsView::default()),

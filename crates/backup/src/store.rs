@@ -149,24 +149,7 @@ impl Repository {
 
     /// Writes a file so that it exists whole or not at all, even after a crash.
     pub(crate) fn write(&self, relative: &str, bytes: &[u8]) -> Result<()> {
-        let path = self.path(relative);
-        let dir = path.parent().unwrap_or(&self.root);
-        create_dir_synced(dir)?;
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(TEMPORARY);
-        let temporary = dir.join(name);
-        let mut file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(FILE_MODE)
-            .open(&temporary)
-            .map_err(BackupError::io("create", &temporary))?;
-        file.write_all(bytes)
-            .and_then(|()| file.sync_all())
-            .map_err(BackupError::io("write", &temporary))?;
-        fs::rename(&temporary, &path).map_err(BackupError::io("rename", &temporary))?;
-        sync_dir(dir)
+        write_synced(&self.path(relative), bytes)
     }
 
     pub(crate) fn read(&self, relative: &str) -> Result<Vec<u8>> {
@@ -530,6 +513,27 @@ fn lost(path: &Path, id: ChunkId) -> BackupError {
         what: "pack",
         detail,
     })
+}
+
+/// Writes a file so that it exists whole or not at all, even after a crash.
+pub(crate) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    create_dir_synced(dir)?;
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(TEMPORARY);
+    let temporary = dir.join(name);
+    let mut file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(FILE_MODE)
+        .open(&temporary)
+        .map_err(BackupError::io("create", &temporary))?;
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(BackupError::io("write", &temporary))?;
+    fs::rename(&temporary, path).map_err(BackupError::io("rename", &temporary))?;
+    sync_dir(dir)
 }
 
 /// Creates a directory and its parents so that they survive a crash.

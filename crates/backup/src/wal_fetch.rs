@@ -7,6 +7,7 @@ use std::path::Path;
 use craton_repo::layout;
 use craton_repo::segment::SegmentId;
 
+use crate::copy;
 use crate::error::{BackupError, Result};
 use crate::store::Repository;
 
@@ -30,9 +31,15 @@ pub const EXIT_UNREACHABLE: u8 = 200;
 /// A segment that is still being received is delivered as far as it came and filled with zeros, so
 /// that a restore to the latest state loses nothing that was received.
 pub fn wal_fetch(repository: &Repository, name: &str, target: &Path) -> Result<Fetched> {
-    let Some(bytes) = find(repository, name)? else {
+    let Some(mut bytes) = raw(repository, name)? else {
         return Ok(Fetched::NotThere);
     };
+    if layout::parse_history_name(name).is_none() {
+        bytes.resize(
+            usize::try_from(repository.segment_size()).unwrap_or(bytes.len()),
+            0,
+        );
+    }
     // PostgreSQL reads the target only after success, but never leave half a file behind.
     let temporary = target.with_extension("fetch");
     let written = File::create(&temporary)
@@ -45,7 +52,8 @@ pub fn wal_fetch(repository: &Repository, name: &str, target: &Path) -> Result<F
     Ok(Fetched::Delivered)
 }
 
-fn find(repository: &Repository, name: &str) -> Result<Option<Vec<u8>>> {
+/// A segment, as far as it came, or a history file.
+pub(crate) fn raw(repository: &Repository, name: &str) -> Result<Option<Vec<u8>>> {
     if let Some(timeline) = layout::parse_history_name(name) {
         return match repository.read(&layout::history(timeline)) {
             Ok(bytes) => Ok(Some(bytes)),
@@ -56,20 +64,7 @@ fn find(repository: &Repository, name: &str) -> Result<Option<Vec<u8>>> {
     let Some(id) = SegmentId::parse(name, repository.segment_size()) else {
         return Ok(None);
     };
-    // A segment changes its form while the daemon works; the second look finds it in the next one.
-    for _ in 0..2 {
-        if let Some(whole) = repository.whole_segment(id)? {
-            return Ok(Some(whole));
-        }
-        if let Some(mut partial) = repository.partial_segment(id)? {
-            partial.resize(
-                usize::try_from(repository.segment_size()).unwrap_or(partial.len()),
-                0,
-            );
-            return Ok(Some(partial));
-        }
-    }
-    Ok(None)
+    copy::bytes(repository, id)
 }
 
 #[cfg(test)]

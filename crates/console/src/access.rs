@@ -23,11 +23,18 @@ const fn rule(prefix: &'static str, method: Option<Method>, roles: &'static [Rol
 }
 
 /// The first rule that fits counts.
-const RULES: [Rule; 6] = [
+const RULES: [Rule; 8] = [
     rule("/v1/topology", Some(Method::GET), &Role::ALL),
     rule("/v1/authority", Some(Method::GET), &Role::ALL),
     // Between agents alone: a promise of a member that another's leadership rests on.
     rule("/v1/promise", None, &[Role::Node]),
+    // A backup daemon that is a synchronous copy reports; seals and WAL are for agents alone.
+    rule(
+        "/v1/receivers",
+        Some(Method::POST),
+        &[Role::Node, Role::Backup],
+    ),
+    rule("/v1/receiver/", None, &[Role::Node]),
     // A new certificate for whoever shows the present one.
     rule("/v1/certificate", Some(Method::POST), &Role::ALL),
     rule(
@@ -76,6 +83,10 @@ mod tests {
             (&Method::DELETE, "/v1/members/a", "no"),
             (&post, "/v1/promise", "n"),
             (&get, "/v1/promise", "n"),
+            (&post, "/v1/receivers", "nb"),
+            (&get, "/v1/receiver", "nbo"),
+            (&post, "/v1/receiver/seal", "n"),
+            (&get, "/v1/receiver/wal/000000010000000000000001", "n"),
             (&post, "/v1/certificate", "npbo"),
             (&get, "/v1/authority", "npbo"),
             (&post, "/v1/join-tokens", "no"),

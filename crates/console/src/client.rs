@@ -244,6 +244,24 @@ impl Client {
         self.request("GET", address, path, None).await
     }
 
+    /// GET, the body as it is; at most [`ANSWER_BODY_MAX`].
+    pub async fn get_bytes(&self, address: &str, path: &str) -> Result<Vec<u8>, ClientError> {
+        let target = self.target(address, path);
+        let deadline = Instant::now() + self.timeout;
+        let mut answer = timeout_at(deadline, self.send("GET", &target, None))
+            .await
+            .map_err(|_| target.timed_out())??;
+        let body = read_bytes(&mut answer, &target, deadline).await?;
+        if answer.status == 200 {
+            return Ok(body);
+        }
+        Err(refused(
+            &target,
+            answer.status,
+            &String::from_utf8_lossy(&body),
+        ))
+    }
+
     /// POST of a JSON body, JSON answer.
     pub async fn post_json<B: Serialize, T: DeserializeOwned>(
         &self,
@@ -394,6 +412,15 @@ async fn read_body(
     target: &Target<'_>,
     deadline: Instant,
 ) -> Result<String, ClientError> {
+    let body = read_bytes(answer, target, deadline).await?;
+    String::from_utf8(body).map_err(|_| target.malformed("not UTF-8"))
+}
+
+async fn read_bytes(
+    answer: &mut Answer,
+    target: &Target<'_>,
+    deadline: Instant,
+) -> Result<Vec<u8>, ClientError> {
     let mut body = Vec::new();
     let mut limited = (&mut answer.reader).take(ANSWER_BODY_MAX + 1);
     let read = timeout_at(deadline, limited.read_to_end(&mut body))
@@ -403,7 +430,7 @@ async fn read_body(
     if u64::try_from(body.len()).unwrap_or(u64::MAX) > ANSWER_BODY_MAX {
         return Err(target.malformed(format!("more than {ANSWER_BODY_MAX} bytes")));
     }
-    String::from_utf8(body).map_err(|_| target.malformed("not UTF-8"))
+    Ok(body)
 }
 
 fn parse<T: DeserializeOwned>(address: &str, path: &str, text: &str) -> Result<T, ClientError> {

@@ -31,6 +31,9 @@ pub struct StatusView {
     pub election: Option<ElectionView>,
     /// All members, ordered by id.
     pub members: Vec<MemberView>,
+    /// Backup daemons that are synchronous copies, ordered by name.
+    #[serde(default)]
+    pub receivers: Vec<ReceiverView>,
     /// What would happen next, as a sentence ("if a fails, b or c takes over within 2.7 s").
     pub next: String,
     /// Why the answering agent does, or does not do, something; newest decision first.
@@ -187,6 +190,29 @@ pub struct MemberView {
     /// PostgreSQL is elected only if no other can be.
     #[serde(default)]
     pub trouble: Vec<String>,
+}
+
+/// A backup daemon as a synchronous copy: it seals in elections and never leads.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReceiverView {
+    /// Its name.
+    pub name: MemberId,
+    /// Its API, `host:port`.
+    pub api: String,
+    /// How long ago it was heard, in milliseconds.
+    pub heard_ms_ago: Option<u64>,
+    /// True when it was heard lately.
+    pub alive: bool,
+    /// The timeline received last.
+    pub timeline: Option<TimelineId>,
+    /// Received and flushed up to here.
+    pub lsn: Option<Lsn>,
+    /// Bytes that it has not yet received of what the leader has flushed.
+    pub lag_bytes: Option<u64>,
+    /// Whom it streams from.
+    pub streams_from: Option<MemberId>,
+    /// True when it is in the synchronous set.
+    pub sync: bool,
 }
 
 /// The answer to `GET /v1/explain`: one agent's reasons.

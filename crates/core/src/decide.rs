@@ -8,12 +8,14 @@ mod first_start;
 mod health;
 mod leader;
 mod order;
+mod receivers;
 mod request;
 mod rolling;
 mod standby;
 mod sync_set;
 mod vote;
 
+pub use receivers::AskSeal;
 pub use vote::next_sync;
 
 use std::collections::BTreeMap;
@@ -103,6 +105,8 @@ pub enum Task {
     CatchUp {
         /// From whom.
         from: MemberId,
+        /// It is a backup receiver: its API, which gives WAL as files.
+        receiver: Option<String>,
         /// The open election's term.
         term: Term,
         /// The timeline of the end that is wanted.
@@ -253,6 +257,8 @@ pub struct Decision {
     pub changes: Vec<Change>,
     /// An election to open.
     pub open: Option<OpenElection>,
+    /// Backup receivers to be asked for their seals.
+    pub ask_seals: Vec<AskSeal>,
     /// A long task to start.
     pub task: Option<Task>,
     /// Whose promises keep everybody else from leading, for as long as the lease cannot be renewed: so many
@@ -441,6 +447,7 @@ pub fn decide(o: &Observation, memory: &Memory) -> Decision {
         lease: LeaseWish::Leave,
         changes: Vec::new(),
         open: None,
+        ask_seals: Vec::new(),
         task: None,
         promises: Vec::new(),
         reasons: Vec::new(),

@@ -124,6 +124,7 @@ impl<'a> Ballot<'a> {
     fn may_stand(&self, member: &MemberId, seal: &Seal) -> bool {
         let l = self.leadership;
         l.allow_data_loss
+            || l.durability.keeps_commits()
             || l.sync.holds(member, seal.incarnation)
             || self.has_what_the_leader_had(member, seal)
     }
@@ -244,7 +245,11 @@ impl<'a> Ballot<'a> {
         let was_leader = was_leader.is_some_and(|s| self.is_previous(holder.member, &s.value));
         let mut followers: Vec<Candidate<'_>> = self
             .valid()
-            .filter(|(m, s)| self.alive.contains(*m) && (was_leader || self.may_stand(m, s)))
+            .filter(|(m, s)| {
+                // With all that V's holder has, whoever streams it holds every acknowledged commit.
+                let may = was_leader || l.durability.keeps_commits() || self.may_stand(m, s);
+                self.alive.contains(*m) && may
+            })
             .map(|(m, s)| self.candidate(m, s))
             .filter(|c| c.priority > 0 && c.position < holder.position)
             .collect();

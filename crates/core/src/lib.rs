@@ -9,6 +9,7 @@ pub mod health;
 pub mod observe;
 pub mod promise;
 pub mod reasons;
+pub mod receiver;
 pub mod records;
 pub mod settings;
 pub mod sync;

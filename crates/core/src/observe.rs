@@ -222,6 +222,23 @@ pub struct PromiseView {
     pub from: Vec<MemberId>,
 }
 
+/// A backup receiver as last heard.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ReceiverView {
+    /// When, on this host's clock.
+    pub heard_at: BootTime,
+    /// The life of its repository.
+    pub incarnation: Incarnation,
+    /// The timeline received last.
+    pub timeline: TimelineId,
+    /// Received and flushed up to here.
+    pub lsn: Lsn,
+    /// Whom it streams from.
+    pub streams_from: Option<MemberId>,
+    /// The seal that it gave last, to this agent.
+    pub seal: Option<Seal>,
+}
+
 /// Everything an agent knows at one instant.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Observation {
@@ -246,6 +263,8 @@ pub struct Observation {
     pub promises: PromiseView,
     /// The others.
     pub peers: BTreeMap<MemberId, PeerView>,
+    /// Backup receivers that are on record.
+    pub receivers: BTreeMap<MemberId, ReceiverView>,
     /// The data directory.
     pub data: DataView,
     /// PostgreSQL.

@@ -37,6 +37,8 @@ pub enum Key {
     Member(MemberId),
     /// [`Seal`] of a member.
     Seal(MemberId),
+    /// [`ReceiverRecord`] of a backup receiver.
+    Receiver(MemberId),
 }
 
 impl Key {
@@ -55,6 +57,7 @@ impl Key {
             Self::Order(m) => format!("order/{m}"),
             Self::Member(m) => format!("member/{m}"),
             Self::Seal(m) => format!("seal/{m}"),
+            Self::Receiver(m) => format!("receiver/{m}"),
         }
     }
 }
@@ -156,6 +159,18 @@ pub struct MemberRecord {
     pub priority: u32,
     /// Its data directory's present life; none before the first.
     pub incarnation: Option<Incarnation>,
+    /// It is being taken out of the cluster: no commit is to wait for it any more.
+    #[serde(default)]
+    pub leaving: bool,
+}
+
+/// A backup daemon that can be a member of V, see [`crate::receiver`]; written by an agent when it reports.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct ReceiverRecord {
+    /// Its API, `host:port`.
+    pub api: String,
+    /// The present life of its repository.
+    pub incarnation: Incarnation,
     /// It is being taken out of the cluster: no commit is to wait for it any more.
     #[serde(default)]
     pub leaving: bool,
@@ -354,6 +369,8 @@ pub enum Record {
     Member(MemberId, MemberRecord),
     /// To [`Key::Seal`].
     Seal(MemberId, Seal),
+    /// To [`Key::Receiver`].
+    Receiver(MemberId, ReceiverRecord),
 }
 
 impl Record {
@@ -372,6 +389,7 @@ impl Record {
             Self::Order(m, _) => Key::Order(m.clone()),
             Self::Member(m, _) => Key::Member(m.clone()),
             Self::Seal(m, _) => Key::Seal(m.clone()),
+            Self::Receiver(m, _) => Key::Receiver(m.clone()),
         }
     }
 }
@@ -425,6 +443,8 @@ pub struct ClusterView {
     pub members: BTreeMap<MemberId, At<MemberRecord>>,
     /// See [`Key::Seal`].
     pub seals: BTreeMap<MemberId, At<Seal>>,
+    /// See [`Key::Receiver`].
+    pub receivers: BTreeMap<MemberId, At<ReceiverRecord>>,
 }
 
 impl ClusterView {
@@ -446,6 +466,7 @@ impl ClusterView {
             Key::Order(m) => r(self.orders.get(m)),
             Key::Member(m) => r(self.members.get(m)),
             Key::Seal(m) => r(self.seals.get(m)),
+            Key::Receiver(m) => r(self.receivers.get(m)),
         }
     }
 

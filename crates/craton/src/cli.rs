@@ -192,6 +192,9 @@ pub struct UpArgs {
     /// When a commit is acknowledged
     #[arg(long, value_enum, default_value_t = Durability::Quorum)]
     pub durability: Durability,
+    /// Let commits wait for the backup daemon as for a standby: what only it has received is not lost
+    #[arg(long)]
+    pub synchronous_backup: bool,
     /// Leave the sample map out
     #[arg(long)]
     pub no_sample: bool,

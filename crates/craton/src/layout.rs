@@ -50,6 +50,9 @@ pub struct ClusterFile {
     pub joined: Vec<MemberId>,
     /// `async`, `quorum` or `strict`.
     pub durability: String,
+    /// Commits may wait for the backup daemon as for a standby.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub synchronous_backup: bool,
     /// Whether the sample map is (to be) loaded.
     pub sample: bool,
     /// PostgreSQL's programs.
@@ -344,6 +347,7 @@ mod tests {
             members: member_names(members).unwrap(),
             joined: Vec::new(),
             durability: "quorum".into(),
+            synchronous_backup: false,
             sample: true,
             postgres_bin: "/usr/lib/postgresql/15/bin".into(),
         };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use craton_console::views::{MemberView, StatusView};
+use craton_console::views::{MemberView, ReceiverView, StatusView};
 use craton_core::topology::MemberRole;
 
 use crate::access::Access;
@@ -47,7 +47,7 @@ pub fn render(view: &StatusView) -> String {
         headline(view),
         protection(view),
         String::new(),
-        members(&view.members),
+        members(&view.members, &view.receivers),
     ];
     lines.extend(maintenance(view));
     if let Some(election) = &view.election {
@@ -184,7 +184,7 @@ fn join(members: &[craton_core::MemberId]) -> String {
 }
 
 /// The table of members.
-pub fn members(members: &[MemberView]) -> String {
+pub fn members(members: &[MemberView], receivers: &[ReceiverView]) -> String {
     let mut table = output::table(&[
         "MEMBER", "ROLE", "STATE", "TIMELINE", "WAL", "LAG", "SYNC", "ADDRESS",
     ]);
@@ -221,5 +221,27 @@ pub fn members(members: &[MemberView]) -> String {
             plain(format!("{}:{}", member.host, member.port)),
         ]);
     }
+    for receiver in receivers {
+        table.add_row(receiver_row(receiver));
+    }
     output::table_text(&table)
+}
+
+fn receiver_row(receiver: &ReceiverView) -> Vec<comfy_table::Cell> {
+    let or_dash = |text: Option<String>| plain(text.unwrap_or_else(|| "-".to_owned()));
+    let state = match (&receiver.streams_from, receiver.alive) {
+        (_, false) => cell(Colour::Red, "silent"),
+        (Some(from), true) => plain(format!("receives from {from}")),
+        (None, true) => cell(Colour::Yellow, "receives from nobody"),
+    };
+    vec![
+        cell(Colour::Cyan, receiver.name.as_str()),
+        plain("backup"),
+        state,
+        or_dash(receiver.timeline.map(|t| t.to_string())),
+        or_dash(receiver.lsn.map(|l| l.to_string())),
+        or_dash(receiver.lag_bytes.map(output::bytes)),
+        plain(if receiver.sync { "yes" } else { "-" }),
+        plain(&receiver.api),
+    ]
 }

@@ -192,6 +192,7 @@ fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
             .is_some_and(|n| usize::from(n) != cluster.members.len()),
         args.durability != Durability::Quorum && args.durability.as_str() != cluster.durability,
         args.base_port != BASE_PORT_DEFAULT && args.base_port != cluster.base_port,
+        args.synchronous_backup && !cluster.synchronous_backup,
     ];
     if other.contains(&true) {
         output::note(format!(
@@ -234,6 +235,7 @@ fn new_cluster(dir: &Path, args: &UpArgs) -> anyhow::Result<Layout> {
             members: member_names(args.members.unwrap_or(MEMBERS_DEFAULT))?,
             joined: Vec::new(),
             durability: args.durability.as_str().to_owned(),
+            synchronous_backup: args.synchronous_backup,
             sample: !args.no_sample,
             postgres_bin,
         };

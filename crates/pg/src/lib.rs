@@ -11,7 +11,7 @@
 //! * [`parameters`]: which of PostgreSQL's parameters may be set, and which wait for a restart.
 //! * [`sync`]: `synchronous_standby_names`, and the proof that a change of it is in force.
 //! * [`clone`], [`rewind`], [`divergence`]: ways to become a standby again.
-//! * [`history`]: timeline history files.
+//! * [`history`]: timeline history files; `fetched`: WAL that came another way than by streaming.
 //! * [`disk`]: free space and the reserve file.
 //!
 //! # The member's directory
@@ -27,6 +27,7 @@ pub mod control_data;
 pub mod disk;
 pub mod divergence;
 mod error;
+mod fetched;
 mod files;
 pub mod history;
 pub mod instance;
@@ -48,6 +49,7 @@ pub use control_data::{ClusterState, ControlData};
 pub use disk::DiskSpace;
 pub use divergence::{DivergenceSummary, RelationNames};
 pub use error::{PgError, Result, RewindFailure};
+pub use fetched::{history_name, segment_name};
 pub use history::{HistoryEntry, KnownTimeline};
 pub use instance::{DataDir, InitOptions, Instance, InstanceConfig};
 pub use parameters::Parameter;

@@ -18,6 +18,7 @@ pub mod manifest;
 pub mod pack;
 pub mod retention;
 pub mod segment;
+pub mod wal_end;
 pub mod wal_scan;
 
 /// Why bytes of the repository cannot be believed.

@@ -5,11 +5,11 @@
 //! `xlogrecord.h` and `xact.h`; they have been the same from version 9.5 on, in little-endian order.
 
 /// Page header flags (`XLP_FIRST_IS_CONTRECORD`, `XLP_LONG_HEADER`).
-const CONTINUES: u16 = 0x0001;
-const LONG_HEADER: u16 = 0x0002;
-const SHORT_HEADER_BYTES: usize = 24;
-const LONG_HEADER_BYTES: usize = 40;
-const RECORD_HEADER_BYTES: usize = 24;
+pub(crate) const CONTINUES: u16 = 0x0001;
+pub(crate) const LONG_HEADER: u16 = 0x0002;
+pub(crate) const SHORT_HEADER_BYTES: usize = 24;
+pub(crate) const LONG_HEADER_BYTES: usize = 40;
+pub(crate) const RECORD_HEADER_BYTES: usize = 24;
 /// The resource manager of transactions (`RM_XACT_ID`), and the part of `xl_info` that says what happened.
 const TRANSACTION: u8 = 1;
 const OPERATION: u8 = 0x70;
@@ -60,7 +60,7 @@ fn payload(segment: &[u8]) -> Option<Vec<u8>> {
 }
 
 /// Records begin at multiples of eight; headers of pages are such multiples as well.
-fn aligned(n: usize) -> usize {
+pub(crate) fn aligned(n: usize) -> usize {
     n.checked_next_multiple_of(8).unwrap_or(usize::MAX)
 }
 
@@ -117,21 +117,21 @@ fn ended_at(record: &[u8]) -> Option<i64> {
         .checked_add(EPOCH_US)
 }
 
-fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
+pub(crate) fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
     bytes
         .get(at..)?
         .first_chunk()
         .map(|b| u16::from_le_bytes(*b))
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     bytes
         .get(at..)?
         .first_chunk()
         .map(|b| u32::from_le_bytes(*b))
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+pub(crate) fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
     bytes
         .get(at..)?
         .first_chunk()

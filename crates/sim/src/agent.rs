@@ -68,6 +68,7 @@ impl World {
                 ..PromiseView::default()
             },
             peers: BTreeMap::new(),
+            receivers: BTreeMap::new(),
             data: DataView::Empty,
             server: ServerView::Down,
             host: craton_core::health::Host::default(),

@@ -60,6 +60,7 @@ fn put(view: &mut ClusterView, record: Record, revision: u64) {
         Record::Order(m, r) => insert(&mut view.orders, m, revision, r),
         Record::Member(m, r) => insert(&mut view.members, m, revision, r),
         Record::Seal(m, r) => insert(&mut view.seals, m, revision, r),
+        Record::Receiver(m, r) => insert(&mut view.receivers, m, revision, r),
     }
 }
 
@@ -82,6 +83,9 @@ fn delete(view: &mut ClusterView, key: &Key) {
         }
         Key::Seal(m) => {
             view.seals.remove(m);
+        }
+        Key::Receiver(m) => {
+            view.receivers.remove(m);
         }
     }
 }

@@ -323,6 +323,8 @@ pub fn config(root: &Path) -> Config {
         slot: "craton_backup".into(),
         application_name: "craton_backup".into(),
         synchronous: false,
+        name: None,
+        advertise: None,
         backup_on_start: true,
         backup_interval_s: 0,
         prefer_standby: false,

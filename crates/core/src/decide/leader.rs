@@ -4,7 +4,7 @@ use super::health::{gave_up, give_up, gives_up as gives_up_serving, hand_over_ru
 use super::request::{cause, request_rule, schedule_rule};
 use super::rolling::rolling_rule;
 use super::sync_set::{is_settled_for, names_of, promise_needs, settle_early, sync_rule};
-use super::{Mind, Task, TaskKind};
+use super::{Mind, Task, TaskKind, receivers};
 use crate::observe::{DataView, Server, ServerView};
 use crate::records::{Change, ClusterRecord, ClusterView, Key, Leadership, Record, RequestPhase};
 use crate::settings::Durability;
@@ -220,7 +220,11 @@ pub(super) fn can_hand_over(mind: &Mind<'_>, view: &ClusterView, l: &Leadership)
         })
         .map(|(m, _)| m)
         .collect();
-    alive.len() >= needed && alive.iter().any(|m| may_lead(m))
+    let copies = receivers::in_v(view, l).filter(|(m, r)| {
+        mind.receiver(m, r)
+            .is_some_and(|seen| seen.timeline == l.timeline)
+    });
+    alive.len() + copies.count() >= needed && alive.iter().any(|m| may_lead(m))
 }
 
 /// Leads on paper without the lease. Voters that have called the term over refuse it for good; with an even

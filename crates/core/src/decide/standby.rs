@@ -1,6 +1,8 @@
 //! A member that does not lead: clone, follow, rewind, and notice that the leader is gone.
 
-use super::{Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind, request};
+use super::{
+    Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind, receivers, request,
+};
 use crate::observe::{LeaseSeen, Server, ServerView};
 use crate::records::{ClusterView, Leadership, MemberRef, Request, RequestKind, RequestPhase};
 use crate::settings::Durability;
@@ -103,8 +105,9 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
         .me
         .reference()
         .is_some_and(|me| l.sync.holds(&me.member, me.incarnation));
-    let may_win =
-        counted && (l.durability == Durability::Async || l.sync.k > 0) || forced.is_some();
+    let may_win = counted && (l.durability == Durability::Async || l.sync.k > 0)
+        || forced.is_some()
+        || receivers::only_receivers(view, l);
     let settled = mind.is_settled();
     let wished = asked.is_some_and(|r| r.kind == RequestKind::Failover);
     if mind.is_paused() && !wished {

@@ -284,11 +284,22 @@ fn wanted_members(
     let listing =
         l.durability == Durability::Async && mind.settings.durability == Durability::Async;
     let mut wanted = BTreeMap::new();
-    let stays = |m: &MemberId| view.members.get(m).is_some_and(|r| !r.value.leaving);
+    // A receiver can neither follow nor promise, so in `async` it has no place in V.
+    let waits = mind.settings.durability != Durability::Async;
+    let stays = |m: &MemberId| {
+        let receiver = view.receivers.get(m).filter(|_| waits);
+        view.members.get(m).is_some_and(|r| !r.value.leaving)
+            || receiver.is_some_and(|r| !r.value.leaving)
+    };
+    let is_former = |m: &MemberId, i: Incarnation| {
+        view.receivers
+            .get(m)
+            .is_some_and(|r| r.value.incarnation != i)
+    };
     for b in s
         .standbys
         .iter()
-        .filter(|b| b.streaming && stays(&b.member))
+        .filter(|b| b.streaming && stays(&b.member) && !is_former(&b.member, b.incarnation))
     {
         let (flushed, at) = mind
             .out

@@ -7,6 +7,7 @@ mod joining;
 mod leading;
 mod operating;
 mod random;
+mod receivers;
 
 use std::collections::BTreeSet;
 
@@ -134,6 +135,7 @@ impl Scene {
             lease_seen: LeaseSeen::Unknown,
             promises: PromiseView::default(),
             peers: BTreeMap::new(),
+            receivers: BTreeMap::new(),
             data: DataView::Empty,
             server: ServerView::Down,
             process: Some(1),
@@ -360,6 +362,9 @@ fn line(d: &Decision) -> String {
     }
     if let Some(open) = &d.open {
         words.push(format!("elect-after {}", open.after));
+    }
+    for ask in &d.ask_seals {
+        words.push(format!("ask {} {}", ask.receiver, ask.term));
     }
     for c in &d.changes {
         let puts: Vec<String> = c.puts.iter().map(|p| p.key().path()).collect();

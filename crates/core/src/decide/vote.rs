@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use super::{Mind, OpenElection, Task};
+use super::{Mind, OpenElection, Task, receivers};
 use crate::election::{Ballot, CatchUp};
 use crate::observe::ServerView;
 use crate::records::{
@@ -61,6 +61,7 @@ pub(super) fn election_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leaders
     }
     let opened = format!("the election of term {} is open: {}", l.term, l.cause);
     mind.because("election", opened);
+    receivers::seal_rule(mind, view, l);
     match &mind.o.server {
         ServerView::Down => {
             mind.because(
@@ -98,12 +99,18 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
         });
         return mind.because("sealing", "telling the coordinator what this member holds");
     }
-    let alive: BTreeSet<MemberId> = view
+    let mut alive: BTreeSet<MemberId> = view
         .members
         .keys()
         .filter(|m| mind.is_alive(m))
         .cloned()
         .collect();
+    // Who gave its seal a moment ago can give WAL.
+    alive.extend(
+        receivers::in_v(view, l)
+            .filter(|(m, r)| mind.receiver(m, r).is_some())
+            .map(|(m, _)| m.clone()),
+    );
     let unfit = mind.unfit(view);
     let tally = Ballot {
         leadership: l,
@@ -208,6 +215,7 @@ fn catch_up_rule(
             mind.because("catching_up", why);
             mind.start(Task::CatchUp {
                 from: c.from.clone(),
+                receiver: view.receivers.get(&c.from).map(|r| r.value.api.clone()),
                 term: l.term,
                 timeline: c.timeline,
                 lsn: c.lsn,

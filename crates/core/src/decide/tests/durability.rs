@@ -353,6 +353,7 @@ fn what_a_member_that_never_leads_holds_comes_first() {
     let d = decide(&s.o, &s.memory);
     let task = Task::CatchUp {
         from: id("c"),
+        receiver: None,
         term: Term(2),
         timeline: TimelineId(1),
         lsn: Lsn(1000),
