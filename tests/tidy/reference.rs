@@ -105,11 +105,15 @@ fn metrics() -> String {
         ("Agent", agent.catalogue()),
         ("Backup", backup.catalogue()),
         ("Proxy", &craton_proxy::metrics_catalogue()),
+        (
+            "Witness",
+            craton_agent::witness::metrics_catalogue().catalogue(),
+        ),
     ])
 }
 
 /// Title, what it is about, file and struct.
-const TABLES: [(&str, &str, &str, &str); 9] = [
+const TABLES: [(&str, &str, &str, &str); 10] = [
     (
         "[node]",
         "The agent beside one PostgreSQL.",
@@ -135,7 +139,7 @@ const TABLES: [(&str, &str, &str, &str); 9] = [
         "Settings",
     ),
     (
-        "[node.tls], [proxy.tls], [backup.tls]",
+        "[node.tls], [proxy.tls], [backup.tls], [witness.tls]",
         "Certificates of a part. TLS is on: without them a daemon does not start.",
         "crates/trust/src/files.rs",
         "TlsSettings",
@@ -163,6 +167,12 @@ const TABLES: [(&str, &str, &str, &str); 9] = [
         "The backup daemon.",
         "crates/backup/src/config.rs",
         "Config",
+    ),
+    (
+        "[witness], [proxy.witness], [backup.witness]",
+        "A witness: a voter without a PostgreSQL, as a daemon of its own, or inside a proxy or a backup daemon.",
+        "crates/agent/src/witness.rs",
+        "WitnessConfig",
     ),
 ];
 

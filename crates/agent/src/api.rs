@@ -23,6 +23,7 @@ use tokio::sync::watch;
 use crate::act::Actor;
 use crate::agent::Seen;
 use crate::clock;
+use crate::members;
 use crate::server::LocalServer;
 use crate::store;
 use crate::views;
@@ -91,7 +92,16 @@ impl Api {
 }
 
 async fn status(State(api): State<Api>) -> Response {
-    api.answer(|seen| views::status(&seen.0, &seen.1))
+    api.answer(|seen| {
+        let mut status = views::status(&seen.0, &seen.1);
+        if let Some(view) = &seen.0.view {
+            status.witnesses = members::witnesses(api.coordinator.as_ref(), view);
+        }
+        let silent = status.witnesses.iter().filter(|w| !w.alive);
+        let silent = silent.map(|w| format!("the witness {} has not been heard of", w.name));
+        status.warnings.extend(silent);
+        status
+    })
 }
 
 async fn explain(State(api): State<Api>) -> Response {

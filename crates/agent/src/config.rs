@@ -250,19 +250,7 @@ impl Secrets {
 
     /// Reads all of them.
     pub fn read(dir: &Path) -> Result<Self, String> {
-        let read = |name: &str| {
-            let path = dir.join(name);
-            let text = std::fs::read_to_string(&path)
-                .map_err(|e| format!("cannot read the secret {}: {e}", path.display()))?;
-            let secret = text.lines().next().unwrap_or_default().trim().to_owned();
-            if secret.len() < 8 {
-                return Err(format!(
-                    "the secret in {} is shorter than 8 characters",
-                    path.display()
-                ));
-            }
-            Ok(secret)
-        };
+        let read = |name: &str| read_secret(dir, name);
         let [superuser, replication, proxy, rewind, peers, api_token] = Self::FILES;
         let api_token = if dir.join(api_token).exists() {
             Some(read(api_token)?)
@@ -278,4 +266,19 @@ impl Secrets {
             api_token,
         })
     }
+}
+
+/// One secret of a directory.
+pub(crate) fn read_secret(dir: &Path, name: &str) -> Result<String, String> {
+    let path = dir.join(name);
+    let text = std::fs::read_to_string(&path)
+        .map_err(|e| format!("cannot read the secret {}: {e}", path.display()))?;
+    let secret = text.lines().next().unwrap_or_default().trim().to_owned();
+    if secret.len() < 8 {
+        return Err(format!(
+            "the secret in {} is shorter than 8 characters",
+            path.display()
+        ));
+    }
+    Ok(secret)
 }

@@ -178,6 +178,7 @@ impl Enrolment {
             ],
             Role::Proxy => &["proxy"],
             Role::Backup => &["replication"],
+            Role::Witness => &["peers"],
             Role::Operator => &[],
         };
         let mut found = Vec::with_capacity(names.len());
@@ -216,7 +217,7 @@ fn check(request: &TokenRequest) -> Outcome<Ticket> {
         return Err(bad("too many hosts in one certificate", hint));
     }
     Identity::new("c", request.role, &request.name).map_err(|e| bad(e.to_string(), hint))?;
-    if request.role == Role::Node {
+    if request.role.votes() {
         MemberId::new(&request.name).map_err(|e| bad(e, hint))?;
     }
     Ok(Ticket {

@@ -33,6 +33,7 @@ pub mod storage;
 pub mod store;
 mod trust;
 pub mod views;
+pub mod witness;
 
 pub use config::{AgentConfig, CloneConfig, Peer, Secrets, VoterWish, WatchdogMode};
 pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};

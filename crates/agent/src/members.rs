@@ -7,14 +7,17 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use craton_console::Client;
-use craton_console::server::failure;
-use craton_console::views::{JoinRequest, JoinView, MemberRequest, MembersView, PlaceView};
+use craton_console::server::{Visitor, failure};
+use craton_console::views::{
+    JoinRequest, JoinView, MemberRequest, MembersView, PlaceView, WitnessView,
+};
 use craton_coordinator::api::{Coordinator, MembersError, Membership, Txn, TxnOutcome};
 use craton_coordinator::raft::{Change as MembersChange, Configuration};
 use craton_core::MemberId;
 use craton_core::records::{At, Change, ClusterView, Event, Key, MemberRecord, Record};
+use craton_trust::Role;
 
 use crate::clock;
 use crate::config::VoterWish;
@@ -28,6 +31,9 @@ const JOIN_PAUSE: Duration = Duration::from_secs(1);
 
 /// How long a member that is being removed may take to leave the sync set.
 const LEAVE_MAX: Duration = Duration::from_secs(30);
+
+/// A witness that was not heard for so long is silent; it says that it is there twice a second.
+const WITNESS_SILENT: Duration = Duration::from_secs(3);
 
 /// How often a member without a say looks whether it should have one.
 const SAY_INTERVAL: Duration = Duration::from_secs(2);
@@ -188,6 +194,34 @@ fn places(api: &Api, members: &dyn Membership, view: &ClusterView) -> MembersVie
     }
 }
 
+/// Who takes part without a database: nobody has heard of any data of theirs.
+pub fn witnesses(coordinator: &dyn Coordinator, view: &ClusterView) -> Vec<WitnessView> {
+    let Some(members) = coordinator.membership() else {
+        return Vec::new();
+    };
+    let config = members.members();
+    let presence = Arc::clone(&coordinator.presence().borrow());
+    let now = clock::now();
+    let mut found: Vec<WitnessView> = config
+        .members()
+        .filter(|m| !view.members.contains_key(*m))
+        .map(|m| {
+            let heard = presence.get(m).map(|p| now.since(p.heard_at));
+            WitnessView {
+                name: m.clone(),
+                address: members
+                    .address_of(m)
+                    .or_else(|| config.addresses.get(m).cloned()),
+                voter: config.voters.contains_key(m),
+                alive: heard.is_some_and(|age| age < WITNESS_SILENT),
+                heard_ms_ago: heard.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX)),
+            }
+        })
+        .collect();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
+}
+
 async fn list(State(api): State<Api>) -> Result<Response, Refusal> {
     let members = membership(&api)?;
     let view = view(&api).await?;
@@ -196,8 +230,20 @@ async fn list(State(api): State<Api>) -> Result<Response, Refusal> {
 
 async fn take_in(
     State(api): State<Api>,
+    visitor: Option<Extension<Visitor>>,
     Json(request): Json<JoinRequest>,
 ) -> Result<Response, Refusal> {
+    let asks = visitor.and_then(|v| v.0.identity);
+    let witness = asks.filter(|i| i.role == Role::Witness);
+    if let Some(other) = witness.filter(|i| i.name != request.member.as_str()) {
+        return Err(refused(
+            format!(
+                "the witness {} asks in the name of {}",
+                other.name, request.member
+            ),
+            "witness.name must be the name in its certificate",
+        ));
+    }
     let members = membership(&api)?;
     let seen = view(&api).await?;
     if seen.leadership.is_none() {

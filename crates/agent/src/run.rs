@@ -72,7 +72,7 @@ pub enum AgentError {
     Coordinator(String),
 }
 
-fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
+pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> AgentError {
     let what = what.into();
     move |source| AgentError::Io { what, source }
 }
@@ -85,12 +85,7 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
     let trust = trust::open(&config)?;
     make_dir(&config.dir)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(LEASE_THREADS)
-        .thread_name("craton-lease")
-        .enable_all()
-        .build()
-        .map_err(io("cannot start the lease's runtime"))?;
+    let runtime = lease_runtime()?;
     let mut told = shutdown.clone();
     // Asking to be taken in goes on until somebody does.
     let started = tokio::select! {
@@ -117,6 +112,16 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
     };
     runtime.shutdown_background();
     outcome
+}
+
+/// What carries the lease and the coordinator.
+pub(crate) fn lease_runtime() -> Result<tokio::runtime::Runtime, AgentError> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(LEASE_THREADS)
+        .thread_name("craton-lease")
+        .enable_all()
+        .build()
+        .map_err(io("cannot start the lease's runtime"))
 }
 
 /// Turns true with the first of two.
@@ -373,7 +378,7 @@ fn empty_topology(config: &AgentConfig) -> Topology {
     }
 }
 
-fn make_dir(dir: &Path) -> Result<(), AgentError> {
+pub(crate) fn make_dir(dir: &Path) -> Result<(), AgentError> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -429,7 +434,7 @@ fn write_passfile(dir: &Path, secrets: &Secrets) -> Result<PathBuf, AgentError> 
 }
 
 /// No coordinator has ever run here.
-fn is_new(dir: &Path) -> bool {
+pub(crate) fn is_new(dir: &Path) -> bool {
     !dir.join(craton_coordinator::embedded::LOG_FILE).exists()
 }
 

@@ -223,6 +223,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         leader,
         members,
         receivers,
+        witnesses: Vec::new(),
         reasons: decision.reasons.iter().map(|r| r.text.clone()).collect(),
         warnings,
         paused: paused(o, view),

@@ -1,6 +1,6 @@
 //! Who may do what at the control APIs: one table.
 //!
-//! A proxy learns where the members are and nothing else; a backup daemon may also look; only operators change
+//! A proxy learns where the members are and nothing else; a witness that, and asks to be taken in; a backup daemon may also look; only operators change
 //! things. Agents may do everything: their hosts hold the data, the authority's key and the superuser's password
 //! anyway. What is not in the table is for agents and operators.
 
@@ -23,7 +23,7 @@ const fn rule(prefix: &'static str, method: Option<Method>, roles: &'static [Rol
 }
 
 /// The first rule that fits counts.
-const RULES: [Rule; 8] = [
+const RULES: [Rule; 9] = [
     rule("/v1/topology", Some(Method::GET), &Role::ALL),
     rule("/v1/authority", Some(Method::GET), &Role::ALL),
     // Between agents alone: a promise of a member that another's leadership rests on.
@@ -35,6 +35,12 @@ const RULES: [Rule; 8] = [
         &[Role::Node, Role::Backup],
     ),
     rule("/v1/receiver/", None, &[Role::Node]),
+    // A witness asks to be taken in.
+    rule(
+        "/v1/members/join",
+        Some(Method::POST),
+        &[Role::Node, Role::Witness, Role::Operator],
+    ),
     // A new certificate for whoever shows the present one.
     rule("/v1/certificate", Some(Method::POST), &Role::ALL),
     rule(
@@ -74,8 +80,8 @@ mod tests {
         };
         let (get, post) = (Method::GET, Method::POST);
         for (method, path, who) in [
-            (&get, "/v1/topology", "npbo"),
-            (&get, "/v1/topology/stream", "npbo"),
+            (&get, "/v1/topology", "npbwo"),
+            (&get, "/v1/topology/stream", "npbwo"),
             (&get, "/v1/topologyx", "nbo"),
             (&post, "/v1/topology", "no"),
             (&get, "/v1/status", "nbo"),
@@ -83,12 +89,14 @@ mod tests {
             (&Method::DELETE, "/v1/members/a", "no"),
             (&post, "/v1/promise", "n"),
             (&get, "/v1/promise", "n"),
+            (&post, "/v1/members/join", "nwo"),
+            (&post, "/v1/members/remove", "no"),
             (&post, "/v1/receivers", "nb"),
             (&get, "/v1/receiver", "nbo"),
             (&post, "/v1/receiver/seal", "n"),
             (&get, "/v1/receiver/wal/000000010000000000000001", "n"),
-            (&post, "/v1/certificate", "npbo"),
-            (&get, "/v1/authority", "npbo"),
+            (&post, "/v1/certificate", "npbwo"),
+            (&get, "/v1/authority", "npbwo"),
             (&post, "/v1/join-tokens", "no"),
             (&get, "/v2/anything", ""),
             (&get, "/", ""),

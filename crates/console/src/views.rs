@@ -34,6 +34,9 @@ pub struct StatusView {
     /// Backup daemons that are synchronous copies, ordered by name.
     #[serde(default)]
     pub receivers: Vec<ReceiverView>,
+    /// Voters without a database, ordered by name.
+    #[serde(default)]
+    pub witnesses: Vec<WitnessView>,
     /// What would happen next, as a sentence ("if a fails, b or c takes over within 2.7 s").
     pub next: String,
     /// Why the answering agent does, or does not do, something; newest decision first.
@@ -190,6 +193,21 @@ pub struct MemberView {
     /// PostgreSQL is elected only if no other can be.
     #[serde(default)]
     pub trouble: Vec<String>,
+}
+
+/// A voter of the coordinator without a database.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WitnessView {
+    /// Its name.
+    pub name: MemberId,
+    /// Where its coordinator listens, `host:port`.
+    pub address: Option<String>,
+    /// True when it has a say.
+    pub voter: bool,
+    /// True when it was heard lately.
+    pub alive: bool,
+    /// How long ago it was heard, in milliseconds.
+    pub heard_ms_ago: Option<u64>,
 }
 
 /// A backup daemon as a synchronous copy: it seals in elections and never leads.

@@ -66,10 +66,10 @@ pub enum RotateStep {
 /// `craton ca token`
 #[derive(Args, Debug)]
 pub struct TokenArgs {
-    /// What the new host will be: node, proxy, backup or operator
+    /// What the new host will be: node, proxy, backup, witness or operator
     #[arg(long, default_value = "node", value_name = "ROLE")]
     pub role: Role,
-    /// Its name: the member's for a node
+    /// Its name: the member's for a node, the witness's for a witness
     #[arg(long, value_name = "NAME")]
     pub name: String,
     /// For how long it is good: seconds, or with m, h or d behind

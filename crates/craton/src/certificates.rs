@@ -8,7 +8,7 @@ use craton_trust::{Identity, Role, TlsFiles, Trust, renewal};
 
 use crate::cli::wait_for;
 use crate::exit::{Problem, USAGE};
-use crate::layout::{HOST, Layout};
+use crate::layout::{HOST, Layout, WITNESS_NAME};
 use crate::output;
 
 /// The file of an operator's certificate, in a directory of certificates.
@@ -29,7 +29,11 @@ pub fn ensure_local(layout: &Layout) -> anyhow::Result<()> {
         ("backup".to_owned(), Role::Backup, "backup"),
         (OPERATOR.to_owned(), Role::Operator, "local"),
     ];
-    for (stem, role, name) in members.chain(others) {
+    let witness = layout.cluster.witness.then(|| {
+        let stem = format!("witness-{WITNESS_NAME}");
+        (stem, Role::Witness, WITNESS_NAME)
+    });
+    for (stem, role, name) in members.chain(others).chain(witness) {
         let identity = Identity::new(&layout.cluster.name, role, name)?;
         let hosts = if role == Role::Operator {
             &[][..]

@@ -141,6 +141,8 @@ pub enum Command {
     Node(DaemonArgs),
     /// Run the proxy
     Proxy(DaemonArgs),
+    /// Run a witness: a voter without a PostgreSQL, so that two members have a majority when one is lost
+    Witness(DaemonArgs),
     /// Run the fence of one PostgreSQL (the agent does)
     #[command(hide = true)]
     Fence {
@@ -195,6 +197,9 @@ pub struct UpArgs {
     /// Let commits wait for the backup daemon as for a standby: what only it has received is not lost
     #[arg(long)]
     pub synchronous_backup: bool,
+    /// With a witness: a voter without a database, so that two members can lose one
+    #[arg(long)]
+    pub witness: bool,
     /// Leave the sample map out
     #[arg(long)]
     pub no_sample: bool,
@@ -289,6 +294,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Fence { board, watchdog } => daemons::fence(&board, watchdog),
         Command::Node(args) => daemons::node(&args),
         Command::Proxy(args) => daemons::proxy(&args),
+        Command::Witness(args) => daemons::witness(&args),
         Command::Status(args) => wait_for(status::run(&access()?, &args, json)),
         Command::Explain { member } => wait_for(explain::run(&access()?, member, json)),
         Command::Switchover(args) => wait_for(change::switchover(&access()?, args, json)),

@@ -17,7 +17,10 @@ use crate::cli::DaemonArgs;
 use crate::exit::{Problem, USAGE};
 
 /// The tables that a `craton.toml` may have.
-const TABLES: [&str; 3] = ["node", "proxy", "backup"];
+const TABLES: [&str; 4] = ["node", "proxy", "backup", "witness"];
+
+/// A table inside a daemon's own that another part of the program reads.
+pub const WITNESS: &str = "witness";
 
 /// The span of what did not come from the file.
 const NOT_IN_FILE: Range<usize> = 0..0;
@@ -63,6 +66,36 @@ impl Sources {
 
     /// The typed settings of one table.
     pub fn table<T: DeserializeOwned>(&self, table: &str) -> anyhow::Result<T> {
+        self.parse(table, |_| None)
+    }
+
+    /// The typed settings of a daemon's table, and of the table [`WITNESS`] in it where that daemon is one too.
+    pub fn table_and_witness<T: DeserializeOwned, W: DeserializeOwned>(
+        &self,
+        table: &str,
+    ) -> anyhow::Result<(T, Option<W>)> {
+        let mut found = None;
+        let settings = self.parse(table, |value| {
+            let DeValue::Table(inner) = value else {
+                return None;
+            };
+            let witness = inner.remove(WITNESS)?;
+            match W::deserialize(witness.into_deserializer()) {
+                Ok(witness) => {
+                    found = Some(witness);
+                    None
+                }
+                Err(error) => Some(error),
+            }
+        })?;
+        Ok((settings, found))
+    }
+
+    fn parse<T: DeserializeOwned>(
+        &self,
+        table: &str,
+        mut take: impl FnMut(&mut DeValue<'_>) -> Option<toml::de::Error>,
+    ) -> anyhow::Result<T> {
         let parsed = DeTable::parse(&self.text).map_err(|e| self.problem(&e, table, &[]))?;
         let mut file = parsed.into_inner();
         for key in file.keys() {
@@ -93,6 +126,9 @@ impl Sources {
                     "check its name",
                 )
             })?;
+        }
+        if let Some(error) = take(value.get_mut()) {
+            return Err(self.problem(&error, table, &overlays));
         }
         T::deserialize(value.into_deserializer()).map_err(|e| self.problem(&e, table, &overlays))
     }

@@ -5,6 +5,7 @@ use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use craton_agent::witness::WitnessConfig;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
@@ -107,8 +108,38 @@ pub fn node(args: &DaemonArgs) -> anyhow::Result<u8> {
 /// `craton backup daemon`
 pub fn backup(args: &DaemonArgs) -> anyhow::Result<u8> {
     let _lock = lock(args)?;
-    let settings: craton_backup::Config = config::load(args, "backup")?;
-    run(|stopped| craton_backup::run(settings, stopped))
+    let sources = config::Sources::gather(args)?;
+    let (settings, witness): (craton_backup::Config, _) = sources.table_and_witness("backup")?;
+    run(|stopped| {
+        beside(
+            witness,
+            stopped.clone(),
+            craton_backup::run(settings, stopped),
+        )
+    })
+}
+
+/// `craton witness`
+pub fn witness(args: &DaemonArgs) -> anyhow::Result<u8> {
+    let _lock = lock(args)?;
+    let settings: WitnessConfig = config::load(args, config::WITNESS)?;
+    run(|stopped| craton_agent::witness::run(settings, stopped))
+}
+
+/// A daemon that is a witness too. What becomes of the witness is no reason for the daemon to end.
+async fn beside<E>(
+    witness: Option<WitnessConfig>,
+    stopped: watch::Receiver<bool>,
+    daemon: impl Future<Output = Result<(), E>>,
+) -> Result<(), E> {
+    let voting = async {
+        let Some(settings) = witness else { return };
+        if let Err(error) = craton_agent::witness::run(settings, stopped).await {
+            tracing::error!(%error, "the witness in this daemon ended; the daemon goes on");
+        }
+    };
+    let (daemon, ()) = tokio::join!(daemon, voting);
+    daemon
 }
 
 /// `craton fence`: no runtime, no log file, nothing that could wait.
@@ -121,6 +152,13 @@ pub fn fence(board: &Path, watchdog: Option<PathBuf>) -> anyhow::Result<u8> {
 /// `craton proxy`
 pub fn proxy(args: &DaemonArgs) -> anyhow::Result<u8> {
     let _lock = lock(args)?;
-    let settings: craton_proxy::ProxyConfig = config::load(args, "proxy")?;
-    run(|stopped| craton_proxy::run(settings, stopped))
+    let sources = config::Sources::gather(args)?;
+    let (settings, witness): (craton_proxy::ProxyConfig, _) = sources.table_and_witness("proxy")?;
+    run(|stopped| {
+        beside(
+            witness,
+            stopped.clone(),
+            craton_proxy::run(settings, stopped),
+        )
+    })
 }

@@ -105,7 +105,7 @@ pub async fn run(args: JoinArgs, json: bool) -> anyhow::Result<u8> {
 
 fn stem(identity: &Identity) -> String {
     match identity.role {
-        Role::Node => format!("node-{}", identity.name),
+        Role::Node | Role::Witness => format!("{}-{}", identity.role, identity.name),
         other => other.to_string(),
     }
 }
@@ -122,6 +122,10 @@ fn settings_for(identity: &Identity, dir: &str) -> String {
         ),
         Role::Backup => format!(
             "in craton.toml: [backup] password_file = \"{dir}/replication\", tls = {{ dir = \"{dir}\" }}"
+        ),
+        Role::Witness => format!(
+            "in craton.toml: [witness] cluster = \"{}\", name = \"{}\", secrets = \"{dir}\"",
+            identity.cluster, identity.name
         ),
         Role::Operator => format!("use it with: craton --api HOST:PORT,… --certs {dir} status"),
     }

@@ -19,8 +19,9 @@ pub const FORMAT: u32 = 1;
 pub const MEMBERS_MAX: u8 = 9;
 
 /// Everything `craton up` may create in a cluster's directory; `--purge` removes nothing else.
-pub const OWN_ENTRIES: [&str; 8] = [
+pub const OWN_ENTRIES: [&str; 9] = [
     "members",
+    "witness",
     "backup",
     "bin",
     "conf",
@@ -29,6 +30,9 @@ pub const OWN_ENTRIES: [&str; 8] = [
     "secrets",
     CLUSTER_FILE,
 ];
+
+/// The name of a local cluster's witness.
+pub const WITNESS_NAME: &str = "w";
 
 /// The address that everything of a local cluster listens on.
 pub const HOST: Ipv4Addr = Ipv4Addr::LOCALHOST;
@@ -53,6 +57,9 @@ pub struct ClusterFile {
     /// Commits may wait for the backup daemon as for a standby.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub synchronous_backup: bool,
+    /// There is a witness.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub witness: bool,
     /// Whether the sample map is (to be) loaded.
     pub sample: bool,
     /// PostgreSQL's programs.
@@ -167,6 +174,11 @@ impl Layout {
         self.root.join("members").join(id.as_str())
     }
 
+    /// The witness's directory.
+    pub fn witness(&self) -> PathBuf {
+        self.root.join("witness")
+    }
+
     /// The backup repository.
     pub fn repository(&self) -> PathBuf {
         self.root.join("backup")
@@ -181,6 +193,9 @@ impl Layout {
             .cloned()
             .map(Daemon::Node)
             .collect();
+        if self.cluster.witness {
+            daemons.push(Daemon::Witness);
+        }
         daemons.extend([Daemon::Proxy, Daemon::Backup]);
         daemons
     }
@@ -230,6 +245,16 @@ impl Layout {
         self.port(42)
     }
 
+    /// The witness's HTTP port.
+    pub fn witness_http_port(&self) -> u16 {
+        self.port(43)
+    }
+
+    /// The witness's coordinator port.
+    pub fn witness_port(&self) -> u16 {
+        self.port(40)
+    }
+
     /// All agents' API addresses.
     pub fn api_addresses(&self) -> Vec<String> {
         self.cluster
@@ -250,6 +275,10 @@ impl Layout {
                 "backup, metrics and API".to_owned(),
             ),
         ];
+        if self.cluster.witness {
+            ports.push((self.witness_http_port(), "witness, metrics".to_owned()));
+            ports.push((self.witness_port(), "coordinator of the witness".to_owned()));
+        }
         for member in &self.cluster.members {
             ports.push((
                 self.postgres_port(member),
@@ -279,6 +308,8 @@ pub enum Daemon {
     Proxy,
     /// The backup daemon.
     Backup,
+    /// The witness.
+    Witness,
 }
 
 impl Daemon {
@@ -288,6 +319,7 @@ impl Daemon {
             Self::Node(member) => format!("node-{member}"),
             Self::Proxy => "proxy".to_owned(),
             Self::Backup => "backup".to_owned(),
+            Self::Witness => "witness".to_owned(),
         }
     }
 
@@ -297,6 +329,7 @@ impl Daemon {
             Self::Node(_) => &["node"],
             Self::Proxy => &["proxy"],
             Self::Backup => &["backup", "daemon"],
+            Self::Witness => &["witness"],
         }
     }
 }
@@ -348,6 +381,7 @@ mod tests {
             joined: Vec::new(),
             durability: "quorum".into(),
             synchronous_backup: false,
+            witness: true,
             sample: true,
             postgres_bin: "/usr/lib/postgresql/15/bin".into(),
         };

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use craton_agent::witness::WitnessConfig;
 use craton_agent::{AgentConfig, CloneConfig, Peer};
 use craton_core::MemberId;
 use craton_core::settings::{Durability, Settings};
 use craton_trust::TlsSettings;
 
 use crate::config;
-use crate::layout::{Daemon, HOST, Layout, address};
+use crate::layout::{Daemon, HOST, Layout, WITNESS_NAME, address};
 use crate::secrets::names;
 
 /// PostgreSQL settings of a local cluster: several servers share one machine's memory.
@@ -24,6 +25,13 @@ pub fn write_all(layout: &Layout) -> anyhow::Result<()> {
             &layout.conf_of(&Daemon::Node(member.clone())),
             "node",
             &agent(layout, member)?,
+        )?;
+    }
+    if layout.cluster.witness {
+        config::write(
+            &layout.conf_of(&Daemon::Witness),
+            config::WITNESS,
+            &witness(layout)?,
         )?;
     }
     config::write(&layout.conf_of(&Daemon::Proxy), "proxy", &proxy(layout))?;
@@ -75,12 +83,47 @@ fn join(layout: &Layout, member: &MemberId) -> Vec<String> {
     others.map(|m| address(layout.api_port(m))).collect()
 }
 
+/// Who takes part in the coordinator.
+fn voters(layout: &Layout) -> anyhow::Result<Vec<Peer>> {
+    let members = layout.cluster.members.iter();
+    let mut voters: Vec<Peer> = members
+        .map(|m| Peer {
+            member: m.clone(),
+            address: address(layout.coordinator_port(m)),
+        })
+        .collect();
+    if layout.cluster.witness {
+        voters.push(Peer {
+            member: witness_name()?,
+            address: address(layout.witness_port()),
+        });
+    }
+    Ok(voters)
+}
+
+fn witness_name() -> anyhow::Result<MemberId> {
+    MemberId::new(WITNESS_NAME).map_err(anyhow::Error::msg)
+}
+
+/// The `[witness]` table.
+fn witness(layout: &Layout) -> anyhow::Result<WitnessConfig> {
+    Ok(WitnessConfig {
+        cluster: layout.cluster.name.clone(),
+        name: witness_name()?,
+        dir: layout.witness(),
+        listen: address(layout.witness_port()),
+        advertise: None,
+        http: Some(address(layout.witness_http_port())),
+        agents: layout.api_addresses(),
+        peers: voters(layout)?,
+        voter: craton_agent::VoterWish::Auto,
+        secrets: layout.secrets(),
+        tls: TlsSettings::default(),
+    })
+}
+
 /// The `[node]` table of a member.
 fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
-    let peer = |m: &MemberId| Peer {
-        member: m.clone(),
-        address: address(layout.coordinator_port(m)),
-    };
     let postgresql: BTreeMap<_, _> = POSTGRESQL
         .iter()
         .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
@@ -96,7 +139,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         api_advertise: None,
         peer_listen: address(layout.coordinator_port(member)),
         peer_advertise: None,
-        peers: layout.cluster.members.iter().map(peer).collect(),
+        peers: voters(layout)?,
         join: join(layout, member),
         voter: craton_agent::VoterWish::Auto,
         priority: 100,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use craton_console::views::{MemberView, ReceiverView, StatusView};
+use craton_console::views::{ReceiverView, StatusView, WitnessView};
 use craton_core::topology::MemberRole;
 
 use crate::access::Access;
@@ -47,7 +47,7 @@ pub fn render(view: &StatusView) -> String {
         headline(view),
         protection(view),
         String::new(),
-        members(&view.members, &view.receivers),
+        members(view),
     ];
     lines.extend(maintenance(view));
     if let Some(election) = &view.election {
@@ -184,11 +184,11 @@ fn join(members: &[craton_core::MemberId]) -> String {
 }
 
 /// The table of members.
-pub fn members(members: &[MemberView], receivers: &[ReceiverView]) -> String {
+pub fn members(view: &StatusView) -> String {
     let mut table = output::table(&[
         "MEMBER", "ROLE", "STATE", "TIMELINE", "WAL", "LAG", "SYNC", "ADDRESS",
     ]);
-    for member in members {
+    for member in &view.members {
         let role = match member.role {
             MemberRole::Leader => cell(Colour::Green, "leader"),
             MemberRole::Standby => plain("standby"),
@@ -221,10 +221,29 @@ pub fn members(members: &[MemberView], receivers: &[ReceiverView]) -> String {
             plain(format!("{}:{}", member.host, member.port)),
         ]);
     }
-    for receiver in receivers {
+    for receiver in &view.receivers {
         table.add_row(receiver_row(receiver));
     }
+    for witness in &view.witnesses {
+        table.add_row(witness_row(witness));
+    }
     output::table_text(&table)
+}
+
+fn witness_row(witness: &WitnessView) -> Vec<comfy_table::Cell> {
+    let state = match (witness.alive, witness.voter) {
+        (false, _) => cell(Colour::Red, "silent"),
+        (true, true) => plain("votes"),
+        (true, false) => cell(Colour::Yellow, "has no say"),
+    };
+    let mut row = vec![
+        cell(Colour::Cyan, witness.name.as_str()),
+        plain("witness"),
+        state,
+    ];
+    row.extend((0..4).map(|_| plain("-")));
+    row.push(plain(witness.address.as_deref().unwrap_or("-")));
+    row
 }
 
 fn receiver_row(receiver: &ReceiverView) -> Vec<comfy_table::Cell> {

@@ -226,7 +226,7 @@ pub async fn stop_all(layout: &Layout) -> anyhow::Result<()> {
     let (members, others): (Vec<_>, Vec<_>) = layout
         .daemons()
         .into_iter()
-        .partition(|d| matches!(d, Daemon::Node(_)));
+        .partition(|d| matches!(d, Daemon::Node(_) | Daemon::Witness));
     let mut stubborn = Vec::new();
     for group in [others, members] {
         let deadline = Instant::now() + STOP_TIMEOUT;

@@ -193,6 +193,7 @@ fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
         args.durability != Durability::Quorum && args.durability.as_str() != cluster.durability,
         args.base_port != BASE_PORT_DEFAULT && args.base_port != cluster.base_port,
         args.synchronous_backup && !cluster.synchronous_backup,
+        args.witness && !cluster.witness,
     ];
     if other.contains(&true) {
         output::note(format!(
@@ -236,6 +237,7 @@ fn new_cluster(dir: &Path, args: &UpArgs) -> anyhow::Result<Layout> {
             joined: Vec::new(),
             durability: args.durability.as_str().to_owned(),
             synchronous_backup: args.synchronous_backup,
+            witness: args.witness,
             sample: !args.no_sample,
             postgres_bin,
         };
@@ -306,8 +308,13 @@ fn copy_binary(to: &Path) -> anyhow::Result<()> {
 }
 
 async fn bring_up(layout: &Layout) -> anyhow::Result<()> {
+    let witness = if layout.cluster.witness {
+        ", a witness"
+    } else {
+        ""
+    };
     output::note(format!(
-        "starting {} members, proxy and backup in {} …",
+        "starting {} members{witness}, proxy and backup in {} …",
         layout.cluster.members.len(),
         layout.root.display()
     ));

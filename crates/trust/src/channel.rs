@@ -41,6 +41,8 @@ pub enum Expect {
     Role(Role),
     /// This one.
     Exactly(Role, String),
+    /// The voter of this name: a member or a witness.
+    Voter(String),
 }
 
 impl Expect {
@@ -48,6 +50,7 @@ impl Expect {
         match self {
             Self::Role(role) => identity.role == *role,
             Self::Exactly(role, name) => identity.role == *role && identity.name == *name,
+            Self::Voter(name) => identity.role.votes() && identity.name == *name,
         }
     }
 }
@@ -57,6 +60,7 @@ impl std::fmt::Display for Expect {
         match self {
             Self::Role(role) => write!(f, "a {role}"),
             Self::Exactly(role, name) => write!(f, "{role} {name}"),
+            Self::Voter(name) => write!(f, "the voter {name}"),
         }
     }
 }

@@ -24,13 +24,26 @@ pub enum Role {
     Proxy,
     /// A backup daemon: it follows the topology and receives WAL.
     Backup,
+    /// A voter without a database: it speaks to the members' coordinators, and to nothing else of them.
+    Witness,
     /// Whoever operates the cluster, through the command line.
     Operator,
 }
 
 impl Role {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Node, Self::Proxy, Self::Backup, Self::Operator];
+    pub const ALL: [Self; 5] = [
+        Self::Node,
+        Self::Proxy,
+        Self::Backup,
+        Self::Witness,
+        Self::Operator,
+    ];
+
+    /// May it take part in the coordinator?
+    pub fn votes(self) -> bool {
+        matches!(self, Self::Node | Self::Witness)
+    }
 
     /// The word in the URI, in settings and on the command line.
     pub fn as_str(self) -> &'static str {
@@ -38,6 +51,7 @@ impl Role {
             Self::Node => "node",
             Self::Proxy => "proxy",
             Self::Backup => "backup",
+            Self::Witness => "witness",
             Self::Operator => "operator",
         }
     }
@@ -57,7 +71,7 @@ impl FromStr for Role {
             .into_iter()
             .find(|r| r.as_str() == text)
             .ok_or_else(|| {
-                format!("there is no role \"{text}\": use node, proxy, backup or operator")
+                format!("there is no role \"{text}\": use node, proxy, backup, witness or operator")
             })
     }
 }

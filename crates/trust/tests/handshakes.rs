@@ -71,6 +71,16 @@ async fn each_knows_the_other() {
     assert_eq!(peer.unwrap(), Some(identity(Role::Proxy, "p")));
     let exactly = Expect::Exactly(Role::Node, "a".into());
     assert_eq!(meet(&node, &proxy, &exactly).await.0.unwrap(), "hello");
+    // A voter is a member or a witness of that name.
+    let witness = part(p.dir.path(), &p.authority, Role::Witness, "w");
+    for (server, name) in [(&node, "a"), (&witness, "w")] {
+        let voter = Expect::Voter(name.into());
+        assert_eq!(meet(server, &node, &voter).await.0.unwrap(), "hello");
+    }
+    for (server, name) in [(&proxy, "p"), (&witness, "a")] {
+        let voter = Expect::Voter(name.into());
+        assert!(meet(server, &node, &voter).await.0.is_err(), "{name}");
+    }
 }
 
 #[tokio::test]

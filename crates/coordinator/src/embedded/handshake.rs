@@ -1,4 +1,4 @@
-//! Who is at the other end. First mutual TLS: each side shows a certificate of a member's agent, the dialer sees that
+//! Who is at the other end. First mutual TLS: each side shows a certificate of a member's agent or of a witness, the dialer sees that
 //! it is the member that it wanted, the acceptor that the member named in the certificate is the one that speaks.
 //!
 //! Inside of that both prove that they know the cluster's secret, without sending it:
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use craton_core::MemberId;
-use craton_trust::{Expect, Role, Stream, Trust};
+use craton_trust::{Expect, Stream, Trust};
 use serde::{Deserialize, Serialize};
 use tokio::io::{ReadHalf, WriteHalf, split};
 use tokio::net::TcpStream;
@@ -102,7 +102,7 @@ pub(super) enum HandshakeError {
     Secret,
     #[error("TLS: {0}")]
     Tls(std::io::Error),
-    #[error("the peer shows no certificate of a member's agent, but {0}")]
+    #[error("the peer shows no certificate of a member's agent or a witness, but {0}")]
     NoMember(String),
     #[error("the peer says that it is {claimed}, and its certificate names {certified}")]
     Impostor {
@@ -154,7 +154,7 @@ async fn dial_unbounded(
     let stream = match &identity.trust {
         None => Stream::Plain(stream),
         Some(trust) => {
-            let expect = Expect::Exactly(Role::Node, to.as_str().to_owned());
+            let expect = Expect::Voter(to.as_str().to_owned());
             trust
                 .connect(stream, &expect)
                 .await
@@ -206,10 +206,10 @@ pub(super) async fn accept(
     .map_err(|_| HandshakeError::TimedOut)?
 }
 
-/// The name in the certificate of a member's agent.
+/// The name in the certificate of a member's agent, or of a witness.
 fn member_of(peer: Option<craton_trust::Identity>) -> Result<String, HandshakeError> {
     match peer {
-        Some(peer) if peer.role == Role::Node => Ok(peer.name),
+        Some(peer) if peer.role.votes() => Ok(peer.name),
         Some(peer) => Err(HandshakeError::NoMember(peer.to_string())),
         None => Err(HandshakeError::NoMember("none at all".to_owned())),
     }

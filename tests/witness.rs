@@ -1,0 +1,126 @@
+//! Two members and a witness: a voter without a database, as a daemon of its own and inside the proxy.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::indexing_slicing,
+    clippy::disallowed_types,
+    reason = "a test may fail at any line, and waits on the clock of the outside world"
+)]
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use craton::drill::recorder::longest_gap;
+use craton::layout::address;
+use craton::processes;
+use rustix::process::Signal;
+use serde_json::Value;
+
+#[path = "harness/mod.rs"]
+mod harness;
+#[path = "harness/rig.rs"]
+mod rig;
+
+use harness::text;
+use rig::{LIMIT, Rig, turn};
+
+/// A witness of this name votes, and was heard just now.
+fn votes(status: &Value, name: &str) -> bool {
+    let all = status["witnesses"]
+        .as_array()
+        .map_or(&[][..], Vec::as_slice);
+    all.iter()
+        .any(|w| w["name"] == name && w["voter"] == true && w["alive"] == true)
+}
+
+/// The leader's host dies under load: the other member leads, and nothing is lost.
+fn lose_the_leader(rig: &Rig, run: i64) {
+    let clients = rig.record(run);
+    let leader = rig.leader();
+    rig.kill_host(&leader);
+    rig.cluster.wait_status("another leader", LIMIT, |s| {
+        s["writable"] == true && s["leader"] != leader.as_str()
+    });
+    let (_, verdict) = clients.finish("the leader was lost");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+}
+
+#[test]
+fn two_members_lose_one_and_the_witness() {
+    let _turn = turn();
+    let rig = Rig::up("witness", &["--members", "2", "--witness"]);
+    rig.cluster
+        .wait_status("a witness", LIMIT, |s| votes(s, "w"));
+    let members = text(&rig.cluster.craton(&["member", "list"]));
+    assert!(members.contains("3 voters, 2 needed"), "{members}");
+    assert!(members.contains("witness"), "{members}");
+    lose_the_leader(&rig, 1);
+
+    // Without the witness: no outage.
+    let clients = rig.record(2);
+    let leader = rig.leader();
+    let began = tokio::time::Instant::now();
+    rig.hold_down("witness", Duration::from_secs(5));
+    let witness = processes::running(&rig.layout, "witness").expect("a witness");
+    assert!(witness.signal(Signal::KILL));
+    let status = rig.cluster.wait_status("a silent witness", LIMIT, |s| {
+        let warnings = s["warnings"].as_array().map_or(&[][..], Vec::as_slice);
+        let silent = |w: &Value| w.as_str().is_some_and(|w| w.contains("the witness w"));
+        warnings.iter().any(silent)
+    });
+    assert_eq!(status["leader"], leader.as_str());
+    clients.wait_acknowledged("without the witness", 50);
+    clients.no_error("without the witness");
+    let log = clients.recorder.log();
+    let acknowledged: Vec<_> = log.writes.iter().map(|w| w.ended).collect();
+    let gap = longest_gap(&acknowledged, began, tokio::time::Instant::now());
+    eprintln!("without the witness: longest time without a commit {gap:?}");
+    assert!(
+        gap < Duration::from_secs(1),
+        "writes stood still for {gap:?}"
+    );
+    rig.cluster
+        .wait_status("the witness is back", LIMIT, |s| votes(s, "w"));
+    let (_, verdict) = clients.finish("the witness was lost");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+}
+
+#[test]
+fn the_proxy_is_a_witness_too() {
+    let _turn = turn();
+    let rig = Rig::up("witness-in-proxy", &["--members", "2"]);
+    let file = rig.layout.conf().join("proxy.toml");
+    let mut settings = std::fs::read_to_string(&file).unwrap();
+    let dir = rig.layout.witness();
+    std::fs::create_dir(&dir).unwrap();
+    let owner = std::fs::metadata(&file).unwrap();
+    let owner = {
+        use std::os::unix::fs::MetadataExt as _;
+        (owner.uid(), owner.gid())
+    };
+    std::os::unix::fs::chown(&dir, Some(owner.0), Some(owner.1)).unwrap();
+    write!(
+        settings,
+        "\n[proxy.witness]\ncluster = \"local\"\nname = \"x\"\ndir = {dir:?}\nlisten = \"{}\"\n\
+         agents = {:?}\nsecrets = {:?}\n",
+        address(rig.layout.witness_port()),
+        rig.layout.api_addresses(),
+        rig.layout.secrets(),
+    )
+    .unwrap();
+    std::fs::write(&file, settings).unwrap();
+    let proxy = processes::running(&rig.layout, "proxy").expect("a proxy");
+    assert!(proxy.signal(Signal::TERM));
+    rig.cluster
+        .wait_status("a witness in the proxy", LIMIT, |s| votes(s, "x"));
+    lose_the_leader(&rig, 1);
+    // Taken out as any member; the proxy goes on.
+    let out = rig.cluster.craton(&["member", "remove", "x", "--yes"]);
+    rig.cluster.expect_ok(&out, "member remove x");
+    assert_eq!(
+        rig.cluster.sql(&["-d", "postgres", "-Atc", "SELECT 1"]),
+        "1"
+    );
+}
