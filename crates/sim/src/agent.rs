@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use craton_core::decide::{Decision, LeaseWish, Memory, decide};
+use craton_core::health::{CRASH_WINDOW, Disk, Host, StuckWrite, assess};
 use craton_core::observe::{
     DataView, Lease, LeaseSeen, Me, MemberStatus, Observation, PeerView, PromiseView, Server,
     ServerView, TaskView,
@@ -71,7 +72,7 @@ impl World {
             receivers: BTreeMap::new(),
             data: DataView::Empty,
             server: ServerView::Down,
-            host: craton_core::health::Host::default(),
+            host: Host::default(),
             process: None,
             config_stale: false,
             pending: Vec::new(),
@@ -159,7 +160,7 @@ impl World {
             .as_ref()
             .and_then(|a| a.obs.view.as_ref()?.leadership.as_ref())
             .map_or(Term(0), |l| l.value.term);
-        crate::status::announcement(&crate::status::Own {
+        crate::status::announcement(crate::status::Own {
             incarnation: member.incarnation,
             role,
             term,
@@ -167,7 +168,41 @@ impl World {
             lsn: pg.and(db).map(crate::wal::Database::end),
             streaming,
             checkpoint: db.map(|d| d.checkpoint),
+            health: assess(&self.host(m), &self.settings, self.clock(m)),
+            process: member.pg.as_ref().map(|p| p.run),
         })
+    }
+
+    /// The host as its agent sees it.
+    fn host(&self, m: usize) -> Host {
+        let member = &self.members[m];
+        let total = 100 << 30;
+        let reserve = self.settings.disk_reserve(total);
+        let disk = Disk {
+            path: "/data".into(),
+            total,
+            available: if member.disk_full {
+                0
+            } else if member.disk_low {
+                reserve / 4
+            } else {
+                total / 2
+            },
+        };
+        let stuck = member.disk_hung.then(|| StuckWrite {
+            path: "/data".into(),
+            since: member.clock.at(member.hung_since),
+            wal: true,
+        });
+        let window = u64::try_from(CRASH_WINDOW.as_nanos()).unwrap_or(u64::MAX);
+        let recent = |at: &&u64| self.now.saturating_sub(**at) < window;
+        Host {
+            disks: vec![disk],
+            writes: stuck.into_iter().collect(),
+            crashes: u32::try_from(member.crashes.iter().filter(recent).count())
+                .unwrap_or(u32::MAX),
+            ..Host::default()
+        }
     }
 
     /// A state of the store arrives; it never goes back.
@@ -189,6 +224,7 @@ impl World {
     fn observe(&mut self, m: usize) {
         let now = self.clock(m);
         let server = self.server_view(m);
+        let host = self.host(m);
         let ttl = self.settings.ttl();
         let amnesia = self.options.flaw == Some(Flaw::PromisesForgotten);
         let member = &mut self.members[m];
@@ -221,6 +257,8 @@ impl World {
         }
         o.data = data;
         o.server = server;
+        o.host = host;
+        o.process = member.pg.as_ref().map(|p| p.run);
         o.sealed.clone_from(&agent.sealed);
         o.task = agent.running.as_ref().map(|r| TaskView {
             task: r.task.clone(),

@@ -1,7 +1,9 @@
 //! What goes wrong, when it ends, and whether the cluster comes back.
 
 use craton_core::decide::LeaseWish;
-use craton_core::records::{Change, Key, Record, Request, RequestKind, RequestPhase};
+use craton_core::records::{
+    Change, Key, Order, OrderKind, Pause, Record, Request, RequestKind, RequestPhase, RestartPlan,
+};
 use craton_core::settings::{Durability, Settings};
 
 use crate::event::Event;
@@ -36,8 +38,10 @@ pub enum Fault {
     SlowDisk(usize),
     /// The disk answers to nothing.
     HungDisk(usize),
-    /// The disk takes nothing more.
+    /// The disk fills up, and after a while takes nothing more.
     FullDisk(usize),
+    /// Nothing more fits on it.
+    NoSpace(usize),
     /// Messages get lost.
     Loss,
     /// Messages take long.
@@ -59,6 +63,14 @@ pub enum Fault {
     /// The leader does not reach the coordinator and lives on the promise of one standby; another one, which
     /// cannot promise, opens an election; the agent of the first restarts.
     BrokenPromise,
+    /// The operator pauses automatic actions.
+    Pause,
+    /// The operator orders a restart of one member's PostgreSQL.
+    Restart(usize),
+    /// The operator orders all of them restarted in turn.
+    RollingRestart,
+    /// The operator orders a new life of a member's data directory.
+    Reinit(usize),
     /// The operator wants another durability and k.
     Mode(Durability, u32),
     /// A standby lags; another one loses its disk, or goes away; then the leader dies, and perhaps the next one.
@@ -94,6 +106,8 @@ pub enum Repair {
     Back(usize),
     /// Everybody does.
     AllBack,
+    /// The operator ends the pause.
+    Resume,
 }
 
 /// The state of the faults.
@@ -166,6 +180,15 @@ impl World {
             let k = u32::try_from(1 + self.rng.below(k_max)).unwrap_or(1);
             return Some(Fault::Mode(mode, k));
         }
+        if self.options.operators && self.rng.chance(40) {
+            let m = self.victim();
+            return Some(match self.rng.below(5) {
+                0 => Fault::Pause,
+                1 => Fault::RollingRestart,
+                2 => Fault::Reinit(m),
+                _ => Fault::Restart(m),
+            });
+        }
         if self.options.away && self.rng.chance(60) {
             return Some(match self.rng.below(4) {
                 0 => Fault::AllAway,
@@ -231,6 +254,9 @@ impl World {
         match fault {
             Fault::Switchover(to) => self.ask(RequestKind::Switchover, to),
             Fault::Mode(mode, k) => self.ask_mode(mode, k),
+            Fault::Restart(m) => self.order(m, OrderKind::Restart),
+            Fault::Reinit(m) => self.order(m, OrderKind::Reinit),
+            Fault::RollingRestart => self.rolling_restart(),
             Fault::BrokenPromise => self.broken_promise(),
             Fault::DeafVoters => self.deaf_voters(),
             Fault::Ambush => self.ambush(),
@@ -242,6 +268,9 @@ impl World {
         let repair = match fault {
             Fault::Switchover(_)
             | Fault::Mode(..)
+            | Fault::Restart(_)
+            | Fault::Reinit(_)
+            | Fault::RollingRestart
             | Fault::BrokenPromise
             | Fault::DeafVoters
             | Fault::Ambush => {
@@ -256,8 +285,17 @@ impl World {
             | Fault::SlowDisk(m)
             | Fault::HungDisk(m)
             | Fault::FullDisk(m)
+            | Fault::NoSpace(m)
             | Fault::LagWal(m) => self.strike_disk(fault, m),
+            Fault::Pause => {
+                self.pause();
+                Repair::Resume
+            }
             Fault::KillPostgres(m) => {
+                if self.members[m].pg.is_some() {
+                    let now = self.now;
+                    self.members[m].crashes.push(now);
+                }
                 self.pg_exit(m, false);
                 return None;
             }
@@ -341,11 +379,20 @@ impl World {
                 Repair::Disk(m)
             }
             Fault::HungDisk(_) => {
+                if !self.members[m].disk_hung {
+                    self.members[m].hung_since = self.now;
+                }
                 self.members[m].disk_hung = true;
                 Repair::DiskAnswers(m)
             }
             Fault::FullDisk(_) => {
-                self.members[m].disk_full = true;
+                self.members[m].disk_low = true;
+                let at = self.now + self.rng.between(0, 3 * SECOND);
+                self.at(at, Event::Fault(Fault::NoSpace(m)));
+                Repair::Room(m)
+            }
+            Fault::NoSpace(_) => {
+                self.members[m].disk_full = self.members[m].disk_low;
                 Repair::Room(m)
             }
             _ => {
@@ -418,6 +465,68 @@ impl World {
             let view = self.store.view();
             self.tell_store(&view);
         }
+    }
+
+    /// Writes what an operator's command does, unless somebody was faster.
+    fn operate(&mut self, expect: &[Key], puts: Vec<Record>, deletes: Vec<Key>) {
+        let view = self.store.view();
+        let expect = expect
+            .iter()
+            .map(|k| (k.clone(), view.revision_of(k)))
+            .collect();
+        let change = Change {
+            expect,
+            puts,
+            deletes,
+        };
+        if self.store.apply(&change) {
+            let view = self.store.view();
+            self.tell_store(&view);
+        }
+    }
+
+    /// Pauses automatic actions.
+    pub fn pause(&mut self) {
+        let pause = Pause {
+            since_ms: self.now / MS,
+            until_ms: None,
+            reason: None,
+            by: "operator".into(),
+        };
+        self.operate(&[Key::Pause], vec![Record::Pause(pause)], vec![]);
+    }
+
+    /// The life of PostgreSQL on a member.
+    fn life_of(&self, m: usize) -> Option<u64> {
+        self.members[m].pg.as_ref().map(|p| p.run)
+    }
+
+    /// Orders a member to restart PostgreSQL, or to begin a new life of its data directory.
+    pub fn order(&mut self, m: usize, kind: OrderKind) {
+        self.faults.requests += 1;
+        let member = self.name(m);
+        let order = Order {
+            id: self.faults.requests,
+            kind,
+            process: self.life_of(m),
+            incarnation: self.members[m].incarnation,
+            by: "operator".into(),
+        };
+        let key = Key::Order(member.clone());
+        self.operate(&[key], vec![Record::Order(member, order)], vec![]);
+    }
+
+    fn rolling_restart(&mut self) {
+        self.faults.requests += 1;
+        let members = (0..self.members.len())
+            .map(|m| (self.name(m), self.life_of(m)))
+            .collect();
+        let plan = RestartPlan {
+            id: self.faults.requests,
+            members,
+            by: "operator".into(),
+        };
+        self.operate(&[Key::Restart], vec![Record::Restart(plan)], vec![]);
     }
 
     /// A rare order of events that the rules on sync sets, incarnations and the old leader are there for.
@@ -522,7 +631,11 @@ impl World {
                 self.members[m].disk_hung = false;
                 self.go_on(m);
             }
-            Repair::Room(m) => self.members[m].disk_full = false,
+            Repair::Room(m) => {
+                self.members[m].disk_low = false;
+                self.members[m].disk_full = false;
+            }
+            Repair::Resume => self.operate(&[Key::Pause], vec![], vec![Key::Pause]),
             Repair::Wal(m) => self.net.wal_lag[m] = 0,
             Repair::Back(m) => self.net.away[m] = false,
             Repair::AllBack => self.net.away.fill(false),
@@ -550,6 +663,7 @@ impl World {
         self.faults.calm_since = self.now;
         self.repair(Repair::Net);
         self.repair(Repair::AllBack);
+        self.repair(Repair::Resume);
         for m in 0..self.members.len() {
             self.repair(Repair::Join(m));
             self.repair(Repair::Disk(m));

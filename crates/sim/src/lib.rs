@@ -57,6 +57,8 @@ pub struct Options {
     pub modes: bool,
     /// The coordinator is away, from the leader or from everybody, more often than anything else happens.
     pub away: bool,
+    /// The operator pauses, restarts and reinitialises at any moment.
+    pub operators: bool,
     /// So many members never lead.
     pub never_leading: usize,
     /// A rule to break on purpose.
@@ -78,6 +80,7 @@ impl Default for Options {
             ambushes: false,
             modes: false,
             away: false,
+            operators: false,
             never_leading: 0,
             flaw: None,
             skip: std::collections::BTreeSet::new(),

@@ -10,7 +10,7 @@ use craton_sim::shrink::shrink;
 use craton_sim::{Flaw, Options, Outcome, run};
 
 /// How it is called.
-const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--modes] [--away] [--never-leading N] [--strict] [--fault-seconds S] [--flaw NAME] [--shrink] [--skip N,N,…] [--keep-going]
+const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--modes] [--away] [--operators] [--never-leading N] [--strict] [--fault-seconds S] [--flaw NAME] [--shrink] [--skip N,N,…] [--keep-going]
   --seed N         run one seed and print what broke; with --trace also everything that happened
   --seeds A..B     run the seeds from A to B - 1 (default 0..1000)
   --members N      2 to 26 members (default 3)
@@ -18,6 +18,7 @@ const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST
   --async          durability async (default quorum)
   --strict         durability strict
   --modes          the operator changes durability and k at any moment
+  --operators      the operator pauses, restarts and reinitialises members at any moment
   --away           above all the coordinator is away, from the leader or from everybody
   --never-leading N  so many members have priority 0
   --lying-clocks   clocks run at any rate, and there is no fence
@@ -78,6 +79,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             "--async" => parsed.options.durability = Durability::Async,
             "--strict" => parsed.options.durability = Durability::Strict,
             "--modes" => parsed.options.modes = true,
+            "--operators" => parsed.options.operators = true,
             "--away" => parsed.options.away = true,
             "--never-leading" => {
                 parsed.options.never_leading = usize::try_from(number(value()?)?).unwrap_or(0);
@@ -125,6 +127,7 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
         (options.lying_clocks, " --lying-clocks"),
         (options.ambushes, " --ambushes"),
         (options.modes, " --modes"),
+        (options.operators, " --operators"),
         (options.away, " --away"),
     ];
     for (_, flag) in flags.iter().filter(|(on, _)| *on) {

@@ -130,8 +130,14 @@ pub struct Member {
     pub disk_factor: u64,
     /// Its disk answers to nothing.
     pub disk_hung: bool,
+    /// Since when.
+    pub hung_since: u64,
+    /// Its disk is filling up: less than the reserve is left.
+    pub disk_low: bool,
     /// Its disk takes nothing more.
     pub disk_full: bool,
+    /// When PostgreSQL was killed by somebody else than its agent.
+    pub crashes: Vec<u64>,
     /// Durable: the data directory.
     pub data: Data,
     /// Durable: the life of the data directory.

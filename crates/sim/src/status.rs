@@ -20,10 +20,14 @@ pub struct Own {
     pub streaming: bool,
     /// The timeline of its last checkpoint.
     pub checkpoint: Option<TimelineId>,
+    /// How fit its host is.
+    pub health: craton_core::health::Health,
+    /// This life of its PostgreSQL.
+    pub process: Option<u64>,
 }
 
 /// As the others hear it.
-pub fn announcement(own: &Own) -> MemberStatus {
+pub fn announcement(own: Own) -> MemberStatus {
     MemberStatus {
         incarnation: own.incarnation,
         role: own.role,
@@ -36,8 +40,8 @@ pub fn announcement(own: &Own) -> MemberStatus {
         checkpoint_timeline: own.checkpoint,
         slots: std::collections::BTreeMap::new(),
         lost_slots: std::collections::BTreeSet::new(),
-        health: craton_core::health::Health::default(),
-        process: None,
+        health: own.health,
+        process: own.process,
         pending_restart: Vec::new(),
     }
 }

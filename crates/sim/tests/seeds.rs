@@ -61,6 +61,13 @@ fn modes() -> Options {
     }
 }
 
+fn operators() -> Options {
+    Options {
+        operators: true,
+        ..Options::default()
+    }
+}
+
 fn away() -> Options {
     Options {
         away: true,
@@ -147,6 +154,23 @@ fn durability_changes_at_any_moment() {
 }
 
 #[test]
+fn operators_pause_restart_and_reinitialise() {
+    check(0..150, &operators());
+    let all = Options {
+        modes: true,
+        away: true,
+        members: 4,
+        ..operators()
+    };
+    check(0..75, &all);
+    let two = Options {
+        members: 2,
+        ..operators()
+    };
+    check(0..75, &two);
+}
+
+#[test]
 fn the_coordinator_is_away() {
     check(0..150, &away());
     for durability in [Durability::Async, Durability::Strict] {
@@ -207,6 +231,7 @@ fn every_kind_of_run_gives_the_same_events_twice() {
     let kinds = [
         Options::default(),
         ambushes(),
+        operators(),
         Options {
             durability: Durability::Async,
             ..Options::default()

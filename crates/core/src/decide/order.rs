@@ -104,6 +104,13 @@ pub(super) fn in_place_rule(mind: &mut Mind<'_>, view: &ClusterView, s: &crate::
     }) else {
         return;
     };
+    // One hold at a time: two would start each other's time anew for ever, with all clients held.
+    if view.request.is_some() {
+        return mind.because(
+            "order_waits",
+            "the restart waits for the end of the change of leadership",
+        );
+    }
     mind.because(
         "switching",
         format!("a restart in place asked by {} is in progress", order.by),

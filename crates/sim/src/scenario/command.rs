@@ -2,7 +2,7 @@
 
 use craton_core::MemberId;
 use craton_core::decide::decide;
-use craton_core::records::{Change, Key, Record, RequestKind};
+use craton_core::records::{Change, Key, OrderKind, Record, RequestKind};
 
 use super::Stage;
 use crate::event::Event;
@@ -42,9 +42,25 @@ impl Stage {
             ["switchover", m] => self.request(RequestKind::Switchover, Some(m)),
             ["failover", m, "accepting", "loss"] => self.request(RequestKind::Failover, Some(m)),
             ["priority", m, number] => self.priority(m, number),
+            ["restart", m] => self.order(m, OrderKind::Restart),
+            ["reinit", m] => self.order(m, OrderKind::Reinit),
+            ["pause"] => {
+                self.world.pause();
+                Ok(())
+            }
+            ["resume"] => {
+                self.world.repair(Repair::Resume);
+                Ok(())
+            }
             _ => self.fault(words),
         }?;
         self.watch.look(&self.world, notes);
+        Ok(())
+    }
+
+    fn order(&mut self, name: &str, kind: OrderKind) -> Result<(), String> {
+        let m = self.member(name)?;
+        self.world.order(m, kind);
         Ok(())
     }
 
@@ -98,10 +114,7 @@ impl Stage {
             ["start", m] => Repair::StartHost(self.member(m)?),
             ["freeze", m] => return self.set(m, |w, m| w.members[m].frozen = true),
             ["freeze", "agent", m] => return self.set(m, |w, m| w.members[m].agent_frozen = true),
-            ["hang", "disk", m] => return self.set(m, |w, m| w.members[m].disk_hung = true),
-            ["fill", "disk", m] => return self.set(m, |w, m| w.members[m].disk_full = true),
-            ["slow", "disk", m] => return self.set(m, |w, m| w.members[m].disk_factor = 200),
-            ["empty", "disk", m] => return self.set(m, |w, m| w.members[m].data = Data::Empty),
+            [.., "disk", _] if words.first() != Some(&"mend") => return self.disk(words),
             ["thaw", m] => Repair::ThawHost(self.member(m)?),
             ["thaw", "agent", m] => Repair::ThawAgent(self.member(m)?),
             ["mend", "disk", m] => {
@@ -155,6 +168,21 @@ impl Stage {
         };
         self.world.repair(repair);
         Ok(())
+    }
+
+    /// What befalls a disk.
+    fn disk(&mut self, words: &[&str]) -> Result<(), String> {
+        match *words {
+            ["hang", _, m] => self.set(m, |w, m| {
+                w.members[m].disk_hung = true;
+                w.members[m].hung_since = w.now;
+            }),
+            ["fill", _, m] => self.set(m, |w, m| w.members[m].disk_full = true),
+            ["nearly", "fill", _, m] => self.set(m, |w, m| w.members[m].disk_low = true),
+            ["slow", _, m] => self.set(m, |w, m| w.members[m].disk_factor = 200),
+            ["empty", _, m] => self.set(m, |w, m| w.members[m].data = Data::Empty),
+            _ => Err(format!("\"{}\" is no command", words.join(" "))),
+        }
     }
 
     fn set(&mut self, name: &str, change: impl FnOnce(&mut World, usize)) -> Result<(), String> {

@@ -395,6 +395,30 @@ fn a_leader_restarts_in_place_behind_the_proxies() {
     assert!(d.open.is_none());
 }
 
+/// Two holds would begin each other's time anew with every decision, and hold all clients for ever.
+#[test]
+fn a_restart_in_place_waits_for_a_switchover() {
+    let mut s = ordered(Scene::leader(), "a", OrderKind::Restart)
+        .server(|s| s.active_transactions = Some(1));
+    s.view().request = at(Request {
+        id: 8,
+        kind: RequestKind::Switchover,
+        term: Term(3),
+        to: None,
+        allow_data_loss: false,
+        phase: RequestPhase::Hold,
+        by: "op".into(),
+        why: None,
+    });
+    let term = s.view().leadership.as_ref().unwrap().value.term;
+    s.view().request.as_mut().unwrap().value.term = term;
+    let first = decided(&s);
+    assert_eq!(first.memory.holding.unwrap().0, 8, "{}", line(&first));
+    assert!(says(&first, "order_waits"), "{}", line(&first));
+    let later = s.after(25_000);
+    assert_eq!(task(&decided(&later)), Some(TaskKind::Stop));
+}
+
 #[test]
 fn settings_reach_postgresql_when_nothing_else_is_to_be_done() {
     let s = Scene::standby().with(|o| o.config_stale = true);
