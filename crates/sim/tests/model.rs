@@ -137,12 +137,12 @@ fn a_promise_is_forgotten_at_a_restart() {
 
 #[test]
 fn promises_for_the_known_set_alone() {
-    found_out(Broken::PromisesForKnownSet, STILL_LED, 8);
+    found_out(Broken::PromisesForKnownSet, STILL_LED, 10);
 }
 
 #[test]
 fn a_proposal_that_promises_do_not_cover() {
-    found_out(Broken::ProposesBeyondPromises, STILL_LED, 8);
+    found_out(Broken::ProposesBeyondPromises, STILL_LED, 10);
 }
 
 #[test]

@@ -5,8 +5,9 @@
 
 use super::Broken;
 use super::action::Action;
+use super::real::PromiseQuestion;
 use super::state::{Lead, MEMBERS_MAX, Right, Role, Set, State};
-use super::world::{Next, World, end_postgres, remember};
+use super::world::{Next, World, end_postgres, remember, small};
 
 /// May a leader with these promises go on? In every sync set that the coordinator may hold, the promises must
 /// leave too few for an election: k of V are needed.
@@ -16,13 +17,10 @@ fn enough(world: &World, lead: &Lead) -> bool {
     }
     let known_only = world.config.broken == Some(Broken::PromisesForKnownSet);
     let others = lead.proposed.iter().flatten().filter(|_| !known_only);
-    std::iter::once(&lead.known).chain(others).all(|set| {
-        let have = (0..MEMBERS_MAX)
-            .filter(|m| set.holds(*m, lead.promises[*m]))
-            .count();
-        let fewer = u32::from(world.config.broken == Some(Broken::FewerPromises));
-        have >= set.k().saturating_sub(fewer) as usize
-    })
+    let fewer = world.config.broken == Some(Broken::FewerPromises);
+    std::iter::once(&lead.known)
+        .chain(others)
+        .all(|set| world.rules.suffices(*set, lead.promises, fewer))
 }
 
 /// May a leader propose `set`? One that goes on by promises only if they cover that set, too: it may be written
@@ -100,9 +98,17 @@ fn leader(world: &World, s: &State, p: usize, out: &mut Vec<Next>) {
 fn promise(world: &World, s: &State, p: usize, m: usize, out: &mut Vec<Next>) {
     let (leader, me) = (&s.members[p], &s.members[m]);
     let after_seal = world.config.broken == Some(Broken::PromiseAfterSeal);
-    let streams = usize::from(me.upstream) == p + 1 && me.floor == leader.lead.term;
+    let asked = PromiseQuestion {
+        leader: small(p),
+        term: leader.lead.term,
+        listed: leader.lead.known.incarnation(m),
+        floor: me.floor,
+        incarnation: me.incarnation,
+        upstream: me.upstream,
+    };
     let sealed = me.role == Role::Standby && me.floor > leader.lead.term;
-    let may = leader.lead.known.holds(m, me.incarnation) && (streams || (after_seal && sealed));
+    let listed = leader.lead.known.holds(m, me.incarnation);
+    let may = world.rules.promises(asked) || (after_seal && sealed && listed);
     if m != p && me.role == Role::Standby && may && !me.promised {
         let mut next = *s;
         next.members[m].promised = true;

@@ -1,15 +1,18 @@
 //! The product's own rules, asked by the model. Their answers are kept: they are pure functions.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
+use std::time::Duration;
 
 use craton_core::decide::next_sync;
 use craton_core::election::Ballot;
+use craton_core::promise::{Answer, Ask, Book, Facts, Ledger, PromiseNeed};
 use craton_core::records::{At, Leadership, MemberRecord, MemberRef, Seal as SealRecord};
 use craton_core::settings::Durability;
 use craton_core::sync::{StandbyView, SyncInput, SyncSet, SyncStep, next_step};
-use craton_core::{Incarnation, Lsn, MemberId, Term, TimelineId};
+use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
 use super::fingerprint::Fingerprint;
 use super::state::{MEMBERS_MAX, Seal, Set};
@@ -56,6 +59,31 @@ pub struct Election {
     pub candidate: u8,
 }
 
+/// A leader asks a member for a promise.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct PromiseQuestion {
+    /// The leader.
+    pub leader: u8,
+    /// The term it leads.
+    pub term: u8,
+    /// The incarnation in which its V lists the member; 0: not at all.
+    pub listed: u8,
+    /// The member's floor.
+    pub floor: u8,
+    /// The member's incarnation.
+    pub incarnation: u8,
+    /// Whom the member streams from, counted from 1; 0: nobody.
+    pub upstream: u8,
+}
+
+/// What the coordinator holds, who promised in which incarnation, and whether one less is to do.
+type Given = (Set, [u8; MEMBERS_MAX], bool);
+
+/// How long promises last. There are no clocks in the model: all that counts is whether one runs.
+const TTL: Duration = Duration::from_secs(1);
+/// Now, in a model without clocks.
+const NOW: BootTime = BootTime(1_000_000_000);
+
 /// The rules with what they have answered.
 #[derive(Debug)]
 pub struct Rules {
@@ -64,6 +92,8 @@ pub struct Rules {
     wins: Kept<Election, bool>,
     next: Kept<(Set, (u8, u8), u8), Set>,
     covers: Kept<(Set, Set), bool>,
+    suffices: RefCell<Kept<Given, bool>>,
+    promises: RefCell<Kept<PromiseQuestion, bool>>,
 }
 
 impl Default for Rules {
@@ -76,6 +106,8 @@ impl Default for Rules {
             wins: Kept::default(),
             next: Kept::default(),
             covers: Kept::default(),
+            suffices: RefCell::default(),
+            promises: RefCell::default(),
         }
     }
 }
@@ -230,6 +262,87 @@ impl Rules {
         let covers = self.unpacked(postgres).covers(&self.unpacked(coordinator));
         self.covers.insert((postgres, coordinator), covers);
         covers
+    }
+}
+
+impl Rules {
+    /// [`PromiseNeed`] and [`Ledger`]: do these promises (by incarnation, 0 for none) keep everybody else from leading
+    /// while the coordinator holds `set`? `fewer` is a rule broken on purpose: one less than is needed.
+    pub fn suffices(&self, set: Set, promises: [u8; MEMBERS_MAX], fewer: bool) -> bool {
+        let key = (set, promises, fewer);
+        if let Some(known) = self.suffices.borrow().get(&key) {
+            return *known;
+        }
+        let (term, until) = (Term(1), NOW.after(TTL));
+        let mut ledger = Ledger::default();
+        for (id, given) in self
+            .ids
+            .iter()
+            .zip(promises)
+            .filter(|(_, given)| *given != 0)
+        {
+            ledger.promised(term, id, Incarnation(u64::from(given)), until);
+        }
+        let mut need = PromiseNeed::of(&self.unpacked(set), Durability::Quorum);
+        let enough = if fewer && need.needed == 1 {
+            true
+        } else {
+            need.needed -= usize::from(fewer && need.needed > 0);
+            ledger.deadline(term, &[need]).is_some()
+        };
+        self.suffices.borrow_mut().insert(key, enough);
+        enough
+    }
+
+    /// [`Book::ask`]: does the member promise?
+    pub fn promises(&self, q: PromiseQuestion) -> bool {
+        if let Some(known) = self.promises.borrow().get(&q) {
+            return *known;
+        }
+        let name = |n: u8| self.ids.get(usize::from(n)).cloned();
+        let follows = q.upstream.checked_sub(1).and_then(name);
+        let answer = name(q.leader).filter(|_| q.listed != 0).map(|leader| {
+            let ask = Ask {
+                leader,
+                term: Term(u64::from(q.term)),
+                incarnation: Incarnation(u64::from(q.listed)),
+                ttl_ms: u64::try_from(TTL.as_millis()).unwrap_or(u64::MAX),
+            };
+            let floor = Term(u64::from(q.floor));
+            let facts = Facts {
+                floor,
+                incarnation: Some(Incarnation(u64::from(q.incarnation))),
+                // What is streamed in is of the floor's term: following raises it.
+                streams_from: follows.map(|m| (m, floor)),
+                known_term: floor,
+            };
+            Book::new(BootTime(0), TTL).ask(NOW, &ask, &facts)
+        });
+        let yes = answer == Some(Answer::Yes);
+        self.promises.borrow_mut().insert(q, yes);
+        yes
+    }
+
+    /// [`Book::begin_seal`]: may a member whose promise to the leader of `promised_in` runs seal for `term`?
+    pub fn may_seal(&self, promised_in: u8, term: u8) -> bool {
+        let mut book = Book::new(BootTime(0), TTL);
+        let (Some(leader), floor) = (self.ids.first(), Term(u64::from(promised_in))) else {
+            return true;
+        };
+        let ask = Ask {
+            leader: leader.clone(),
+            term: floor,
+            incarnation: Incarnation(1),
+            ttl_ms: u64::try_from(TTL.as_millis()).unwrap_or(u64::MAX),
+        };
+        let facts = Facts {
+            floor,
+            incarnation: Some(Incarnation(1)),
+            streams_from: Some((leader.clone(), floor)),
+            known_term: floor,
+        };
+        let promised = book.ask(NOW, &ask, &facts) == Answer::Yes;
+        promised && book.begin_seal(NOW, Term(u64::from(term))).is_ok()
     }
 }
 

@@ -23,7 +23,7 @@ pub struct World {
     pub rules: Rules,
 }
 
-fn small(n: usize) -> u8 {
+pub fn small(n: usize) -> u8 {
     u8::try_from(n).unwrap_or(u8::MAX)
 }
 
@@ -475,8 +475,8 @@ impl World {
                 position,
             };
             if s.seals[m] != seal {
-                let promised = me.promised && !self.is_broken(Broken::SealWhilePromised);
-                if !promised {
+                let free = !me.promised || self.rules.may_seal(me.floor, s.term);
+                if free || self.is_broken(Broken::SealWhilePromised) {
                     let mut next = *s;
                     next.members[m].floor = s.term;
                     if !self.is_broken(Broken::SealKeepsStreaming) {
