@@ -10,6 +10,7 @@
 )]
 
 use std::fmt::Write as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::time::Duration;
 
 use craton::drill::recorder::longest_gap;
@@ -24,7 +25,7 @@ mod harness;
 mod rig;
 
 use harness::text;
-use rig::{LIMIT, Rig, turn};
+use rig::{Frozen, LIMIT, Rig, turn};
 
 /// A witness of this name votes, and was heard just now.
 fn votes(status: &Value, name: &str) -> bool {
@@ -87,34 +88,36 @@ fn two_members_lose_one_and_the_witness() {
     assert_eq!(verdict.lost, Vec::<u64>::new());
 }
 
-#[test]
-fn the_proxy_is_a_witness_too() {
-    let _turn = turn();
-    let rig = Rig::up("witness-in-proxy", &["--members", "2"]);
-    let file = rig.layout.conf().join("proxy.toml");
+/// A daemon gets a table for a witness, named x, and is started again.
+fn becomes_a_witness(rig: &Rig, daemon: &str) {
+    let file = rig.layout.conf().join(format!("{daemon}.toml"));
     let mut settings = std::fs::read_to_string(&file).unwrap();
     let dir = rig.layout.witness();
     std::fs::create_dir(&dir).unwrap();
     let owner = std::fs::metadata(&file).unwrap();
-    let owner = {
-        use std::os::unix::fs::MetadataExt as _;
-        (owner.uid(), owner.gid())
-    };
-    std::os::unix::fs::chown(&dir, Some(owner.0), Some(owner.1)).unwrap();
+    std::os::unix::fs::chown(&dir, Some(owner.uid()), Some(owner.gid())).unwrap();
     write!(
         settings,
-        "\n[proxy.witness]\ncluster = \"local\"\nname = \"x\"\ndir = {dir:?}\nlisten = \"{}\"\n\
-         agents = {:?}\nsecrets = {:?}\n",
+        "\n[{daemon}.witness]\ncluster = \"local\"\nname = \"x\"\ndir = \"{}\"\nlisten = \"{}\"\n\
+         agents = {:?}\nsecrets = \"{}\"\n",
+        dir.display(),
         address(rig.layout.witness_port()),
         rig.layout.api_addresses(),
-        rig.layout.secrets(),
+        rig.layout.secrets().display(),
     )
     .unwrap();
     std::fs::write(&file, settings).unwrap();
-    let proxy = processes::running(&rig.layout, "proxy").expect("a proxy");
-    assert!(proxy.signal(Signal::TERM));
+    let running = processes::running(&rig.layout, daemon).expect("the daemon");
+    assert!(running.signal(Signal::TERM));
     rig.cluster
-        .wait_status("a witness in the proxy", LIMIT, |s| votes(s, "x"));
+        .wait_status("a witness in it", LIMIT, |s| votes(s, "x"));
+}
+
+#[test]
+fn the_proxy_is_a_witness_too() {
+    let _turn = turn();
+    let rig = Rig::up("witness-in-proxy", &["--members", "2"]);
+    becomes_a_witness(&rig, "proxy");
     lose_the_leader(&rig, 1);
     // Taken out as any member; the proxy goes on.
     let out = rig.cluster.craton(&["member", "remove", "x", "--yes"]);
@@ -123,4 +126,48 @@ fn the_proxy_is_a_witness_too() {
         rig.cluster.sql(&["-d", "postgres", "-Atc", "SELECT 1"]),
         "1"
     );
+}
+
+/// Two hosts with data; the third has the backup, which is a synchronous copy and a witness.
+#[test]
+fn the_third_host_votes_and_holds_what_is_acknowledged() {
+    let _turn = turn();
+    let rig = Rig::up("third", &["--members", "2", "--synchronous-backup"]);
+    becomes_a_witness(&rig, "backup");
+
+    // The leader is lost when the backup alone has the newest rows.
+    let clients = rig.record(1);
+    let leader = rig.leader();
+    let standby = rig.standbys(&leader).pop().unwrap();
+    let frozen = Frozen::new(rig.senders(&leader, Some(&standby)));
+    clients.watch(Duration::from_millis(100));
+    clients.wait_acknowledged("on the backup alone", 20);
+    rig.kill_host(&leader);
+    drop(frozen);
+    rig.cluster.wait_status("the other one leads", LIMIT, |s| {
+        s["writable"] == true && s["leader"] == standby.as_str()
+    });
+    let (_, verdict) = clients.finish("the backup alone had the newest rows");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+
+    // The standby is away for so long that the backup is all of V; then the leader is lost, and the standby, which
+    // missed everything, is all there is.
+    let clients = rig.record(2);
+    let leader = rig.leader();
+    let standby = rig.standbys(&leader).pop().unwrap();
+    rig.kill_host_for(&standby, LIMIT * 2);
+    rig.cluster
+        .wait_status("the backup is all of V", LIMIT, |s| {
+            s["sync"]["members"] == serde_json::json!(["backup"])
+        });
+    clients.wait_acknowledged("without the standby", 50);
+    rig.kill_host_for(&leader, LIMIT * 2);
+    rig.power_on(&standby);
+    rig.cluster
+        .wait_status("who missed everything leads", LIMIT, |s| {
+            s["writable"] == true && s["leader"] == standby.as_str()
+        });
+    rig.power_on(&leader);
+    let (_, verdict) = clients.finish("the standby missed everything");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
 }

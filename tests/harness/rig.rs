@@ -159,7 +159,12 @@ impl Rig {
 
     /// SIGKILL to everything of a member at once; its agent is not started again for `DOWN_FOR`.
     pub fn kill_host(&self, member: &str) {
-        self.hold_down(&format!("node-{member}"), DOWN_FOR);
+        self.kill_host_for(member, DOWN_FOR);
+    }
+
+    /// The same for another time.
+    pub fn kill_host_for(&self, member: &str, time: Duration) {
+        self.hold_down(&format!("node-{member}"), time);
         let id = member.parse().unwrap();
         let found = processes::of_member(&self.layout, &id);
         for process in &found {
@@ -182,6 +187,11 @@ impl Rig {
             let asked = value(&client, "SELECT pg_is_in_recovery()").await;
             asked.is_ok_and(|recovering| recovering == "f")
         })
+    }
+
+    /// A member that was killed may start now.
+    pub fn power_on(&self, member: &str) {
+        Hold::release(&self.layout, &format!("node-{member}"));
     }
 
     /// The supervisor does not start this daemon for so long.

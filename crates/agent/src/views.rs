@@ -508,9 +508,13 @@ fn next(
             paused.value.by
         );
     }
+    // With what V sealed anybody may lead; where V lists receivers only, somebody else has to.
+    let only_receivers =
+        members.iter().all(|m| !m.sync) && receivers.iter().any(|r| r.sync && r.alive);
     let heirs: Vec<&str> = members
         .iter()
-        .filter(|m| m.id != *leader && m.agent_alive && m.priority > 0 && m.sync)
+        .filter(|m| m.id != *leader && m.agent_alive && m.priority > 0)
+        .filter(|m| m.sync || only_receivers)
         .map(|m| m.id.as_str())
         .collect();
     let sealing = members
@@ -531,9 +535,13 @@ fn next(
         );
     }
     if heirs.is_empty() {
-        return format!(
-            "if {leader} fails now, nobody takes over: those that could seal never lead"
-        );
+        return if only_receivers {
+            format!(
+                "if {leader} fails now, the next member that is there gets what was acknowledged from the backup, and takes over"
+            )
+        } else {
+            format!("if {leader} fails now, nobody takes over: those that could seal never lead")
+        };
     }
     format!(
         "if {leader} fails, {} takes over (lease: {ttl} ms)",
