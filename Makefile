@@ -9,7 +9,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO := cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover fuzz images
+.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover bench-handshake fuzz images
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ bench: build ## outages and losses, measured by drills (long)
 bench-failover: setup ## Craton beside Patroni, same faults, about 40 minutes (root; RUNS=3 PATRONI_RUNS=1 FAULTS=… SYSTEMS=…)
 	benches/failover/install.sh $(abspath $(TARGET_DIR))/patroni
 	CRATON_TEST_DISKS=$(or $(DISKS),/dev/shm) PATRONI_VENV=$(abspath $(TARGET_DIR))/patroni OUT=$(or $(OUT),$(abspath $(TARGET_DIR))/failover.jsonl) $(CARGO) bench --locked -p craton --bench failover
+
+bench-handshake: setup ## what a mutual TLS handshake between two parts costs (a minute)
+	$(CARGO) bench --locked -p craton-trust --bench handshake
 
 fuzz: ## there are no fuzz targets yet
 	@echo "there are no fuzz targets yet; property tests of the parsers run in 'make test'"
