@@ -69,7 +69,10 @@ async fn rounds(
         };
         tokio::join!(accept, connect);
     }
-    (began.elapsed() / ROUNDS, (cpu() - used) / ROUNDS)
+    (
+        began.elapsed() / ROUNDS,
+        cpu().saturating_sub(used) / ROUNDS,
+    )
 }
 
 fn main() {
