@@ -9,7 +9,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO := cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover bench-handshake fuzz images
+.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover bench-handshake fuzz images test-containers
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,5 +69,9 @@ bench-handshake: setup ## what a mutual TLS handshake between two parts costs (a
 fuzz: ## there are no fuzz targets yet
 	@echo "there are no fuzz targets yet; property tests of the parsers run in 'make test'"
 
-images: ## there are no container images yet
-	@echo "there are no container images yet"
+images: ## the container images craton/postgis, craton/proxy, craton/backup (TAG=latest; works where none can be pulled)
+	@scripts/setup.sh --images
+	scripts/images.sh
+
+test-containers: setup-tests ## every container scenario, about fifteen minutes (needs a Docker engine)
+	$(CARGO) test --locked -p craton --test containers -- --include-ignored --nocapture

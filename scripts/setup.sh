@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building and running needs and this machine lacks, on Debian and Ubuntu: PostgreSQL with
 # PostGIS, a C compiler and linker, curl, Rust. Says what it does; does nothing where nothing is missing.
-# With --tests also what only tests need: etcd. SETUP_SKIP=1 leaves everything as it is.
+# With --tests also what only tests need: etcd, and for the images what --images installs. SETUP_SKIP=1 leaves everything as it is.
 set -euo pipefail
 [ "${SETUP_SKIP:-0}" = 1 ] && exit 0
 export PATH="$PATH:$HOME/.cargo/bin"
@@ -65,6 +65,17 @@ install_etcd() {
   install_packages etcd-server etcd-client
   if [ -d /run/systemd/system ]; then as_root systemctl disable --quiet etcd.service || true; fi
 }
+
+# What building and testing images needs beside an engine, which is not installed here: running one is a decision.
+images_missing=()
+if [ "${1:-}" = --images ] || { [ "${1:-}" = --tests ] && docker version >/dev/null 2>&1; }; then
+  command -v debootstrap >/dev/null || images_missing+=(debootstrap)
+  command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || images_missing+=(docker-compose)
+fi
+if [ "${#images_missing[@]}" -gt 0 ]; then
+  as_root apt-get update -qq >&2 || say "the package lists could not be brought up to date; trying with those that are there"
+  install_packages "${images_missing[@]}"
+fi
 
 if [ "${1:-}" = --tests ] && ! { command -v etcd && command -v etcdctl; } >/dev/null; then
   install_etcd

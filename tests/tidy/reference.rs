@@ -12,6 +12,10 @@ use craton_console::metrics::render_reference;
 pub fn pages(root: &Path) -> Vec<(&'static str, String)> {
     vec![
         ("commands.md", commands()),
+        (
+            "environment.md",
+            craton::container::environment::reference(),
+        ),
         ("metrics.md", metrics()),
         ("settings.md", settings(root)),
     ]
@@ -113,7 +117,7 @@ fn metrics() -> String {
 }
 
 /// Title, what it is about, file and struct.
-const TABLES: [(&str, &str, &str, &str); 10] = [
+const TABLES: [(&str, &str, &str, &str); 11] = [
     (
         "[node]",
         "The agent beside one PostgreSQL.",
@@ -149,6 +153,12 @@ const TABLES: [(&str, &str, &str, &str); 10] = [
         "The proxy.",
         "crates/proxy/src/config.rs",
         "ProxyConfig",
+    ),
+    (
+        "[[proxy.pool_nodes]]",
+        "Each row of `SHOW pool_nodes`.",
+        "crates/proxy/src/config.rs",
+        "PoolNode",
     ),
     (
         "[[proxy.pools]]",

@@ -6,6 +6,7 @@
 //! * [`access`]: which role may do what.
 //! * [`client`]: a small HTTP/1.0 client with deadlines, for JSON and for newline-delimited JSON.
 //! * [`topology`]: keeps a stream to each agent and believes the newest topology.
+//! * [`front`]: what a container shows to anybody.
 //! * [`join`]: what is said about tokens and certificates; [`renewal`]: a daemon's certificate is kept fresh.
 //! * [`views`]: what the agent's API says and the command line prints.
 //!
@@ -15,6 +16,7 @@
 
 pub mod access;
 pub mod client;
+pub mod front;
 pub mod join;
 pub mod metrics;
 pub mod renewal;

@@ -3,14 +3,18 @@
 //! Agents push, nobody polls: a proxy learns of a new leader one network hop after the agents do. An
 //! agent that is cut off keeps saying what it last knew; its news are older by (term, revision) and
 //! change nothing.
+//!
+//! The agents named at the start are enough to find the others: members that the topology names are followed too,
+//! for as long as it names them.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use craton_core::Term;
 use craton_core::topology::Topology;
 use tokio::sync::watch;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::sleep;
 
 use crate::client::{Client, ClientError};
@@ -26,6 +30,9 @@ pub const RECONNECT_MAX: Duration = Duration::from_secs(1);
 
 /// Time to connect and get the head of the answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Agents beyond those that were named at the start.
+const LEARNT_MAX: usize = 64;
 
 const STREAM_PATH: &str = "/v1/topology/stream";
 
@@ -47,9 +54,11 @@ impl TopologyFeed {
         });
         let client = client.clone().with_timeout(CONNECT_TIMEOUT);
         let mut streams = JoinSet::new();
-        for (index, agent) in agents.into_iter().enumerate() {
+        for (index, agent) in agents.iter().enumerate() {
+            let agent = agent.clone();
             streams.spawn(follow(index, agent, client.clone(), Arc::clone(&shared)));
         }
+        streams.spawn(learn(agents, newest.clone(), client, Arc::clone(&shared)));
         Self {
             newest,
             shared,
@@ -79,6 +88,13 @@ struct Shared {
 }
 
 impl Shared {
+    fn add(&self) -> usize {
+        self.views
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add()
+    }
+
     fn update(&self, index: usize, view: Option<Heard>) {
         let mut views = self.views.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(next) = views.update(index, view) {
@@ -108,6 +124,12 @@ impl Views {
             heard: vec![None; agents],
             published: None,
         }
+    }
+
+    /// Room for one more agent.
+    fn add(&mut self) -> usize {
+        self.heard.push(None);
+        self.heard.len() - 1
     }
 
     fn connected(&self) -> usize {
@@ -153,6 +175,48 @@ impl Views {
 
 fn age(topology: &Topology) -> (Term, u64) {
     (topology.term, topology.revision)
+}
+
+/// Follows the members that the newest topology names besides those in `named`.
+async fn learn(
+    named: Vec<String>,
+    mut newest: watch::Receiver<Option<Arc<Topology>>>,
+    client: Client,
+    shared: Arc<Shared>,
+) {
+    let mut streams = JoinSet::new();
+    // By address: the place among the views, which stays, and the stream while there is one.
+    let mut learnt: BTreeMap<String, (usize, Option<AbortHandle>)> = BTreeMap::new();
+    while newest.changed().await.is_ok() {
+        let Some(topology) = newest.borrow_and_update().clone() else {
+            continue;
+        };
+        let there = |api: &String| topology.members.iter().any(|m| &m.api == api);
+        for (agent, (index, stream)) in &mut learnt {
+            if !there(agent)
+                && let Some(stream) = stream.take()
+            {
+                stream.abort();
+                shared.update(*index, None);
+            }
+        }
+        for member in &topology.members {
+            let agent = &member.api;
+            let running = learnt.get(agent).is_some_and(|(_, s)| s.is_some());
+            if running || named.contains(agent) {
+                continue;
+            }
+            if learnt.len() >= LEARNT_MAX && !learnt.contains_key(agent) {
+                continue;
+            }
+            let (index, stream) = learnt
+                .entry(agent.clone())
+                .or_insert_with(|| (shared.add(), None));
+            let follow = follow(*index, agent.clone(), client.clone(), Arc::clone(&shared));
+            *stream = Some(streams.spawn(follow));
+            tracing::info!(agent, "learnt of another agent");
+        }
+    }
 }
 
 /// Follows one agent for ever, with growing pauses while it cannot be reached.

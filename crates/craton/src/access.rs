@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use tokio::task::JoinSet;
 
 use crate::certificates;
+use crate::container::entry::Facts;
 use crate::exit::{Problem, UNREACHABLE, USAGE};
 use crate::layout::Layout;
 
@@ -45,7 +46,14 @@ impl Access {
         dir: &Path,
     ) -> anyhow::Result<Self> {
         if agents.is_empty() {
-            return Self::local(&Layout::require(dir)?);
+            // Inside a container of Craton's nothing has to be said.
+            return match (Layout::load(dir)?, Facts::load()?) {
+                (None, Some(facts)) => {
+                    let secrets = Facts::secrets();
+                    Self::open(&facts.agents(), Some(&secrets), None, dir)
+                }
+                _ => Self::local(&Layout::require(dir)?),
+            };
         }
         let token = token_file.map(|path| Token::from_file(path)).transpose()?;
         let client = match (certificates, token) {

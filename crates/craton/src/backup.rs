@@ -15,6 +15,9 @@ use craton_repo::manifest::BackupId;
 use craton_trust::Role;
 
 use crate::cli::{DaemonArgs, wait_for};
+use crate::container::barman;
+use crate::container::entry::Facts;
+use crate::container::side::daemon_address;
 use crate::exit::{self, Problem};
 use crate::layout::{Layout, address};
 use crate::output::{self, Colour, cell, paint, plain};
@@ -69,7 +72,10 @@ impl RepositoryArgs {
     pub fn open(&self, dir: &Path) -> anyhow::Result<Repository> {
         let root = match &self.repo {
             Some(root) => root.clone(),
-            None => Layout::require(dir)?.repository(),
+            None => match (Layout::load(dir)?, Facts::load()?) {
+                (None, Some(facts)) => barman::root(&facts),
+                _ => Layout::require(dir)?.repository(),
+            },
         };
         Ok(Repository::open(&root)?)
     }
@@ -119,6 +125,17 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// That of the container which this is in, else that of the local cluster.
+    fn here(dir: &Path) -> anyhow::Result<Self> {
+        match (Layout::load(dir)?, Facts::load()?) {
+            (None, Some(facts)) => Ok(Self {
+                address: daemon_address(facts.kind),
+                client: Client::trusted(certificates::operator(&Facts::secrets())?, Role::Backup),
+            }),
+            _ => Self::local(&Layout::require(dir)?),
+        }
+    }
+
     /// Where it is, and a certificate that it takes.
     pub fn local(layout: &Layout) -> anyhow::Result<Self> {
         let trust = certificates::operator(&layout.secrets())?;
@@ -148,7 +165,7 @@ fn ask_or_read<T: serde::de::DeserializeOwned>(
     read: impl FnOnce(&Repository) -> craton_backup::Result<T>,
 ) -> anyhow::Result<T> {
     if repository.repo.is_none() {
-        let daemon = Daemon::local(&Layout::require(dir)?)?;
+        let daemon = Daemon::here(dir)?;
         match wait_for(async { Ok(daemon.client.get_json(&daemon.address, path).await) })? {
             Ok(view) => return Ok(view),
             Err(error @ ClientError::Refused { .. }) => return Err(error.into()),
@@ -159,7 +176,7 @@ fn ask_or_read<T: serde::de::DeserializeOwned>(
 }
 
 async fn take(dir: &Path, json: bool) -> anyhow::Result<u8> {
-    let daemon = Daemon::local(&Layout::require(dir)?)?;
+    let daemon = Daemon::here(dir)?;
     let accepted: RunAcceptedView = daemon
         .client
         .post_json(&daemon.address, "/v1/backup/run", &serde_json::json!({}))
@@ -319,7 +336,7 @@ fn gap(missing: &craton_repo::continuity::Missing) -> String {
 }
 
 async fn status(dir: &Path, json: bool) -> anyhow::Result<u8> {
-    let view = Daemon::local(&Layout::require(dir)?)?.status().await?;
+    let view = Daemon::here(dir)?.status().await?;
     if json {
         output::json(&view)?;
         return Ok(exit::OK);

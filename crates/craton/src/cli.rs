@@ -10,8 +10,8 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, ca, change, configure, daemons, divergence, doctor, down, drill, explain, history,
-    join, layout, maintenance, member, psql, recover, restore, status, supervise, up,
+    backup, ca, change, configure, container, daemons, divergence, doctor, down, drill, explain,
+    history, join, layout, maintenance, member, psql, recover, restore, status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -143,6 +143,9 @@ pub enum Command {
     Proxy(DaemonArgs),
     /// Run a witness: a voter without a PostgreSQL, so that two members have a majority when one is lost
     Witness(DaemonArgs),
+    /// What Craton's images run: the environment of a container says what
+    #[command(subcommand)]
+    Container(container::ContainerCommand),
     /// Run the fence of one PostgreSQL (the agent does)
     #[command(hide = true)]
     Fence {
@@ -292,6 +295,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Down(args) => down::run(&dir, &args),
         Command::Supervise => wait_for(supervise::run(&dir)),
         Command::Fence { board, watchdog } => daemons::fence(&board, watchdog),
+        Command::Container(command) => container::run(&command),
         Command::Node(args) => daemons::node(&args),
         Command::Proxy(args) => daemons::proxy(&args),
         Command::Witness(args) => daemons::witness(&args),

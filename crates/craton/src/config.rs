@@ -22,6 +22,9 @@ const TABLES: [&str; 4] = ["node", "proxy", "backup", "witness"];
 /// A table inside a daemon's own that another part of the program reads.
 pub const WITNESS: &str = "witness";
 
+/// In a file that a container wrote: between a setting and the variable that it comes from.
+pub const ORIGIN_MARK: &str = " # from ";
+
 /// The span of what did not come from the file.
 const NOT_IN_FILE: Range<usize> = 0..0;
 
@@ -157,11 +160,21 @@ impl Sources {
             if let DeValue::Table(inner) = value.get_ref() {
                 self.note_origins(inner, &format!("{name}."), origins);
             } else {
-                let place = position(&self.text, key.span().start);
-                let line = place.split(':').next().unwrap_or_default();
-                origins.insert(name, format!("{}:{line}", self.file.display()));
+                origins.insert(name, self.origin_at(key.span().start));
             }
         }
+    }
+
+    /// The place of a setting, or the variable that it comes from where the file says so.
+    fn origin_at(&self, offset: usize) -> String {
+        let rest = self.text.get(offset..).unwrap_or_default();
+        let line = rest.lines().next().unwrap_or_default();
+        if let Some((_, variable)) = line.rsplit_once(ORIGIN_MARK) {
+            return format!("the variable {variable}");
+        }
+        let place = position(&self.text, offset);
+        let number = place.split(':').next().unwrap_or_default();
+        format!("{}:{number}", self.file.display())
     }
 
     /// What variables and flags say about `table`, in the order in which they count.

@@ -7,6 +7,7 @@
 //! * [`up`], [`down`], [`supervise`], [`ready`], [`sample`]: its life. [`drill`]: breaking it on purpose.
 //! * [`certificates`]: who may talk to whom.
 //! * [`daemons`], [`config`], [`settings`]: the long-running parts and their `craton.toml`.
+//! * [`container`]: the same in Docker: environment, first process, names of the stack before.
 //! * the rest: one command a file.
 
 use std::ffi::OsString;
@@ -23,6 +24,7 @@ pub mod change;
 pub mod cli;
 pub mod config;
 pub mod configure;
+pub mod container;
 pub mod daemons;
 pub mod divergence;
 pub mod doctor;
@@ -53,6 +55,9 @@ pub mod up;
 
 /// Parses the command line, runs the command, prints what went wrong.
 pub fn run(args: &[OsString]) -> ExitCode {
+    if let Some(done) = container::names::run(args) {
+        return ended(done, false);
+    }
     let cli = match cli::Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -62,7 +67,11 @@ pub fn run(args: &[OsString]) -> ExitCode {
         }
     };
     let json = cli.json;
-    match cli::dispatch(cli) {
+    ended(cli::dispatch(cli), json)
+}
+
+fn ended(done: anyhow::Result<u8>, json: bool) -> ExitCode {
+    match done {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             output::print_error(&error, json);

@@ -50,6 +50,17 @@ fn passwd() -> anyhow::Result<String> {
     std::fs::read_to_string("/etc/passwd").context("cannot read /etc/passwd")
 }
 
+/// The account of this name.
+pub fn account(name: &str) -> anyhow::Result<Account> {
+    find_account(&passwd()?, |a| a.name == name).ok_or_else(|| {
+        Problem::machine(
+            format!("there is no user \"{name}\""),
+            "/etc/passwd lists them",
+        )
+        .into()
+    })
+}
+
 /// The account `postgres`, which the package creates.
 pub fn service_account() -> anyhow::Result<Account> {
     find_account(&passwd()?, |a| a.name == SERVICE_USER).ok_or_else(|| {

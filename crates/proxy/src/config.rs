@@ -46,9 +46,23 @@ pub struct StaticBackend {
     pub port: u16,
 }
 
+/// A server as `SHOW pool_nodes` is to show it, in the place of a pgpool.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolNode {
+    /// Its number.
+    pub id: u32,
+    /// Its host, as in the topology.
+    pub host: String,
+    /// PostgreSQL's TCP port.
+    pub port: u16,
+    /// Its weight, which is shown and nothing else.
+    pub weight: f64,
+}
+
 /// The `[proxy]` table. Where the cluster is comes from `agents`, or else from `backends`; everything else
 /// has a default.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ProxyConfig {
     /// Where clients connect that write: `address:port`.
@@ -66,6 +80,9 @@ pub struct ProxyConfig {
     /// Servers without agents: roles are found by asking each of them every `probe_interval_ms`. The proxy can
     /// only watch such a set; it takes something else to fail it over.
     pub backends: Vec<StaticBackend>,
+    /// Numbers and weights that `SHOW pool_nodes` shows; members that are not among these are numbered after them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pool_nodes: Vec<PoolNode>,
     /// How often static backends are asked for their role, in milliseconds.
     pub probe_interval_ms: u64,
     /// How long such a question may take, in milliseconds.
@@ -130,6 +147,7 @@ impl Default for ProxyConfig {
             agent_token_file: None,
             tls: TlsSettings::default(),
             backends: Vec::new(),
+            pool_nodes: Vec::new(),
             probe_interval_ms: 1000,
             probe_timeout_ms: 1000,
             auth_user: "craton_proxy".into(),

@@ -33,6 +33,7 @@ pub mod config;
 mod login;
 mod metrics;
 mod pool;
+mod pool_nodes;
 mod probe;
 mod routes;
 mod server;
@@ -41,7 +42,7 @@ mod sql;
 mod statements;
 mod worker;
 
-pub use config::{ConfigError, PoolMode, PoolOverride, ProxyConfig, StaticBackend};
+pub use config::{ConfigError, PoolMode, PoolNode, PoolOverride, ProxyConfig, StaticBackend};
 
 use auth::{Asker, Verifiers};
 use backend::Login;

@@ -148,6 +148,28 @@ impl Routes {
         (!self.is_same(&next)).then_some(next)
     }
 
+    /// A primary and standbys named as their hosts are.
+    #[cfg(test)]
+    pub fn for_test(primary: &str, standbys: &[&str]) -> Self {
+        let target = |host: &str, term: Option<Term>| {
+            Arc::new(Target {
+                id: 0,
+                member: MemberId::new(host).unwrap(),
+                host: host.to_owned(),
+                port: 1,
+                term,
+                revoked: AtomicBool::new(false),
+                busy: AtomicU64::new(0),
+            })
+        };
+        Self {
+            primary: Some(target(primary, Some(Term(1)))),
+            standbys: standbys.iter().map(|s| target(s, None)).collect(),
+            known: true,
+            ..Self::default()
+        }
+    }
+
     fn is_same(&self, other: &Self) -> bool {
         let same = |a: &[Arc<Target>], b: &[Arc<Target>]| {
             a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.id == b.id)

@@ -59,8 +59,18 @@ impl Authority {
     /// Makes a new one: an ECDSA key on P-256 and a certificate for it that may sign others, but no further
     /// authorities.
     pub fn create(cluster: &str) -> Result<Self> {
+        let key = KeyPair::generate().map_err(failed("the authority"))?;
+        Self::of_key(cluster, key)
+    }
+
+    /// As [`Self::create`], with a key that is there already: ECDSA on P-256, as PKCS #8.
+    pub(crate) fn with_key(cluster: &str, pkcs8: &[u8]) -> Result<Self> {
+        let key = KeyPair::try_from(pkcs8).map_err(failed("the authority"))?;
+        Self::of_key(cluster, key)
+    }
+
+    fn of_key(cluster: &str, key: KeyPair) -> Result<Self> {
         let failed = failed("the authority");
-        let key = KeyPair::generate().map_err(&failed)?;
         let mut params = CertificateParams::default();
         let mut name = DistinguishedName::new();
         name.push(DnType::OrganizationName, "Craton");

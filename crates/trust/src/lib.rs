@@ -7,6 +7,7 @@
 //! * [`channel`]: a TLS connection whose other end is known. Reloads what changed on disk.
 //! * [`doorstep`]: connections whose other end is not known yet.
 //! * [`join`]: the token with which a new host joins.
+//! * [`seed`]: an authority that follows from a password, for containers.
 //! * [`renewal`]: a certificate is replaced long before it ends.
 //!
 //! # What holds
@@ -25,6 +26,7 @@ pub mod files;
 pub mod identity;
 pub mod join;
 pub mod renewal;
+pub mod seed;
 
 pub use authority::Authority;
 pub use channel::{Expect, Guest, Stream, Trust};

@@ -1,6 +1,7 @@
 //! What the client says.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use craton_wire::backend::{Report, TransactionStatus, put_command_complete, put_error, put_ready};
 use craton_wire::frame::{HEADER_LEN, Header, frame, header, put_cstr};
@@ -9,6 +10,7 @@ use craton_wire::frontend::{Named, bind_names, parse_name, put_parse_rest, put_s
 use super::{Gone, Loss, Owed, Session};
 use crate::buffer::CAPACITY;
 use crate::metrics::Tally;
+use crate::pool_nodes;
 use crate::sql::{Change, Inspector, deallocated_name, inspect, is_rollback};
 use crate::statements::{Statement, change_of};
 
@@ -273,6 +275,7 @@ impl Session {
             }
             // A server ignores these outside of COPY, and a Flush has nothing to flush.
             b'H' | b'd' | b'c' | b'f' => self.drop_it(found),
+            b'Q' if self.shows_nodes(found) => self.show_nodes(found),
             b'Q' => match self.deallocates(found) {
                 Some(name) => self.deallocate(found, &name),
                 None => Some(Step::Link),
@@ -307,7 +310,29 @@ impl Session {
         None
     }
 
+    /// True for a statement about the proxy's servers, which no server has to be asked for.
+    fn shows_nodes(&self, found: Header) -> bool {
+        found.frame_len() <= CAPACITY
+            && self.owed.is_empty()
+            && self.status != TransactionStatus::Failed
+            && pool_nodes::is_asked(self.text(found))
+    }
+
+    fn show_nodes(&mut self, found: Header) -> Option<Step> {
+        if let Some(step) = self.drop_it(found) {
+            return Some(step);
+        }
+        let routes = Arc::clone(&self.routes.borrow());
+        let configured = &self.worker.shared.config.pool_nodes;
+        pool_nodes::put_answer(self.down.insert(), configured, &routes);
+        put_ready(self.down.insert(), self.status);
+        None
+    }
+
     fn on_query(&mut self, found: Header) -> Decided {
+        if self.shows_nodes(found) {
+            return Ok(self.show_nodes(found));
+        }
         if let Some(name) = self.deallocates(found) {
             return Ok(self.deallocate(found, &name));
         }

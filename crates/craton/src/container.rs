@@ -1,0 +1,104 @@
+//! `craton container`: what the images run, and the old stack's commands inside them.
+//!
+//! # Layout
+//! * [`environment`]: the variables, their meaning, their `_FILE` forms; [`plan`]: from them to a daemon's settings. Pure.
+//! * [`entry`]: the image's command: environment, directories, [`keys`], [`adopt`], [`ssh`]; then away with root.
+//! * [`init`]: the first process: children, signals, the dead. [`leave`]: the handover before a stop.
+//! * [`daemon`]: waits for what must be there and becomes the daemon.
+//! * [`side`]: metrics and health in the clear, [`first_start`], the backups' [`schedule`].
+//! * [`names`]: links to the program; [`repmgr`], [`pcp`], [`barman`]: what they do.
+
+use clap::Subcommand;
+
+use crate::cli::wait_for;
+use crate::exit;
+
+pub mod adopt;
+pub mod barman;
+pub mod daemon;
+pub mod entry;
+pub mod environment;
+pub mod first_start;
+pub mod init;
+pub mod keys;
+pub mod leave;
+pub mod names;
+pub mod pcp;
+pub mod plan;
+pub mod repmgr;
+pub mod schedule;
+pub mod side;
+pub mod ssh;
+
+use environment::Kind;
+
+/// The sub-commands of `craton container`.
+#[derive(Subcommand, Debug)]
+pub enum ContainerCommand {
+    /// Run a database node, as its environment says
+    Node,
+    /// Run the proxy, as its environment says
+    Proxy,
+    /// Run the backup daemon, as its environment says
+    Backup,
+    /// Whether this container serves: exit code 0 or 1
+    Health,
+    /// The first process of a container (the commands above become it)
+    #[command(hide = true)]
+    Init {
+        /// Which image
+        kind: Kind,
+    },
+    /// The daemon of a container (its first process starts it)
+    #[command(hide = true)]
+    Daemon {
+        /// Which image
+        kind: Kind,
+    },
+    /// What helps the daemon of a container (its first process starts it)
+    #[command(hide = true)]
+    Side,
+    /// Hand over before a stop (the first process does)
+    #[command(hide = true)]
+    Leave,
+    /// Make the links to the program (the images' build does)
+    #[command(hide = true)]
+    Links {
+        /// Which image
+        kind: Kind,
+    },
+}
+
+/// Runs the command.
+pub fn run(command: &ContainerCommand) -> anyhow::Result<u8> {
+    match command {
+        ContainerCommand::Node => entry::run(Kind::Node),
+        ContainerCommand::Proxy => entry::run(Kind::Proxy),
+        ContainerCommand::Backup => entry::run(Kind::Backup),
+        ContainerCommand::Health => wait_for(health()),
+        ContainerCommand::Init { kind } => init::run(*kind),
+        ContainerCommand::Daemon { kind } => daemon::run(*kind),
+        ContainerCommand::Side => side::run(),
+        ContainerCommand::Leave => {
+            crate::daemons::log_to_stderr("info", false);
+            wait_for(leave::run())
+        }
+        ContainerCommand::Links { kind } => names::make_links(*kind),
+    }
+}
+
+async fn health() -> anyhow::Result<u8> {
+    let at = format!("127.0.0.1:{}", plan::FRONT_PORT);
+    let client = craton_console::Client::new(None);
+    match client.get_text(&at, "/health").await {
+        Ok(text) => {
+            crate::output::line(text);
+            Ok(exit::OK)
+        }
+        // Docker knows 0 and 1 only.
+        Err(error) => {
+            crate::output::note(error.to_string());
+            Ok(exit::FAILURE)
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! From what the entry found out to the running daemon: waits for what has to be there, writes the settings file,
+//! and becomes the daemon.
+
+use std::collections::BTreeSet;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use craton_console::front::AboutView;
+use craton_console::{Client, ClientError};
+use craton_trust::files::write_secret;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, timeout};
+
+use super::entry::{Facts, RUN_DIR};
+use super::environment::Kind;
+use super::plan::{self, API_PORT, FRONT_PORT, NODE_DIR, Plan};
+use crate::cli::wait_for;
+use crate::exit::{Problem, UNREACHABLE, USAGE};
+
+/// A node that may make the cluster waits so long for partners that neither answer nor are known not to run.
+const PARTNERS_PATIENCE: Duration = Duration::from_secs(10);
+/// Between two rounds of asking.
+const ASK_PAUSE: Duration = Duration::from_millis(250);
+/// How long one answer may take.
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Present from when a node makes the cluster until the roles and databases of its environment are made.
+pub fn first_start_marker() -> PathBuf {
+    Path::new(NODE_DIR).join("first-start")
+}
+
+/// Present while the node has no data.
+pub fn is_fresh() -> bool {
+    !Path::new(NODE_DIR).join("coordinator").exists()
+}
+
+/// Hosts of the cluster that a backup daemon has met.
+pub fn known_hosts(facts: &Facts) -> PathBuf {
+    Path::new(facts.env.or("BACKUP_DIR", "/var/backups")).join(".craton-nodes")
+}
+
+/// `craton container daemon KIND`. Does not return where all goes well.
+pub fn run(kind: Kind) -> anyhow::Result<u8> {
+    crate::daemons::log_to_stderr("info", false);
+    let facts = Facts::require()?;
+    let secrets = Facts::secrets().display().to_string();
+    let plan = match kind {
+        Kind::Node => node(&facts, &secrets)?,
+        Kind::Proxy => {
+            wait_for(enough_backends(&facts))?;
+            plan::proxy(&facts.env, &secrets).map_err(wrong)?
+        }
+        Kind::Backup => {
+            let known = std::fs::read_to_string(known_hosts(&facts)).unwrap_or_default();
+            let known: Vec<String> = known.lines().map(ToOwned::to_owned).collect();
+            plan::backup(&facts.env, &secrets, &known).map_err(wrong)?
+        }
+    };
+    let file = Path::new(RUN_DIR).join("craton.toml");
+    write_secret(&file, &plan.text())?;
+    say_once(&plan)?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("craton");
+    match kind {
+        Kind::Node => command.arg("node"),
+        Kind::Proxy => command.arg("proxy"),
+        Kind::Backup => command.args(["backup", "daemon"]),
+    };
+    let error = command.arg("--config").arg(&file).exec();
+    Err(error).context("cannot become the daemon")
+}
+
+fn wrong(what: String) -> anyhow::Error {
+    Problem::new(
+        USAGE,
+        what,
+        "docs/reference/environment.md lists the variables of the images",
+    )
+    .into()
+}
+
+/// A daemon that was killed is started again; what there is to say about the environment was said before.
+fn say_once(plan: &Plan) -> anyhow::Result<()> {
+    let said = Path::new(RUN_DIR).join("notes");
+    let notes = plan.notes.join("\n");
+    if std::fs::read_to_string(&said).is_ok_and(|before| before == notes) {
+        return Ok(());
+    }
+    for note in &plan.notes {
+        tracing::info!("{note}");
+    }
+    write_secret(&said, &notes)?;
+    Ok(())
+}
+
+fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
+    let names = facts.node.as_ref().context("this is no node")?;
+    let known = parameters();
+    let mut plan = plan::node(&facts.env, names, secrets, known.as_ref()).map_err(wrong)?;
+    if is_fresh() && plan::may_found(&facts.env, &names.host) {
+        let partners = plan::others(&facts.env, &names.host);
+        if wait_for(cluster_is_known(&partners))? {
+            tracing::info!("a partner knows the cluster: this node joins it");
+        } else {
+            tracing::info!("no partner knows a cluster: this node makes one");
+            plan.settings.retain(|s| s.key != "join");
+            write_secret(&first_start_marker(), "")?;
+        }
+    }
+    Ok(plan)
+}
+
+/// The names of PostgreSQL's parameters; `None` where it does not tell.
+fn parameters() -> Option<BTreeSet<String>> {
+    let major = std::env::var("PG_MAJOR").ok()?;
+    let program = format!("/usr/lib/postgresql/{major}/bin/postgres");
+    let output = Command::new(program)
+        .arg("--describe-config")
+        .output()
+        .ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    let names: BTreeSet<String> = text
+        .lines()
+        .filter_map(|line| line.split('\t').next())
+        .map(str::to_ascii_lowercase)
+        .collect();
+    (names.len() > 100).then_some(names)
+}
+
+/// What a partner says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Partner {
+    /// It belongs to a cluster.
+    Member,
+    /// It runs and has nothing.
+    Fresh,
+    /// Its name is known, and it does not answer (yet).
+    Silent,
+}
+
+async fn ask(client: &Client, host: &str) -> Partner {
+    let at = format!("{host}:{FRONT_PORT}");
+    match client.get_json::<AboutView>(&at, "/about").await {
+        Ok(about) if about.fresh => Partner::Fresh,
+        Ok(_) | Err(ClientError::Malformed { .. } | ClientError::Refused { .. }) => Partner::Member,
+        Err(_) => Partner::Silent,
+    }
+}
+
+/// True if one of the partners belongs to a cluster. All that are fresh settle it, too; the silent are waited for.
+async fn cluster_is_known(partners: &[String]) -> anyhow::Result<bool> {
+    let client = Client::new(None).with_timeout(ASK_TIMEOUT);
+    let until = Instant::now() + PARTNERS_PATIENCE;
+    loop {
+        let mut silent = 0_usize;
+        for host in partners {
+            match ask(&client, host).await {
+                Partner::Member => return Ok(true),
+                Partner::Fresh => {}
+                Partner::Silent => silent += 1,
+            }
+        }
+        if silent == 0 || Instant::now() >= until {
+            return Ok(false);
+        }
+        tokio::time::sleep(ASK_PAUSE).await;
+    }
+}
+
+/// Waits for as many nodes as the proxy is to start with.
+async fn enough_backends(facts: &Facts) -> anyhow::Result<()> {
+    let number = |name: &str| facts.env.number::<u64>(name).map_err(wrong);
+    let least = usize::try_from(number("REQUIRE_MIN_BACKENDS")?.unwrap_or(0))?;
+    if least == 0 {
+        return Ok(());
+    }
+    let wait = Duration::from_secs(number("WAIT_BACKEND_TIMEOUT")?.unwrap_or(120));
+    let hosts = plan::backends(&facts.env).map_err(wrong)?;
+    let until = Instant::now() + wait;
+    loop {
+        let mut reached = 0_usize;
+        for backend in &hosts {
+            let connect = TcpStream::connect((backend.host.as_str(), API_PORT));
+            if matches!(timeout(ASK_TIMEOUT, connect).await, Ok(Ok(_))) {
+                reached += 1;
+            }
+        }
+        if reached >= least {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            let what = format!(
+                "{reached} of {} BACKENDS can be reached after {} s, REQUIRE_MIN_BACKENDS is {least}",
+                hosts.len(),
+                wait.as_secs()
+            );
+            return Err(Problem::new(
+                UNREACHABLE,
+                what,
+                "start the nodes, or lower REQUIRE_MIN_BACKENDS",
+            )
+            .into());
+        }
+        tokio::time::sleep(ASK_PAUSE).await;
+    }
+}

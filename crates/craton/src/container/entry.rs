@@ -1,0 +1,333 @@
+//! How a container starts: as root (or as who it is told to be) it reads its environment, puts its directories and
+//! keys in order, gives everything away that it does not need, and becomes the first process, [`super::init`].
+
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use craton_console::Client;
+use craton_console::front::AboutView;
+use craton_core::MemberId;
+use serde::{Deserialize, Serialize};
+
+use super::adopt;
+use super::environment::{Environment, Kind, is_secret};
+use super::keys::{self, Holder};
+use super::plan::{self, CLUSTER_DEFAULT, FRONT_PORT, NODE_DIR, NodeNames};
+use crate::cli::wait_for;
+use crate::exit::{Problem, USAGE};
+use crate::owner::{self, Account};
+
+/// Files of this life of the container.
+pub const RUN_DIR: &str = "/run/craton";
+
+/// How long a node is waited for that tells the cluster's name.
+const NAME_PATIENCE: Duration = Duration::from_secs(600);
+
+/// Between two rounds of asking for it.
+const NAME_PAUSE: Duration = Duration::from_millis(500);
+
+/// What the processes of a container know of it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Facts {
+    /// Which image.
+    pub kind: Kind,
+    /// The cluster.
+    pub cluster: String,
+    /// A node's names.
+    pub node: Option<NodeNames>,
+    /// The variables, files read.
+    pub env: Environment,
+}
+
+impl Facts {
+    fn path() -> PathBuf {
+        Path::new(RUN_DIR).join("container.json")
+    }
+
+    /// Reads what the entry found out; `None` outside of a container.
+    pub fn load() -> anyhow::Result<Option<Self>> {
+        let path = Self::path();
+        match std::fs::read_to_string(&path) {
+            Ok(text) => serde_json::from_str(&text)
+                .map(Some)
+                .with_context(|| format!("{} cannot be read", path.display())),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+        }
+    }
+
+    /// As [`Self::load`], where there must be some.
+    pub fn require() -> anyhow::Result<Self> {
+        Self::load()?.ok_or_else(|| {
+            let what = format!("there is no {}", Self::path().display());
+            Problem::new(
+                USAGE,
+                what,
+                "this command works inside Craton's containers, once they have started",
+            )
+            .into()
+        })
+    }
+
+    fn store(&self) -> anyhow::Result<()> {
+        craton_trust::files::write_secret(&Self::path(), &serde_json::to_string(self)?)?;
+        Ok(())
+    }
+
+    /// The directory of the secrets.
+    pub fn secrets() -> PathBuf {
+        Path::new(RUN_DIR).join("secrets")
+    }
+
+    /// The agents that commands ask: this node's first.
+    pub fn agents(&self) -> Vec<String> {
+        let hosts: Vec<String> = match self.kind {
+            Kind::Node => {
+                let others = self
+                    .node
+                    .as_ref()
+                    .map(|n| plan::others(&self.env, &n.host))
+                    .unwrap_or_default();
+                std::iter::once("127.0.0.1".to_owned())
+                    .chain(others)
+                    .collect()
+            }
+            Kind::Proxy => {
+                let nodes = plan::backends(&self.env).unwrap_or_default();
+                nodes.into_iter().map(|b| b.host).collect()
+            }
+            Kind::Backup => self.env.list("REPLICATION_HOST"),
+        };
+        hosts
+            .into_iter()
+            .map(|h| format!("{h}:{}", plan::API_PORT))
+            .collect()
+    }
+
+    /// What this container says about itself.
+    pub fn about(&self, fresh: bool) -> AboutView {
+        let node = self.node.as_ref();
+        AboutView {
+            cluster: self.cluster.clone(),
+            kind: self.kind.as_str().to_owned(),
+            fresh,
+            member: node.map(|n| n.member.as_str().to_owned()),
+            node_name: node.map(|n| n.node_name.clone()),
+            node_id: node.map(|n| n.node_id),
+            priority: node.map(|n| n.priority),
+        }
+    }
+}
+
+fn usage(what: String) -> anyhow::Error {
+    let hint = "docs/reference/environment.md lists the variables of the images";
+    Problem::new(USAGE, what, hint).into()
+}
+
+fn read_file(path: &str) -> Result<String, String> {
+    std::fs::read_to_string(path).map_err(|e| format!("cannot read {path}: {e}"))
+}
+
+/// `craton container node|proxy|backup`, the image's command. Does not return where all goes well.
+pub fn run(kind: Kind) -> anyhow::Result<u8> {
+    crate::daemons::log_to_stderr("info", false);
+    let all = std::env::vars_os()
+        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
+    let env = Environment::gather(kind, all, read_file).map_err(usage)?;
+    for note in env.notes(kind) {
+        tracing::info!("{note}");
+    }
+    let account = owner::is_root().then(owner::service_account).transpose()?;
+    directories(kind, &env, account.as_ref())?;
+    let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .context("cannot read the host's name")?
+        .trim()
+        .to_owned();
+    let node = (kind == Kind::Node)
+        .then(|| node_names(&env, &hostname))
+        .transpose()?;
+    let cluster = cluster_name(kind, &env)?;
+    let facts = Facts {
+        kind,
+        cluster,
+        node,
+        env,
+    };
+    let host = facts.node.as_ref().map_or(&hostname, |n| &n.host);
+    let name = facts
+        .node
+        .as_ref()
+        .map_or(hostname.as_str(), |n| n.member.as_str());
+    let holder = Holder {
+        kind,
+        cluster: &facts.cluster,
+        name,
+        host,
+    };
+    for note in keys::prepare(&facts.env, &holder, &Facts::secrets())? {
+        if let Some(warning) = note.strip_prefix("WARNING: ") {
+            tracing::warn!("{warning}");
+        } else {
+            tracing::info!("{note}");
+        }
+    }
+    facts.store()?;
+    if facts.env.is_on("SSH_ENABLE") {
+        super::ssh::start(account.as_ref())?;
+    }
+    become_init(kind, &facts.env, account.as_ref())
+}
+
+fn node_names(env: &Environment, hostname: &str) -> anyhow::Result<NodeNames> {
+    let record = Path::new(NODE_DIR).join("craton-member");
+    let recorded = match std::fs::read_to_string(&record) {
+        Ok(text) => Some(
+            MemberId::new(text.trim()).map_err(|e| usage(format!("{}: {e}", record.display())))?,
+        ),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+        Err(e) => return Err(e).with_context(|| format!("cannot read {}", record.display())),
+    };
+    let names = NodeNames::of(env, hostname, recorded.clone()).map_err(usage)?;
+    if recorded.is_none() {
+        craton_trust::files::write_secret(&record, &format!("{}\n", names.member))?;
+    }
+    Ok(names)
+}
+
+/// Makes the directories, for the user that everything runs as.
+fn directories(kind: Kind, env: &Environment, account: Option<&Account>) -> anyhow::Result<()> {
+    let volume = match kind {
+        Kind::Node => Some(PathBuf::from(NODE_DIR)),
+        Kind::Backup => Some(PathBuf::from(env.or("BACKUP_DIR", "/var/backups"))),
+        Kind::Proxy => None,
+    };
+    let own = [PathBuf::from(RUN_DIR), Facts::secrets()];
+    for dir in volume.iter().cloned().chain(own) {
+        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        if let Some(account) = account {
+            // A volume of a former image or a mounted directory: its owner may be anybody.
+            give(&dir, account)?;
+            std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700))
+                .with_context(|| format!("cannot make {} private", dir.display()))?;
+        }
+    }
+    if kind == Kind::Node {
+        let major = std::env::var("PG_MAJOR").unwrap_or_default();
+        adopt::take_over(Path::new(NODE_DIR), &major)?;
+    }
+    Ok(())
+}
+
+/// Gives a tree to the account; only what is not its own already is touched.
+fn give(path: &Path, account: &Account) -> anyhow::Result<()> {
+    let failed = || format!("cannot give {} to {}", path.display(), account.name);
+    let meta = std::fs::symlink_metadata(path).with_context(failed)?;
+    if meta.uid() != account.uid {
+        std::os::unix::fs::lchown(path, Some(account.uid), Some(account.gid))
+            .with_context(failed)?;
+    } else if meta.is_dir() && path != Path::new(NODE_DIR) && path != Path::new(RUN_DIR) {
+        // Below a directory of its own everything was its own when it was last here.
+        return Ok(());
+    }
+    if meta.is_dir() {
+        for entry in std::fs::read_dir(path).with_context(failed)? {
+            give(&entry?.path(), account)?;
+        }
+    }
+    Ok(())
+}
+
+/// The cluster's name: said, or a node's, which a proxy or a backup daemon asks for.
+fn cluster_name(kind: Kind, env: &Environment) -> anyhow::Result<String> {
+    if let Some(name) = env.get("CLUSTER_NAME") {
+        return Ok(name.to_owned());
+    }
+    let hosts: Vec<String> = match kind {
+        Kind::Node => return Ok(CLUSTER_DEFAULT.to_owned()),
+        Kind::Proxy => {
+            let nodes = plan::proxy(env, "")
+                .and_then(|_| plan::backends(env))
+                .map_err(usage)?;
+            nodes.into_iter().map(|b| b.host).collect()
+        }
+        Kind::Backup => {
+            plan::backup(env, "", &[]).map_err(usage)?;
+            env.list("REPLICATION_HOST")
+        }
+    };
+    wait_for(ask_name(&hosts))
+}
+
+async fn ask_name(hosts: &[String]) -> anyhow::Result<String> {
+    let client = Client::new(None).with_timeout(Duration::from_secs(2));
+    let until = tokio::time::Instant::now() + NAME_PATIENCE;
+    let mut said = String::new();
+    loop {
+        for host in hosts {
+            let at = format!("{host}:{FRONT_PORT}");
+            match client.get_json::<AboutView>(&at, "/about").await {
+                Ok(about) => return Ok(about.cluster),
+                Err(error) if error.to_string() != said && said.is_empty() => {
+                    said = error.to_string();
+                    tracing::info!(
+                        "waiting for a node that tells the cluster's name (CLUSTER_NAME is not set): {said}"
+                    );
+                }
+                Err(_) => {}
+            }
+        }
+        if tokio::time::Instant::now() >= until {
+            let what = format!("none of {} answers on port {FRONT_PORT}", hosts.join(", "));
+            return Err(Problem::new(
+                crate::exit::UNREACHABLE,
+                what,
+                "start a node, or set CLUSTER_NAME",
+            )
+            .into());
+        }
+        tokio::time::sleep(NAME_PAUSE).await;
+    }
+}
+
+/// This very process goes on as the first one, as the account, without what only the start needed to know.
+fn become_init(kind: Kind, env: &Environment, account: Option<&Account>) -> anyhow::Result<u8> {
+    let mut command = Command::new("/proc/self/exe");
+    command
+        .arg0("craton")
+        .args(["container", "init", kind.as_str()]);
+    for (name, _) in std::env::vars_os() {
+        if name.to_str().is_some_and(is_secret) {
+            command.env_remove(name);
+        }
+    }
+    if let Some(level) = env.get("LOG_LEVEL")
+        && std::env::var_os("CRATON_LOG").is_none()
+    {
+        command.env("CRATON_LOG", log_level(level));
+    }
+    if let Some(account) = account {
+        // std clears the supplementary groups when root sets another uid.
+        command
+            .uid(account.uid)
+            .gid(account.gid)
+            .env("HOME", &account.home)
+            .env("USER", &account.name)
+            .env("LOGNAME", &account.name);
+    }
+    let error = command.exec();
+    Err(error).context("cannot become the container's first process")
+}
+
+/// The old stack's word for a level.
+fn log_level(word: &str) -> &'static str {
+    match word.to_ascii_uppercase().as_str() {
+        "DEBUG" => "debug",
+        "WARNING" | "WARN" => "warn",
+        "ERROR" | "ALERT" | "CRIT" | "EMERG" => "error",
+        _ => "info",
+    }
+}

@@ -1,0 +1,238 @@
+//! Secrets and certificates of a container: handed in as a directory, or computed from the cluster's password.
+
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use craton_agent::config::Secrets;
+use craton_trust::authority::{BUNDLE_FILE, KEY_FILE, ensure_certificate};
+use craton_trust::files::write_secret;
+use craton_trust::seed::Seed;
+use craton_trust::{Identity, Role, TlsFiles};
+
+use super::environment::{Environment, Kind};
+use crate::certificates::OPERATOR;
+use crate::exit::{Problem, USAGE};
+
+/// Where a directory of secrets is mounted if it is not said.
+pub const PREPARED_DEFAULT: &str = "/etc/craton/secrets";
+
+/// The password that everybody knows from the old README.
+const REPLICATION_DEFAULT: &str = "replication_pass";
+
+/// What a container is called, as far as its certificate is concerned.
+pub struct Holder<'a> {
+    /// Which image.
+    pub kind: Kind,
+    /// The cluster.
+    pub cluster: &'a str,
+    /// The member's name, or the host's.
+    pub name: &'a str,
+    /// How others reach it.
+    pub host: &'a str,
+}
+
+/// Makes `into` hold what this kind of container needs, and nothing else. Returns what the log should say.
+pub fn prepare(env: &Environment, holder: &Holder<'_>, into: &Path) -> anyhow::Result<Vec<String>> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(into)
+        .with_context(|| format!("cannot make {}", into.display()))?;
+    let prepared = PathBuf::from(env.or("CRATON_SECRETS_DIR", PREPARED_DEFAULT));
+    if prepared.join(BUNDLE_FILE).exists() {
+        copy(&prepared, into)?;
+        return Ok(vec![format!(
+            "secrets and certificates are those in {}",
+            prepared.display()
+        )]);
+    }
+    if env.get("CRATON_SECRETS_DIR").is_some() {
+        let what = format!(
+            "CRATON_SECRETS_DIR={0}: there is no {BUNDLE_FILE} in {0}",
+            prepared.display()
+        );
+        let hint = "`craton ca init` makes the directory for the first node, `craton join` for whoever comes later";
+        return Err(Problem::new(USAGE, what, hint).into());
+    }
+    compute(env, holder, into)
+}
+
+/// Copies files as ours: what is mounted is often readable by root alone.
+fn copy(from: &Path, into: &Path) -> anyhow::Result<()> {
+    let entries =
+        std::fs::read_dir(from).with_context(|| format!("cannot read {}", from.display()))?;
+    for entry in entries {
+        let path = entry?.path();
+        let Some(name) = path.file_name().filter(|_| path.is_file()) else {
+            continue;
+        };
+        let text = std::fs::read_to_string(&path)
+            .with_context(|| format!("cannot read {}", path.display()))?;
+        let target = into.join(name);
+        // A certificate that was renewed here is newer than the one that was handed in.
+        if std::fs::read_to_string(&target).is_ok_and(|there| there == text) {
+            continue;
+        }
+        write_secret(&target, &text)?;
+    }
+    Ok(())
+}
+
+fn compute(env: &Environment, holder: &Holder<'_>, into: &Path) -> anyhow::Result<Vec<String>> {
+    let shared = match holder.kind {
+        Kind::Node | Kind::Backup => "REPLICATION_PASSWORD",
+        Kind::Proxy => "CHECK_PASSWORD",
+    };
+    let (password, from) = match (env.get("CRATON_CLUSTER_SECRET"), env.get(shared)) {
+        (Some(secret), _) => (secret, "CRATON_CLUSTER_SECRET"),
+        (None, Some(password)) => (password, shared),
+        (None, None) => (REPLICATION_DEFAULT, shared),
+    };
+    let mut notes = Vec::new();
+    if password == REPLICATION_DEFAULT {
+        notes.push(format!(
+            "WARNING: the cluster's secret is the well-known default of {shared}: whoever reaches the containers' ports can do everything. Set CRATON_CLUSTER_SECRET_FILE to a file with a long random text, the same for all containers"
+        ));
+    } else if from != "CRATON_CLUSTER_SECRET" {
+        notes.push(format!(
+            "certificates and internal passwords are computed from {from}; CRATON_CLUSTER_SECRET_FILE with a long random text is better"
+        ));
+    }
+    let seed = Seed::from_password(holder.cluster, password)?;
+    let authority = seed.authority(holder.cluster)?;
+    let names: &[&str] = match holder.kind {
+        Kind::Node => &Secrets::FILES,
+        Kind::Proxy => &["proxy"],
+        Kind::Backup => &["replication"],
+    };
+    for name in names {
+        write_secret(&into.join(name), &format!("{}\n", seed.secret(name)?))?;
+    }
+    // The bundle first: a certificate is judged by it.
+    write_secret(&into.join(BUNDLE_FILE), authority.certificate_pem())?;
+    if holder.kind == Kind::Node {
+        authority.store_key(&into.join(KEY_FILE))?;
+    }
+    let hosts = [
+        holder.host.to_owned(),
+        "localhost".to_owned(),
+        "127.0.0.1".to_owned(),
+    ];
+    let issue = |stem: &str, role: Role, name: &str, hosts: &[String]| {
+        let identity = Identity::new(holder.cluster, role, name)?;
+        ensure_certificate(&authority, &TlsFiles::in_dir(into, stem), &identity, hosts)
+    };
+    match holder.kind {
+        // The agent issues its own.
+        Kind::Node => {}
+        Kind::Proxy => {
+            issue("proxy", Role::Proxy, holder.name, &hosts)?;
+        }
+        Kind::Backup => {
+            issue("backup", Role::Backup, holder.name, &hosts)?;
+        }
+    }
+    if holder.kind != Kind::Proxy || env.get("PCP_USER").is_some() {
+        issue(OPERATOR, Role::Operator, holder.name, &[])?;
+    }
+    Ok(notes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use craton_trust::Trust;
+
+    fn prepared(
+        kind: Kind,
+        variables: &[(&str, &str)],
+        into: &Path,
+    ) -> anyhow::Result<Vec<String>> {
+        let all = variables
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        let env = Environment::gather(kind, all, |p| Err(p.to_owned())).unwrap();
+        let holder = Holder {
+            kind,
+            cluster: "c",
+            name: "a",
+            host: "pgmaster",
+        };
+        prepare(&env, &holder, into)
+    }
+
+    fn there(dir: &Path) -> Vec<String> {
+        let mut names: Vec<String> = std::fs::read_dir(dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn each_kind_gets_what_it_needs_and_they_trust_each_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let [node, proxy, backup] = ["n", "p", "b"].map(|n| dir.path().join(n));
+        let secret = [("CRATON_CLUSTER_SECRET", "correct horse battery staple")];
+        assert!(prepared(Kind::Node, &secret, &node).unwrap().is_empty());
+        prepared(Kind::Proxy, &secret, &proxy).unwrap();
+        prepared(Kind::Backup, &secret, &backup).unwrap();
+        assert_eq!(
+            there(&node),
+            [
+                "api-token",
+                "authority.key",
+                "authority.pem",
+                "operator.pem",
+                "peers",
+                "proxy",
+                "replication",
+                "rewind",
+                "superuser"
+            ]
+        );
+        assert_eq!(there(&proxy), ["authority.pem", "proxy", "proxy.pem"]);
+        assert_eq!(
+            there(&backup),
+            ["authority.pem", "backup.pem", "operator.pem", "replication"]
+        );
+        Secrets::read(&node).unwrap();
+        assert_eq!(
+            std::fs::read(node.join("proxy")).unwrap(),
+            std::fs::read(proxy.join("proxy")).unwrap()
+        );
+        let crossed = TlsFiles {
+            authority: node.join(BUNDLE_FILE),
+            ..TlsFiles::in_dir(&proxy, "proxy")
+        };
+        assert_eq!(Trust::open(crossed).unwrap().identity().role, Role::Proxy);
+        // A restart changes neither keys nor passwords.
+        let before = std::fs::read(node.join("peers")).unwrap();
+        prepared(Kind::Node, &secret, &node).unwrap();
+        assert_eq!(std::fs::read(node.join("peers")).unwrap(), before);
+    }
+
+    #[test]
+    fn the_well_known_password_is_warned_of() {
+        let dir = tempfile::tempdir().unwrap();
+        let notes = prepared(Kind::Backup, &[], dir.path()).unwrap();
+        assert!(notes[0].starts_with("WARNING"), "{notes:?}");
+    }
+
+    #[test]
+    fn a_directory_that_was_handed_in_is_copied_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let from = dir.path().join("from");
+        let into = dir.path().join("into");
+        crate::secrets::ensure_common(&from).unwrap();
+        craton_trust::authority::ensure(&from, "c").unwrap();
+        let from_text = from.display().to_string();
+        prepared(Kind::Node, &[("CRATON_SECRETS_DIR", &from_text)], &into).unwrap();
+        assert_eq!(there(&from), there(&into));
+        let empty = dir.path().join("empty").display().to_string();
+        let refused = prepared(Kind::Node, &[("CRATON_SECRETS_DIR", &empty)], &into);
+        assert!(refused.unwrap_err().to_string().contains("authority.pem"));
+    }
+}

@@ -1,0 +1,687 @@
+//! From the environment to a daemon's settings. Pure: what is on disk and on the network comes in as arguments.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use craton_core::MemberId;
+use serde::{Deserialize, Serialize};
+
+use super::environment::{Environment, configs};
+
+/// PostgreSQL's port in every container.
+pub const POSTGRES_PORT: u16 = 5432;
+/// The port of the control API.
+pub const API_PORT: u16 = 9898;
+/// The port of the coordinator.
+pub const PEER_PORT: u16 = 7400;
+/// The port of metrics, health and what a container says about itself, in the clear.
+pub const FRONT_PORT: u16 = 8080;
+/// Where the proxy serves metrics and health to its own container.
+pub const PROXY_HTTP: &str = "127.0.0.1:8081";
+/// The member's directory: the volume.
+pub const NODE_DIR: &str = "/var/lib/postgresql/data";
+/// The cluster's name where nobody chose one.
+pub const CLUSTER_DEFAULT: &str = "pg_cluster";
+
+/// One setting and the variable that it comes from.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Setting {
+    /// Its key, as in the file.
+    pub key: String,
+    /// Its value.
+    pub value: toml::Value,
+    /// The variable; none: the image's own choice.
+    pub from: Option<&'static str>,
+}
+
+/// A daemon's settings file.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Plan {
+    /// The table.
+    pub table: &'static str,
+    /// What goes into it.
+    pub settings: Vec<Setting>,
+    /// What the log should say once.
+    pub notes: Vec<String>,
+}
+
+impl Plan {
+    fn new(table: &'static str) -> Self {
+        Self {
+            table,
+            settings: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    fn set(&mut self, key: &str, value: impl Into<toml::Value>, from: Option<&'static str>) {
+        self.settings.push(Setting {
+            key: key.to_owned(),
+            value: value.into(),
+            from,
+        });
+    }
+
+    /// The file. A comment behind a setting names its variable; `craton config show --origin` reads it.
+    pub fn text(&self) -> String {
+        let mut text = format!(
+            "# Written at every start of the container from its environment.\n\n[{}]\n",
+            self.table
+        );
+        for setting in &self.settings {
+            let _ = write!(text, "{} = {}", setting.key, setting.value);
+            if let Some(variable) = setting.from {
+                let _ = write!(text, "{}{variable}", crate::config::ORIGIN_MARK);
+            }
+            text.push('\n');
+        }
+        text
+    }
+}
+
+/// Who a node is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct NodeNames {
+    /// How others reach it.
+    pub host: String,
+    /// The member of the cluster.
+    pub member: MemberId,
+    /// For people of the old stack.
+    pub node_name: String,
+    /// For people of the old stack.
+    pub node_id: u32,
+    /// Preference when a leader is elected.
+    pub priority: u32,
+}
+
+/// A member's name out of a host's: lower case, what a name may not hold becomes `-`.
+fn member_of(host: &str) -> Result<MemberId, String> {
+    let short = host.split('.').next().unwrap_or(host);
+    let name: String = short
+        .to_ascii_lowercase()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
+        .take(MemberId::LEN_MAX)
+        .collect();
+    MemberId::new(name.trim_matches('-')).map_err(|e| {
+        format!(
+            "the network name \"{host}\" makes no member's name: {e}; set CLUSTER_NODE_NETWORK_NAME"
+        )
+    })
+}
+
+/// The number of a node: the digits at the end of its name and 1000.
+pub fn id_from_name(name: &str) -> Option<u32> {
+    let start = name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+    let digits = name.get(start..)?;
+    digits.parse::<u32>().ok()?.checked_add(1000)
+}
+
+impl NodeNames {
+    /// From the environment, the host's name, and the member whose data the volume holds.
+    pub fn of(
+        env: &Environment,
+        hostname: &str,
+        recorded: Option<MemberId>,
+    ) -> Result<Self, String> {
+        let host = env.or("CLUSTER_NODE_NETWORK_NAME", hostname).to_owned();
+        let member = match recorded {
+            Some(member) => member,
+            None => member_of(&host)?,
+        };
+        let node_name = env.or("NODE_NAME", &host).to_owned();
+        let node_id = match env.number::<u32>("NODE_ID")? {
+            Some(id) => id,
+            None => id_from_name(&node_name).unwrap_or(1000),
+        };
+        let priority = env.number::<i64>("NODE_PRIORITY")?.unwrap_or(100);
+        Ok(Self {
+            host,
+            member,
+            node_name,
+            node_id,
+            priority: u32::try_from(priority.max(0)).unwrap_or(u32::MAX),
+        })
+    }
+}
+
+/// The hosts that may know the cluster: partners and upstream, this one left out.
+pub fn others(env: &Environment, host: &str) -> Vec<String> {
+    let mut hosts = env.list("REPLICATION_PRIMARY_HOST");
+    hosts.extend(env.list("PARTNER_NODES"));
+    let mut seen = BTreeSet::new();
+    hosts.retain(|h| h != host && seen.insert(h.clone()));
+    hosts
+}
+
+/// True for a node that makes the cluster if nobody has one: it is told to follow nobody, or itself.
+pub fn may_found(env: &Environment, host: &str) -> bool {
+    env.get("REPLICATION_PRIMARY_HOST")
+        .is_none_or(|upstream| upstream == host)
+}
+
+/// The settings of a node. `known` are PostgreSQL's parameters, where they could be asked for.
+pub fn node(
+    env: &Environment,
+    names: &NodeNames,
+    secrets: &str,
+    known: Option<&BTreeSet<String>>,
+) -> Result<Plan, String> {
+    let mut plan = Plan::new("node");
+    let host = &names.host;
+    let host_from = env
+        .get("CLUSTER_NODE_NETWORK_NAME")
+        .map(|_| "CLUSTER_NODE_NETWORK_NAME");
+    let cluster = env.or("CLUSTER_NAME", CLUSTER_DEFAULT);
+    plan.set(
+        "cluster",
+        cluster,
+        env.get("CLUSTER_NAME").map(|_| "CLUSTER_NAME"),
+    );
+    plan.set("member", names.member.as_str(), host_from);
+    plan.set("dir", NODE_DIR, None);
+    plan.set("host", host.as_str(), host_from);
+    plan.set("port", i64::from(POSTGRES_PORT), None);
+    plan.set("api_listen", format!("0.0.0.0:{API_PORT}"), None);
+    plan.set("api_advertise", format!("{host}:{API_PORT}"), host_from);
+    plan.set("peer_listen", format!("0.0.0.0:{PEER_PORT}"), None);
+    plan.set("peer_advertise", format!("{host}:{PEER_PORT}"), host_from);
+    plan.set("secrets", secrets, None);
+    plan.set("networks", vec!["0.0.0.0/0", "::/0"], None);
+    plan.set(
+        "priority",
+        i64::from(names.priority),
+        env.get("NODE_PRIORITY").map(|_| "NODE_PRIORITY"),
+    );
+    let others = others(env, host);
+    if may_found(env, host) {
+        let mut own = toml::Table::new();
+        own.insert("member".into(), names.member.as_str().into());
+        own.insert("address".into(), format!("{host}:{PEER_PORT}").into());
+        plan.set("peers", vec![toml::Value::Table(own)], None);
+    }
+    if !others.is_empty() {
+        let apis: Vec<String> = others.iter().map(|h| format!("{h}:{API_PORT}")).collect();
+        let from = if env.get("PARTNER_NODES").is_some() {
+            "PARTNER_NODES"
+        } else {
+            "REPLICATION_PRIMARY_HOST"
+        };
+        plan.set("join", apis, Some(from));
+    } else if !may_found(env, host) {
+        return Err("REPLICATION_PRIMARY_HOST names nobody to join".to_owned());
+    }
+    detection(env, &mut plan)?;
+    parameters(env, &mut plan, known)?;
+    Ok(plan)
+}
+
+/// The old stack's times, only where somebody chose them: its defaults are far slower than Craton's.
+fn detection(env: &Environment, plan: &mut Plan) -> Result<(), String> {
+    let attempts = env.number::<u64>("RECONNECT_ATTEMPTS")?;
+    let interval = env.number::<u64>("RECONNECT_INTERVAL")?;
+    if attempts.is_some() || interval.is_some() {
+        let seconds = attempts.unwrap_or(3).saturating_mul(interval.unwrap_or(5));
+        let ttl_ms = seconds.saturating_mul(1000).clamp(500, 600_000);
+        let from = if attempts.is_some() {
+            "RECONNECT_ATTEMPTS"
+        } else {
+            "RECONNECT_INTERVAL"
+        };
+        let whole = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        plan.set("initial.ttl_ms", whole(ttl_ms), Some(from));
+        plan.set(
+            "initial.heartbeat_ms",
+            whole((ttl_ms / 6).clamp(50, 2000)),
+            Some(from),
+        );
+        plan.notes.push(format!(
+            "{from} asks to wait {ttl_ms} ms for a lost leader; without it Craton waits 2000 ms, and never has two writers"
+        ));
+    }
+    if let Some(seconds) = env.number::<i64>("MASTER_RESPONSE_TIMEOUT")? {
+        let ms = seconds.saturating_mul(1000).clamp(500, 3_600_000);
+        plan.set(
+            "initial.crash_grace_ms",
+            ms,
+            Some("MASTER_RESPONSE_TIMEOUT"),
+        );
+    }
+    Ok(())
+}
+
+/// `CONFIGS`, for PostgreSQL.
+fn parameters(
+    env: &Environment,
+    plan: &mut Plan,
+    known: Option<&BTreeSet<String>>,
+) -> Result<(), String> {
+    let from = Some("CONFIGS");
+    let mut listen = "*".to_owned();
+    let mut seen = BTreeSet::new();
+    // The last of several counts, as in postgresql.conf.
+    for (name, value) in configs(env)?.into_iter().rev() {
+        if !seen.insert(name.clone()) {
+            continue;
+        }
+        let (name, value) = renamed(name, value, &mut plan.notes);
+        if name == "listen_addresses" {
+            listen = value;
+        } else if let Some(why) = craton_pg::parameters::refused(&name) {
+            plan.notes
+                .push(format!("CONFIGS: {name} is left out: {why}"));
+        } else if known.is_some_and(|k| !name.contains('.') && !k.contains(&name)) {
+            plan.notes.push(format!(
+                "CONFIGS: {name} is left out: this PostgreSQL has no such parameter"
+            ));
+        } else {
+            plan.set(&format!("postgresql.\"{name}\""), value, from);
+        }
+    }
+    let chosen = seen.contains("listen_addresses");
+    plan.set("listen_addresses", listen, from.filter(|_| chosen));
+    Ok(())
+}
+
+/// Parameters of older releases under their present names.
+fn renamed(name: String, value: String, notes: &mut Vec<String>) -> (String, String) {
+    let (new, new_value) = match (name.as_str(), value.as_str()) {
+        ("wal_keep_segments", segments) => match segments.parse::<u64>() {
+            Ok(n) => ("wal_keep_size", format!("{}MB", n.saturating_mul(16))),
+            Err(_) => return (name, value),
+        },
+        ("wal_level", "hot_standby" | "archive") => ("wal_level", "replica".to_owned()),
+        _ => return (name, value),
+    };
+    notes.push(format!(
+        "CONFIGS: {name} = {value} is {new} = {new_value} now"
+    ));
+    (new.to_owned(), new_value)
+}
+
+/// One of `BACKENDS`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Backend {
+    /// Its number in `show pool_nodes`.
+    pub id: u32,
+    /// Its host.
+    pub host: String,
+    /// Its port.
+    pub port: u16,
+    /// Its weight.
+    pub weight: f64,
+}
+
+/// Reads `BACKENDS`: `num:host:port:weight:data_directory:flag`, where all after the host may be left out.
+pub fn backends(env: &Environment) -> Result<Vec<Backend>, String> {
+    let mut found = Vec::new();
+    for entry in env.list("BACKENDS") {
+        let mut fields = entry.split(':').map(str::trim);
+        let mut next = || fields.next().unwrap_or_default();
+        let (id, host, port, weight) = (next(), next(), next(), next());
+        let wrong = |what: &str| {
+            format!("BACKENDS: \"{entry}\": {what}; write num:host:port:weight:data_directory:flag")
+        };
+        if host.is_empty() {
+            return Err(wrong("it names no host"));
+        }
+        let or = |text: &str, default: &str| {
+            let text = if text.is_empty() { default } else { text };
+            text.to_owned()
+        };
+        found.push(Backend {
+            id: id.parse().map_err(|_| wrong("num is no number"))?,
+            host: host.to_owned(),
+            port: or(port, "5432")
+                .parse()
+                .map_err(|_| wrong("the port is no number"))?,
+            weight: or(weight, "1")
+                .parse::<f64>()
+                .ok()
+                .filter(|w| w.is_finite() && *w >= 0.0)
+                .ok_or_else(|| wrong("the weight is no number"))?,
+        });
+    }
+    let mut ids: Vec<u32> = found.iter().map(|b| b.id).collect();
+    ids.sort_unstable();
+    if ids.windows(2).any(|w| matches!(w, [a, b] if a == b)) {
+        return Err("BACKENDS names a num twice".to_owned());
+    }
+    Ok(found)
+}
+
+/// The settings of the proxy.
+pub fn proxy(env: &Environment, secrets: &str) -> Result<Plan, String> {
+    let mut plan = Plan::new("proxy");
+    let nodes = backends(env)?;
+    if nodes.is_empty() {
+        return Err(
+            "BACKENDS is not set: name at least one node, for example BACKENDS=0:pgmaster:5432"
+                .to_owned(),
+        );
+    }
+    let apis: Vec<String> = nodes
+        .iter()
+        .map(|b| format!("{}:{API_PORT}", b.host))
+        .collect();
+    plan.set("agents", apis, Some("BACKENDS"));
+    let shown: Vec<toml::Value> = nodes
+        .iter()
+        .map(|b| {
+            let mut row = toml::Table::new();
+            row.insert("id".into(), i64::from(b.id).into());
+            row.insert("host".into(), b.host.clone().into());
+            row.insert("port".into(), i64::from(b.port).into());
+            row.insert("weight".into(), b.weight.into());
+            toml::Value::Table(row)
+        })
+        .collect();
+    plan.set("pool_nodes", shown, Some("BACKENDS"));
+    plan.set("http", PROXY_HTTP, None);
+    plan.set("auth_password_file", format!("{secrets}/proxy"), None);
+    plan.set("tls.dir", secrets, None);
+    let mut port = POSTGRES_PORT;
+    let mut port_from = None;
+    for (name, value) in configs(env)? {
+        if name == "port" {
+            port = value
+                .parse()
+                .map_err(|_| format!("CONFIGS: port {value} is no port"))?;
+            port_from = Some("CONFIGS");
+        } else {
+            translated(&mut plan, &name, &value)?;
+        }
+    }
+    plan.set("listen", format!("0.0.0.0:{port}"), port_from);
+    plan.set(
+        "listen_read",
+        format!("0.0.0.0:{}", port.saturating_add(1)),
+        port_from,
+    );
+    Ok(plan)
+}
+
+/// A setting of pgpool: what it is here, or why it is nothing.
+fn translated(plan: &mut Plan, name: &str, value: &str) -> Result<(), String> {
+    let number = || {
+        value
+            .parse::<i64>()
+            .map_err(|_| format!("CONFIGS: {name} = {value} is no number"))
+    };
+    let ms = || number().map(|s| s.saturating_mul(1000));
+    let from = Some("CONFIGS");
+    let why = match name {
+        "num_init_children" => {
+            plan.set("clients_max", number()?.max(1), from);
+            return Ok(());
+        }
+        // In pgpool each process keeps so many connections; here each pool (user, database, server) does.
+        "max_pool" => {
+            plan.set("pool_size", number()?.max(1), from);
+            return Ok(());
+        }
+        "client_idle_limit" => {
+            plan.set("client_idle_ms", ms()?, from);
+            return Ok(());
+        }
+        "child_life_time" => {
+            plan.set("server_idle_ms", ms()?.max(1000), from);
+            return Ok(());
+        }
+        "connection_life_time" => {
+            plan.set("server_lifetime_ms", ms()?.max(1000), from);
+            return Ok(());
+        }
+        "authentication_timeout" => {
+            plan.set("login_timeout_ms", ms()?.max(1000), from);
+            return Ok(());
+        }
+        n if n.starts_with("health_check") || n.starts_with("sr_check") => {
+            "the nodes push who leads; nothing is polled"
+        }
+        n if n.starts_with("fail") || n.starts_with("search_primary") => {
+            "Craton's agents fail over; the proxy follows"
+        }
+        n if n.starts_with("wd_") || n.contains("watchdog") => {
+            "proxies have no state to agree on; run as many as you like"
+        }
+        n if n.starts_with("pcp_") => "the pcp commands work inside the container",
+        n if n.contains("load_balance") || n.starts_with("black_") || n.starts_with("white_") => {
+            "reads go to standbys through the port for reads"
+        }
+        n if n.contains("memory_cache") || n.starts_with("memqcache") => "results are not cached",
+        _ => "it has no counterpart",
+    };
+    plan.notes
+        .push(format!("CONFIGS: {name} changes nothing: {why}"));
+    Ok(())
+}
+
+/// The settings of the backup daemon. `known` are hosts of the cluster from an earlier life.
+pub fn backup(env: &Environment, secrets: &str, known: &[String]) -> Result<Plan, String> {
+    let mut plan = Plan::new("backup");
+    let mut hosts = env.list("REPLICATION_HOST");
+    if hosts.is_empty() {
+        return Err(
+            "REPLICATION_HOST is not set: name a node of the cluster to start from".to_owned(),
+        );
+    }
+    hosts.extend(
+        known
+            .iter()
+            .filter(|k| !hosts.contains(k))
+            .cloned()
+            .collect::<Vec<_>>(),
+    );
+    let apis: Vec<String> = hosts.iter().map(|h| format!("{h}:{API_PORT}")).collect();
+    plan.set(
+        "repository",
+        env.or("BACKUP_DIR", "/var/backups"),
+        env.get("BACKUP_DIR").map(|_| "BACKUP_DIR"),
+    );
+    plan.set("listen", format!("0.0.0.0:{API_PORT}"), None);
+    plan.set("agents", apis, Some("REPLICATION_HOST"));
+    plan.set("password_file", format!("{secrets}/replication"), None);
+    plan.set("tls.dir", secrets, None);
+    let slot = env.or("REPLICATION_SLOT_NAME", "barman_the_backupper");
+    plan.set(
+        "slot",
+        slot,
+        env.get("REPLICATION_SLOT_NAME")
+            .map(|_| "REPLICATION_SLOT_NAME"),
+    );
+    // The container's schedule asks for them.
+    plan.set("backup_interval_s", 0, Some("BACKUP_SCHEDULE"));
+    Ok(plan)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::environment::Kind;
+    use super::*;
+
+    fn env(kind: Kind, variables: &[(&str, &str)]) -> Environment {
+        let all = variables
+            .iter()
+            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+        Environment::gather(kind, all, |p| Err(p.to_owned())).unwrap()
+    }
+
+    /// What the daemon makes of a plan: the settings, and the origin of one.
+    fn settings<T: serde::de::DeserializeOwned>(plan: &Plan, key: &str) -> (T, Option<String>) {
+        let sources = crate::config::Sources {
+            file: "craton.toml".into(),
+            text: plan.text(),
+            environment: Vec::new(),
+            set: Vec::new(),
+        };
+        let origins = sources.origins(plan.table).unwrap();
+        (
+            sources.table(plan.table).unwrap(),
+            origins.get(key).cloned(),
+        )
+    }
+
+    fn node_of(variables: &[(&str, &str)]) -> (craton_agent::AgentConfig, Plan) {
+        let e = env(Kind::Node, variables);
+        let names = NodeNames::of(&e, "host-1", None).unwrap();
+        let plan = node(&e, &names, "/s", None).unwrap();
+        let (config, _): (craton_agent::AgentConfig, _) = settings(&plan, "");
+        config.validate().unwrap();
+        (config, plan)
+    }
+
+    #[test]
+    fn numbers_of_nodes() {
+        assert_eq!(id_from_name("node-45"), Some(1045));
+        assert_eq!(id_from_name("node-102"), Some(1102));
+        assert_eq!(id_from_name("node1"), Some(1001));
+        assert_eq!(id_from_name("node"), None);
+        assert_eq!(id_from_name("n99999999999"), None);
+        let id = |variables: &[(&str, &str)]| {
+            NodeNames::of(&env(Kind::Node, variables), "h", None)
+                .unwrap()
+                .node_id
+        };
+        assert_eq!(id(&[("NODE_NAME", "node-102")]), 1102);
+        assert_eq!(id(&[("NODE_NAME", "node-102"), ("NODE_ID", "7")]), 7);
+    }
+
+    #[test]
+    fn the_first_node_of_an_old_compose_file() {
+        let (config, plan) = node_of(&[
+            ("NODE_ID", "1"),
+            ("NODE_NAME", "node1"),
+            ("CLUSTER_NODE_NETWORK_NAME", "pgmaster"),
+            ("PARTNER_NODES", "pgmaster,pgslave1, pgslave3"),
+            ("CONFIGS_DELIMITER_SYMBOL", ";"),
+            (
+                "CONFIGS",
+                "listen_addresses:'*';max_replication_slots:5;wal_keep_segments:10;fsync:off;pg_stat_statements.max:7",
+            ),
+            ("CLUSTER_NAME", "pg_cluster"),
+        ]);
+        assert_eq!(config.member.as_str(), "pgmaster");
+        assert_eq!(config.peers.len(), 1);
+        assert_eq!(config.join, ["pgslave1:9898", "pgslave3:9898"]);
+        assert_eq!(config.listen_addresses, "*");
+        assert_eq!(config.initial, craton_core::settings::Settings::default());
+        let parameters: Vec<_> = config
+            .postgresql
+            .iter()
+            .map(|(k, v)| format!("{k}={v}"))
+            .collect();
+        assert_eq!(
+            parameters,
+            [
+                "max_replication_slots=5",
+                "pg_stat_statements.max=7",
+                "wal_keep_size=160MB"
+            ]
+        );
+        assert!(plan.notes.iter().any(|n| n.contains("fsync is left out")));
+        let (_, origin) =
+            settings::<craton_agent::AgentConfig>(&plan, "postgresql.max_replication_slots");
+        assert_eq!(origin.as_deref(), Some("the variable CONFIGS"));
+        let (_, origin) = settings::<craton_agent::AgentConfig>(&plan, "host");
+        assert_eq!(
+            origin.as_deref(),
+            Some("the variable CLUSTER_NODE_NETWORK_NAME")
+        );
+    }
+
+    #[test]
+    fn a_standby_joins_and_makes_no_cluster() {
+        let variables = [
+            ("CLUSTER_NODE_NETWORK_NAME", "Pg_Slave.2"),
+            ("REPLICATION_PRIMARY_HOST", "pgmaster"),
+            ("NODE_PRIORITY", "-1"),
+            ("RECONNECT_INTERVAL", "2"),
+        ];
+        let (config, _) = node_of(&variables);
+        assert_eq!(config.member.as_str(), "pg-slave");
+        assert!(config.peers.is_empty());
+        assert_eq!(config.join, ["pgmaster:9898"]);
+        assert_eq!(config.priority, 0);
+        assert_eq!(config.initial.ttl_ms, 6000);
+        let e = env(Kind::Node, &variables);
+        assert!(!may_found(&e, "Pg_Slave.2") && may_found(&e, "pgmaster"));
+        // The volume knows better than the host's name.
+        let recorded = Some(MemberId::new("b").unwrap());
+        assert_eq!(
+            NodeNames::of(&e, "x", recorded).unwrap().member.as_str(),
+            "b"
+        );
+    }
+
+    #[test]
+    fn unknown_parameters_do_not_stop_the_server() {
+        let e = env(
+            Kind::Node,
+            &[("CONFIGS", "checkpoint_segments:3,work_mem:8MB,a.b:1")],
+        );
+        let names = NodeNames::of(&e, "h", None).unwrap();
+        let known = BTreeSet::from(["work_mem".to_owned()]);
+        let plan = node(&e, &names, "/s", Some(&known)).unwrap();
+        let (config, _): (craton_agent::AgentConfig, _) = settings(&plan, "");
+        assert_eq!(
+            config.postgresql.keys().collect::<Vec<_>>(),
+            ["a.b", "work_mem"]
+        );
+        assert!(plan.notes[0].contains("checkpoint_segments is left out"));
+    }
+
+    #[test]
+    fn the_balancer_of_an_old_compose_file() {
+        let e = env(
+            Kind::Proxy,
+            &[
+                (
+                    "BACKENDS",
+                    "0:pgmaster:5432:1:/var/lib/postgresql/data:ALLOW_TO_FAILOVER,1:pgslave1::::,3:pgslave3::::,2:pgslave2::::",
+                ),
+                (
+                    "CONFIGS",
+                    "num_init_children:250,max_pool:4,health_check_period:30",
+                ),
+            ],
+        );
+        let plan = proxy(&e, "/s").unwrap();
+        let (config, origin) = settings::<craton_proxy::ProxyConfig>(&plan, "clients_max");
+        config.check().unwrap();
+        assert_eq!(
+            config.agents,
+            [
+                "pgmaster:9898",
+                "pgslave1:9898",
+                "pgslave3:9898",
+                "pgslave2:9898"
+            ]
+        );
+        assert_eq!((config.clients_max, config.pool_size), (250, 4));
+        assert_eq!(origin.as_deref(), Some("the variable CONFIGS"));
+        assert_eq!(
+            config.pool_nodes.iter().map(|n| n.id).collect::<Vec<_>>(),
+            [0, 1, 3, 2]
+        );
+        assert!(plan.notes[0].contains("health_check_period changes nothing"));
+        for wrong in ["x:h", "0:", "0:h:x", "0:h:1:-2", "0:a,0:b"] {
+            assert!(
+                proxy(&env(Kind::Proxy, &[("BACKENDS", wrong)]), "/s").is_err(),
+                "{wrong}"
+            );
+        }
+        assert!(proxy(&env(Kind::Proxy, &[]), "/s").is_err());
+    }
+
+    #[test]
+    fn the_backup_of_an_old_compose_file() {
+        let e = env(Kind::Backup, &[("REPLICATION_HOST", "pgmaster")]);
+        let plan = backup(&e, "/s", &["pgslave1".to_owned(), "pgmaster".to_owned()]).unwrap();
+        let (config, origin) = settings::<craton_backup::Config>(&plan, "agents");
+        assert_eq!(config.agents, ["pgmaster:9898", "pgslave1:9898"]);
+        assert_eq!(config.slot, "barman_the_backupper");
+        assert_eq!(origin.as_deref(), Some("the variable REPLICATION_HOST"));
+        assert!(backup(&env(Kind::Backup, &[]), "/s", &[]).is_err());
+    }
+}

@@ -1,0 +1,469 @@
+//! `repmgr` as people type it and scripts parse it, over what the agents say; and the old node image's scripts.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use craton_console::Client;
+use craton_console::front::AboutView;
+use craton_console::views::{MemberView, StatusView};
+use craton_core::MemberId;
+use craton_core::topology::MemberRole;
+use tokio::time::Instant;
+
+use super::entry::Facts;
+use super::first_start;
+use super::plan::FRONT_PORT;
+use crate::access::Access;
+use crate::change::{self, FailoverArgs, SwitchoverArgs};
+use crate::cli::wait_for;
+use crate::exit::{self, Problem, USAGE};
+use crate::{member, output};
+
+/// repmgr's exit code for "something is not as it should be" (`ERR_NODE_STATUS`).
+const NODE_STATUS: u8 = 25;
+/// How long a container may take to say who it is.
+const ABOUT_TIMEOUT: Duration = Duration::from_secs(1);
+/// `wait_local_postgres` gives up after this.
+const WAIT_MAX: Duration = Duration::from_secs(600);
+/// Between two looks.
+const LOOK_INTERVAL: Duration = Duration::from_millis(250);
+
+/// A member with its names in the old stack.
+struct Node {
+    view: MemberView,
+    id: Option<u32>,
+    name: String,
+}
+
+/// The access of a command inside a container.
+pub fn access() -> anyhow::Result<Access> {
+    let facts = Facts::require()?;
+    Access::open(
+        &facts.agents(),
+        Some(&Facts::secrets()),
+        None,
+        &Facts::secrets(),
+    )
+}
+
+async fn nodes(status: &StatusView) -> Vec<Node> {
+    let client = Client::new(None).with_timeout(ABOUT_TIMEOUT);
+    let mut asked = tokio::task::JoinSet::new();
+    for view in status.members.clone() {
+        let client = client.clone();
+        asked.spawn(async move {
+            let at = format!("{}:{FRONT_PORT}", view.host);
+            let about: Option<AboutView> = client.get_json(&at, "/about").await.ok();
+            Node {
+                id: about.as_ref().and_then(|a| a.node_id),
+                name: about
+                    .and_then(|a| a.node_name)
+                    .unwrap_or_else(|| view.id.to_string()),
+                view,
+            }
+        });
+    }
+    let mut nodes = asked.join_all().await;
+    nodes.sort_by_key(|n| (n.id.unwrap_or(u32::MAX), n.view.id.clone()));
+    nodes
+}
+
+fn id_text(id: Option<u32>) -> String {
+    id.map_or_else(|| "?".to_owned(), |id| id.to_string())
+}
+
+/// A table as repmgr draws it.
+fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+    let widths: Vec<usize> = (0..header.len())
+        .map(|c| {
+            let cells = rows
+                .iter()
+                .filter_map(|r| r.get(c))
+                .map(|t| t.chars().count());
+            cells
+                .chain(header.get(c).map(|h| h.chars().count()))
+                .max()
+                .unwrap_or(0)
+        })
+        .collect();
+    let line = |cells: Vec<&str>| {
+        let padded: Vec<String> = cells
+            .iter()
+            .zip(&widths)
+            .map(|(t, w)| format!("{t:<w$}"))
+            .collect();
+        format!(" {}", padded.join(" | ").trim_end())
+    };
+    let rule: Vec<String> = widths.iter().map(|w| "-".repeat(w + 2)).collect();
+    let mut text = vec![line(header.to_vec()), rule.join("+")];
+    text.extend(
+        rows.iter()
+            .map(|r| line(r.iter().map(String::as_str).collect())),
+    );
+    text.join("\n")
+}
+
+fn usage(what: &str) -> anyhow::Error {
+    let hint = "known are: cluster show|crosscheck|matrix, node status, standby switchover|promote|follow|unregister, primary|standby register";
+    Problem::new(USAGE, what, hint).into()
+}
+
+/// Runs `repmgr ARGS`.
+pub fn run(args: &[String]) -> anyhow::Result<u8> {
+    // -f FILE and the like speak of a configuration that does not exist any more.
+    let mut words = Vec::new();
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        match arg.as_str() {
+            "-f" | "--config-file" | "-h" | "-U" | "-d" | "-p" | "-L" => {
+                rest.next();
+            }
+            a if a.starts_with('-') => {}
+            a => words.push(a.to_owned()),
+        }
+    }
+    let has = |name: &str| args.iter().any(|a| a == name);
+    if has("--version") || has("-V") {
+        output::line(format!("repmgr (craton {})", env!("CARGO_PKG_VERSION")));
+        return Ok(exit::OK);
+    }
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words.as_slice() {
+        ["cluster", "show"] => wait_for(show(has("--csv"))),
+        ["cluster", "crosscheck" | "matrix"] => wait_for(crosscheck(has("--csv"))),
+        ["cluster", "event"] => wait_for(async { crate::history::run(&access()?, false).await }),
+        ["node", "status" | "check"] => wait_for(node_status()),
+        ["standby", "switchover"] => wait_for(async {
+            let to = Some(own_member()?);
+            let args = SwitchoverArgs {
+                to,
+                at: None,
+                cancel: false,
+            };
+            change::switchover(&access()?, args, false).await
+        }),
+        ["standby", "promote"] => wait_for(async {
+            let to = Some(own_member()?);
+            let args = FailoverArgs {
+                to,
+                allow_data_loss: false,
+                yes: false,
+            };
+            change::failover(&access()?, args, false).await
+        }),
+        ["standby" | "primary" | "master", "unregister"] => unregister(args),
+        ["standby", "follow" | "register" | "clone"]
+        | ["primary" | "master", "register"]
+        | ["node", "rejoin" | "service"] => {
+            output::line(
+                "nothing to do: the agent of each node does this by itself (craton status, craton explain)",
+            );
+            Ok(exit::OK)
+        }
+        [] => Err(usage("repmgr needs a command")),
+        other => Err(usage(&format!(
+            "there is no repmgr command \"{}\" here",
+            other.join(" ")
+        ))),
+    }
+}
+
+fn own_member() -> anyhow::Result<MemberId> {
+    let facts = Facts::require()?;
+    Ok(facts.node.context("this is no node")?.member)
+}
+
+fn role_word(view: &MemberView) -> &'static str {
+    match view.role {
+        MemberRole::Leader => "primary",
+        _ => "standby",
+    }
+}
+
+fn status_word(view: &MemberView) -> &'static str {
+    match view.role {
+        MemberRole::Leader => "* running",
+        _ if !view.agent_alive || view.role == MemberRole::Down => "- failed",
+        MemberRole::Standby if view.streaming => "  running",
+        _ => "! running",
+    }
+}
+
+async fn show(csv: bool) -> anyhow::Result<u8> {
+    let status = access()?.status().await?;
+    let nodes = nodes(&status).await;
+    let leader = nodes
+        .iter()
+        .find(|n| Some(&n.view.id) == status.leader.as_ref());
+    let mut good = true;
+    let mut rows = Vec::new();
+    for node in &nodes {
+        let word = status_word(&node.view);
+        let up = !word.starts_with('-');
+        good &= word.starts_with(['*', ' ']);
+        if csv {
+            let recovery = match (up, node.view.role) {
+                (false, _) => -1,
+                (true, MemberRole::Leader) => 0,
+                (true, _) => 1,
+            };
+            output::line(format!(
+                "{},{},{recovery}",
+                id_text(node.id),
+                if up { 0 } else { -1 }
+            ));
+        }
+        let upstream = match leader {
+            Some(leader) if leader.view.id != node.view.id => leader.name.clone(),
+            _ => String::new(),
+        };
+        rows.push(vec![
+            id_text(node.id),
+            node.name.clone(),
+            role_word(&node.view).to_owned(),
+            word.to_owned(),
+            upstream,
+            "default".to_owned(),
+            format!("host={} port={}", node.view.host, node.view.port),
+        ]);
+    }
+    if !csv {
+        let header = [
+            "ID",
+            "Name",
+            "Role",
+            "Status",
+            "Upstream",
+            "Location",
+            "Connection string",
+        ];
+        output::line(table(&header, &rows));
+    }
+    Ok(if good { exit::OK } else { NODE_STATUS })
+}
+
+/// What each node says of each: `*` it hears it, `x` it does not, `?` it does not answer itself.
+async fn crosscheck(csv: bool) -> anyhow::Result<u8> {
+    let access = access()?;
+    let status = access.status().await?;
+    let nodes = nodes(&status).await;
+    let mut rows = Vec::new();
+    let mut good = true;
+    for from in &nodes {
+        let client = access.client().clone().with_timeout(Duration::from_secs(2));
+        let view: Option<StatusView> = client.get_json(&from.view.api, "/v1/status").await.ok();
+        let mut row = vec![from.name.clone(), id_text(from.id)];
+        for to in &nodes {
+            let cell = match &view {
+                None => "?",
+                Some(_) if from.view.id == to.view.id => "*",
+                Some(view) => {
+                    let heard = view.members.iter().find(|m| m.id == to.view.id);
+                    if heard.is_some_and(|m| m.agent_alive) {
+                        "*"
+                    } else {
+                        "x"
+                    }
+                }
+            };
+            good &= cell == "*";
+            if csv {
+                let code = match cell {
+                    "*" => 0,
+                    "x" => -1,
+                    _ => -2,
+                };
+                output::line(format!("{},{},{code}", id_text(from.id), id_text(to.id)));
+            }
+            row.push(cell.to_owned());
+        }
+        rows.push(row);
+    }
+    if !csv {
+        let ids: Vec<String> = nodes.iter().map(|n| id_text(n.id)).collect();
+        let mut header = vec!["Name", "Id"];
+        header.extend(ids.iter().map(String::as_str));
+        output::line(table(&header, &rows));
+    }
+    Ok(if good { exit::OK } else { NODE_STATUS })
+}
+
+async fn node_status() -> anyhow::Result<u8> {
+    let status = access()?.status().await?;
+    let me = own_member()?;
+    let nodes = nodes(&status).await;
+    let Some(node) = nodes.iter().find(|n| n.view.id == me) else {
+        return Err(Problem::new(
+            exit::FAILURE,
+            format!("{me} is not a member yet"),
+            "craton explain says what it waits for",
+        )
+        .into());
+    };
+    let lsn = node
+        .view
+        .lsn
+        .map_or_else(|| "-".to_owned(), |l| l.to_string());
+    output::line(format!(
+        "Node \"{}\":\n\tMember: {me}\n\tRole: {}\n\tState: {}\n\tTotal data end: {lsn}\n\tReplication lag: {} bytes\n\tSynchronous: {}",
+        node.name,
+        role_word(&node.view),
+        node.view.state,
+        node.view.lag_bytes.unwrap_or(0),
+        if node.view.sync { "yes" } else { "no" }
+    ));
+    Ok(if status_word(&node.view).starts_with(['*', ' ']) {
+        exit::OK
+    } else {
+        NODE_STATUS
+    })
+}
+
+fn unregister(args: &[String]) -> anyhow::Result<u8> {
+    let wanted = args.iter().find_map(|a| a.strip_prefix("--node-id="));
+    let wanted: Option<u32> = wanted
+        .map(str::parse)
+        .transpose()
+        .context("--node-id is no number")?;
+    wait_for(async {
+        let access = access()?;
+        let member = match wanted {
+            None => own_member()?,
+            Some(id) => {
+                let status = access.status().await?;
+                let found = nodes(&status).await.into_iter().find(|n| n.id == Some(id));
+                let hint = "a node that does not run tells no number: craton member list, craton member remove NAME";
+                found.map(|n| n.view.id).ok_or_else(|| {
+                    Problem::new(
+                        exit::FAILURE,
+                        format!("no node with the number {id} answers"),
+                        hint,
+                    )
+                })?
+            }
+        };
+        let command = member::MemberCommand::Remove { member, yes: true };
+        member::run(&access, &Facts::secrets(), command, false).await
+    })
+}
+
+/// `get_node_id`
+pub fn node_id() -> anyhow::Result<u8> {
+    let id = if let Some(node) = Facts::load()?.and_then(|f| f.node) {
+        node.node_id
+    } else {
+        // Before the container's command has run, or instead of it.
+        let text = |name: &str| std::env::var(name).unwrap_or_default();
+        let from_name = super::plan::id_from_name(&text("NODE_NAME")).unwrap_or(1000);
+        text("NODE_ID").parse().unwrap_or(from_name)
+    };
+    output::line(id.to_string());
+    Ok(exit::OK)
+}
+
+/// `wait_local_postgres`: until this node serves, and the databases of the environment are there.
+pub async fn wait_local() -> anyhow::Result<u8> {
+    let until = Instant::now() + WAIT_MAX;
+    loop {
+        let why = match serves().await {
+            Ok(()) => return Ok(exit::OK),
+            Err(why) => why,
+        };
+        if Instant::now() >= until {
+            let what = format!(
+                "PostgreSQL here does not serve after {} s: {why:#}",
+                WAIT_MAX.as_secs()
+            );
+            return Err(Problem::new(
+                exit::NOT_IN_TIME,
+                what,
+                "craton explain says what it waits for",
+            )
+            .into());
+        }
+        tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+async fn serves() -> anyhow::Result<()> {
+    let facts = Facts::require()?;
+    anyhow::ensure!(
+        !super::daemon::first_start_marker().exists(),
+        "the databases of the environment are not made yet"
+    );
+    let database = facts.env.or("REPLICATION_DB", "replication_db").to_owned();
+    first_start::session(&database)
+        .await?
+        .simple_query("SELECT 1")
+        .await?;
+    let me = facts.node.context("this is no node")?.member;
+    let status = access()?.status().await?;
+    let own = status
+        .members
+        .iter()
+        .find(|m| m.id == me)
+        .context("this node is no member yet")?;
+    anyhow::ensure!(
+        own.streaming || (status.writable && status.leader.as_ref() == Some(&me)),
+        "it neither leads nor streams: {}",
+        own.state
+    );
+    Ok(())
+}
+
+/// `is_major_master.sh`: 1 when this node believes to be the primary and is not, or cannot know.
+pub async fn is_major() -> anyhow::Result<u8> {
+    let me = own_member()?;
+    let client = access()?
+        .client()
+        .clone()
+        .with_timeout(Duration::from_secs(2));
+    let at = super::side::daemon_address(super::environment::Kind::Node);
+    let own: Result<StatusView, _> = client.get_json(&at, "/v1/status").await;
+    let writes = accepts_writes().await;
+    let fine = match own {
+        // Its agent says that it leads, with a lease in its hand.
+        Ok(status) if status.leader.as_ref() == Some(&me) => status.writable,
+        Ok(_) | Err(_) => !writes,
+    };
+    Ok(if fine { exit::OK } else { exit::FAILURE })
+}
+
+async fn accepts_writes() -> bool {
+    let look = async {
+        let client = first_start::session("postgres").await?;
+        let row = client.query_one("SELECT pg_is_in_recovery()", &[]).await?;
+        anyhow::Ok(!row.try_get::<_, bool>(0)?)
+    };
+    matches!(
+        tokio::time::timeout(Duration::from_secs(2), look).await,
+        Ok(Ok(true))
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_look_like_repmgrs() {
+        let rows = vec![
+            vec![
+                "1001".into(),
+                "node1".into(),
+                "primary".into(),
+                "* running".into(),
+            ],
+            vec![
+                "2".into(),
+                "n2".into(),
+                "standby".into(),
+                "  running".into(),
+            ],
+        ];
+        let text = table(&["ID", "Name", "Role", "Status"], &rows);
+        let expected = " ID   | Name  | Role    | Status\n\
+                        ------+-------+---------+-----------\n 1001 | node1 | primary | * running\n 2    | n2    | standby |   running";
+        assert_eq!(text, expected);
+    }
+}

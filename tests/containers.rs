@@ -1,0 +1,547 @@
+//! The images under the compose file that everybody begins with: from nothing, and through the faults that the stack
+//! before was tested with.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_types,
+    reason = "a test may fail at any line, and waits on the clock of the outside world"
+)]
+
+#[path = "containers/mod.rs"]
+mod containers;
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use containers::{Stack, impossible};
+
+/// One cluster at a time: the machine is small.
+static TURN: Mutex<()> = Mutex::new(());
+
+const NODES: [&str; 4] = ["pgmaster", "pgslave1", "pgslave2", "pgslave3"];
+const ALL: [&str; 6] = [
+    "pgmaster", "pgslave1", "pgslave2", "pgslave3", "pgpool", "backup",
+];
+
+/// The right to run now; none where no engine answers, which is said loudly.
+fn turn() -> Option<MutexGuard<'static, ()>> {
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(why) = impossible() {
+        eprintln!("SKIPPED, AND NOTHING IS SHOWN BY THIS: no containers can be run: {why}");
+        return None;
+    }
+    Some(turn)
+}
+
+fn start(name: &str) -> Stack {
+    let stack = Stack::new(name);
+    let begun = Instant::now();
+    stack.up(&ALL);
+    let leader = stack.whole("pgmaster", &NODES, Duration::from_secs(240));
+    assert_eq!(leader, "pgmaster");
+    stack.wait(
+        "the proxy lets the application in",
+        Duration::from_secs(60),
+        || stack.sql("SELECT 1"),
+    );
+    eprintln!("from nothing to a whole cluster: {:?}", begun.elapsed());
+    stack
+}
+
+/// Rows in the test's table, through the proxy.
+fn rows(stack: &Stack) -> usize {
+    let count = stack.wait("rows are counted", Duration::from_secs(60), || {
+        stack.sql("SELECT count(*) FROM t")
+    });
+    count.parse().unwrap()
+}
+
+fn insert(stack: &Stack) {
+    stack.wait("a row is written", Duration::from_secs(60), || {
+        stack.sql("INSERT INTO t DEFAULT VALUES")
+    });
+}
+
+/// What the old project's tests asked of a cluster that was just started, and what they did not ask.
+#[test]
+fn from_nothing() {
+    let Some(_turn) = turn() else { return };
+    let stack = start("first");
+    replication_within_a_second(&stack);
+    settings_and_names(&stack);
+    extensions(&stack);
+    old_commands_of_a_node(&stack);
+    old_commands_of_the_balancer(&stack);
+    backups(&stack);
+    nothing_secret_is_shown(&stack);
+    processes(&stack);
+    restart_of_the_leader(&stack);
+}
+
+fn replication_within_a_second(stack: &Stack) {
+    stack
+        .sql("CREATE TABLE t (id bigserial primary key)")
+        .unwrap();
+    stack.sql("INSERT INTO t DEFAULT VALUES").unwrap();
+    let begun = Instant::now();
+    stack.wait(
+        "the row is on a standby",
+        Duration::from_secs(5),
+        || match stack
+            .sql_on("pgslave1", "monkey_db", "SELECT count(*) FROM t")?
+            .as_str()
+        {
+            "1" => Ok(()),
+            other => Err(other.to_owned()),
+        },
+    );
+    // Two executions of commands in containers are in this time as well.
+    assert!(
+        begun.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+fn settings_and_names(stack: &Stack) {
+    let show = |node: &str, name: &str| {
+        stack
+            .sql_on(node, "postgres", &format!("SHOW {name}"))
+            .unwrap()
+    };
+    for node in NODES {
+        assert_eq!(show(node, "max_connections"), "200");
+        assert_eq!(show(node, "listen_addresses"), "*");
+    }
+    let origin = stack.sh("pgslave3", "craton config show --origin");
+    let line = |name: &str| {
+        origin
+            .lines()
+            .find(|l| l.contains(name))
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert!(
+        line("max_connections").contains("the variable CONFIGS"),
+        "{origin}"
+    );
+    for (node, id) in NODES.iter().zip(["1", "2", "3", "4"]) {
+        assert_eq!(stack.sh(node, "get_node_id"), id);
+    }
+    let databases = stack.sql_on(
+        "pgmaster",
+        "postgres",
+        "SELECT string_agg(datname, ' ' ORDER BY datname) FROM pg_database WHERE NOT datistemplate",
+    );
+    assert_eq!(databases.unwrap(), "monkey_db postgres replication_db");
+    let roles = "SELECT string_agg(rolname || rolsuper || rolreplication, ' ' ORDER BY rolname) FROM pg_roles WHERE rolname IN ('monkey_user', 'replication_user')";
+    assert_eq!(
+        stack.sql_on("pgslave2", "postgres", roles).unwrap(),
+        "monkey_usertruefalse replication_userfalsetrue"
+    );
+}
+
+fn extensions(stack: &Stack) {
+    for name in ["postgis", "pg_repack", "pglogical", "pgrouting"] {
+        let there = stack.sql(&format!(
+            "SELECT count(*) FROM pg_available_extensions WHERE name = '{name}'"
+        ));
+        assert_eq!(there.unwrap(), "1", "{name}");
+    }
+    stack.sql("CREATE EXTENSION postgis").unwrap();
+    let inside =
+        "SELECT ST_Contains('POLYGON((0 0,2 0,2 2,0 2,0 0))'::geometry, 'POINT(1 1)'::geometry)";
+    assert_eq!(stack.sql(inside).unwrap(), "t");
+}
+
+fn old_commands_of_a_node(stack: &Stack) {
+    for node in NODES {
+        stack.sh(node, "wait_local_postgres");
+        stack.sh(
+            node,
+            "/usr/local/bin/cluster/healthcheck/is_major_master.sh",
+        );
+    }
+    let shown = stack.sh("pgslave2", "gosu postgres repmgr cluster show");
+    let row = |name: &str| {
+        shown
+            .lines()
+            .find(|l| l.contains(name))
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert!(row("node1").contains("| primary | * running |"), "{shown}");
+    assert!(
+        row("node4").starts_with(" 4  | node4 | standby |   running | node1"),
+        "{shown}"
+    );
+    let crosscheck = stack.sh("pgslave1", "gosu postgres repmgr cluster crosscheck");
+    assert_eq!(
+        crosscheck
+            .lines()
+            .filter(|l| l.matches('*').count() == 4)
+            .count(),
+        4,
+        "{crosscheck}"
+    );
+    assert!(!crosscheck.contains('?'), "{crosscheck}");
+    assert_eq!(stack.sh("pgmaster", "gosu postgres id -un"), "postgres");
+}
+
+fn old_commands_of_the_balancer(stack: &Stack) {
+    let nodes = stack.sql("show pool_nodes").unwrap();
+    let lines: Vec<&str> = nodes.lines().collect();
+    assert_eq!(lines.len(), 4, "{nodes}");
+    assert!(
+        lines[0].starts_with("0|pgmaster|5432|up|0.250000|primary|"),
+        "{nodes}"
+    );
+    assert!(
+        lines[3].starts_with("3|pgslave3|5432|up|0.250000|standby|"),
+        "{nodes}"
+    );
+    // As the old README has it.
+    stack.sh("pgpool", "PGPASSWORD=replication_example psql -U replication_user -h localhost template1 -c 'show pool_nodes'");
+    stack.sh("pgpool", "/usr/local/bin/pgpool/has_write_node.sh");
+    stack.sh("pgpool", "/usr/local/bin/pgpool/has_enough_backends.sh 4");
+    assert!(
+        stack
+            .try_sh("pgpool", "/usr/local/bin/pgpool/has_enough_backends.sh 5")
+            .is_err()
+    );
+    let info = stack.sh("pgpool", "pcp_node_info -h localhost -U pcp_user -w 1");
+    assert_eq!(info, "pgslave1 5432 2 0.250000 up standby");
+    stack.sh("pgpool", "pcp_attach_node -h localhost -U pcp_user -w 1");
+}
+
+fn backups(stack: &Stack) {
+    stack.sh("backup", "/usr/local/bin/barman_docker/wal-receiver.sh");
+    stack.wait("barman check passes", Duration::from_secs(60), || {
+        stack.try_sh("backup", "barman check pg_cluster")
+    });
+    stack.sh("backup", "barman switch-xlog --force --archive all");
+    stack.sh("backup", "barman backup all");
+    let list = stack.sh("backup", "barman list-backup all");
+    assert!(
+        list.starts_with("pg_cluster 20") && list.contains(" - Size: "),
+        "{list}"
+    );
+    let show = stack.sh("backup", "barman show-backup pg_cluster latest");
+    assert!(show.contains("Status                 : DONE"), "{show}");
+    let metrics = stack.sh(
+        "backup",
+        "exec 3<>/dev/tcp/localhost/8080; printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' >&3; cat <&3",
+    );
+    for name in [
+        "barman_check_is_ok 1",
+        "barman_backups_amount ",
+        "craton_backup_streaming 1",
+        "barman_disk_free_bytes ",
+    ] {
+        assert!(metrics.contains(name), "{name}: {metrics}");
+    }
+}
+
+/// Passwords are in no process title, environment of a daemon, log, or file that others read.
+fn nothing_secret_is_shown(stack: &Stack) {
+    let secrets = [
+        "monkey_pass",
+        "replication_example",
+        "an example: put the output",
+    ];
+    for service in ALL {
+        let seen = stack.sh(
+            service,
+            "cat /proc/1/environ /proc/[0-9]*/cmdline | tr '\\0' '\\n'; find / -xdev -type f -perm /044 -newer /usr/local/bin/craton -size -64k -not -path '/proc/*' -not -path '/run/secrets/*' -exec cat {} + 2>/dev/null | tr -d '\\0'",
+        );
+        for secret in secrets {
+            assert!(!seen.contains(secret), "{service} shows \"{secret}\"");
+        }
+    }
+    let logs = stack.logs();
+    for secret in secrets {
+        assert!(!logs.contains(secret), "\"{secret}\" is in a log");
+    }
+}
+
+/// Nobody runs as root, and the first process takes the dead away.
+fn processes(stack: &Stack) {
+    for service in ALL {
+        let roots = stack.sh(service, "for p in /proc/[0-9]*; do [ \"$(stat -c %u $p 2>/dev/null)\" = 0 ] && [ \"$(cat $p/comm)\" = craton ] && echo $p; done; true");
+        assert_eq!(roots, "", "{service}");
+        stack.sh(service, "(sleep 0.1 &) ; true");
+        stack.wait("no zombie is left", Duration::from_secs(5), || match stack
+            .sh(
+                service,
+                "grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l",
+            )
+            .as_str()
+        {
+            "0" => Ok(()),
+            other => Err(other.to_owned()),
+        });
+    }
+}
+
+/// `docker-compose restart pgmaster`: another leads meanwhile, nobody is a second primary, nothing is lost.
+fn restart_of_the_leader(stack: &Stack) {
+    let before = rows(stack);
+    let out = containers::run(&mut stack.compose(&["restart", "pgmaster"]));
+    assert!(out.status.success(), "{}", containers::text(&out));
+    insert(stack);
+    stack.whole("pgslave1", &NODES, Duration::from_secs(90));
+    assert_eq!(rows(stack), before + 1);
+    stack.sh(
+        "pgmaster",
+        "/usr/local/bin/cluster/healthcheck/is_major_master.sh",
+    );
+    let primaries = NODES.iter().filter(|n| {
+        stack
+            .sql_on(n, "postgres", "SELECT pg_is_in_recovery()")
+            .unwrap()
+            == "f"
+    });
+    assert_eq!(primaries.count(), 1);
+}
+
+/// What the old project's tests did to a cluster, and more. Slow: `make test-containers`.
+#[test]
+#[ignore = "about ten minutes; make test-containers runs it"]
+fn faults() {
+    let Some(_turn) = turn() else { return };
+    let stack = start("faults");
+    stack
+        .sql("CREATE TABLE t (id bigserial primary key)")
+        .unwrap();
+    lost_primary(&stack);
+    lost_standby(&stack);
+    isolated_primary(&stack);
+    isolated_standby(&stack);
+    paused_primary(&stack);
+    killed_agent(&stack);
+    volume_lost(&stack);
+    down_and_up(&stack);
+    scale_out(&stack);
+}
+
+/// A service that is not this one.
+fn another(than: &str) -> &'static str {
+    NODES.iter().find(|n| **n != than).unwrap()
+}
+
+fn new_leader(stack: &Stack, old: &str) -> String {
+    let asked = another(old);
+    stack.wait(
+        &format!("another leads than {old}"),
+        Duration::from_secs(30),
+        || {
+            stack
+                .leader(asked)
+                .filter(|l| l != old)
+                .ok_or_else(|| "nobody else leads yet".to_owned())
+        },
+    )
+}
+
+fn lost_primary(stack: &Stack) {
+    insert(stack);
+    let before = rows(stack);
+    let old = stack.leader("pgslave1").unwrap();
+    stack.docker(&["kill", &stack.container(&old)]);
+    let new = new_leader(stack, &old);
+    assert_eq!(rows(stack), before);
+    insert(stack);
+    let nodes = stack.sql("show pool_nodes").unwrap();
+    let row = |host: &str| {
+        nodes
+            .lines()
+            .find(|l| l.contains(host))
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert!(row(&old).contains("|down|"), "{nodes}");
+    assert!(
+        row(&new).contains("|up|") && row(&new).contains("|primary|"),
+        "{nodes}"
+    );
+    assert_eq!(nodes.matches("|primary|").count(), 1, "{nodes}");
+    stack.docker(&["start", &stack.container_of_dead(&old)]);
+    stack.whole(another(&old), &NODES, Duration::from_secs(120));
+    assert_eq!(rows(stack), before + 1);
+}
+
+fn lost_standby(stack: &Stack) {
+    let leader = stack.leader("pgslave1").unwrap();
+    let lost = another(&leader);
+    stack.docker(&["kill", &stack.container(lost)]);
+    insert(stack);
+    stack.wait(
+        "the proxy drops the standby",
+        Duration::from_secs(30),
+        || {
+            let nodes = stack.sql("show pool_nodes")?;
+            if nodes
+                .lines()
+                .any(|l| l.contains(lost) && l.contains("|down|"))
+            {
+                Ok(())
+            } else {
+                Err(nodes)
+            }
+        },
+    );
+    stack.docker(&["start", &stack.container_of_dead(lost)]);
+    stack.whole(&leader, &NODES, Duration::from_secs(120));
+    assert_eq!(stack.leader(&leader).unwrap(), leader);
+}
+
+fn isolated_primary(stack: &Stack) {
+    let before = rows(stack);
+    let old = stack.leader("pgslave1").unwrap();
+    let id = stack.container(&old);
+    stack.docker(&["network", "disconnect", &stack.network(), &id]);
+    let new = new_leader(stack, &old);
+    insert(stack);
+    // It knows: no second server takes writes, and the probe says so.
+    let own = stack.sql_on(&old, "postgres", "SELECT pg_is_in_recovery()");
+    assert_ne!(own.as_deref(), Ok("f"), "two primaries");
+    let probe = "/usr/local/bin/cluster/healthcheck/is_major_master.sh";
+    assert!(stack.try_sh(&old, probe).is_err() || own.as_deref() == Ok("t"));
+    stack.docker(&["network", "connect", "--alias", &old, &stack.network(), &id]);
+    stack.whole(&new, &NODES, Duration::from_secs(120));
+    assert_eq!(rows(stack), before + 1);
+    assert_eq!(
+        stack
+            .sql_on(&old, "postgres", "SELECT pg_is_in_recovery()")
+            .unwrap(),
+        "t"
+    );
+}
+
+fn isolated_standby(stack: &Stack) {
+    let leader = stack.leader("pgslave1").unwrap();
+    let cut = another(&leader);
+    let id = stack.container(cut);
+    stack.docker(&["network", "disconnect", &stack.network(), &id]);
+    let until = Instant::now() + Duration::from_secs(15);
+    while Instant::now() < until {
+        // Far longer than a lease: it never takes itself for the primary.
+        let own = stack.sql_on(cut, "postgres", "SELECT pg_is_in_recovery()");
+        assert_ne!(
+            own.as_deref(),
+            Ok("f"),
+            "an isolated standby promoted itself"
+        );
+        insert(stack);
+    }
+    assert_eq!(stack.leader(&leader).unwrap(), leader);
+    stack.docker(&["network", "connect", "--alias", cut, &stack.network(), &id]);
+    stack.whole(&leader, &NODES, Duration::from_secs(120));
+}
+
+fn paused_primary(stack: &Stack) {
+    let before = rows(stack);
+    let old = stack.leader("pgslave1").unwrap();
+    let id = stack.container(&old);
+    stack.docker(&["pause", &id]);
+    new_leader(stack, &old);
+    insert(stack);
+    stack.docker(&["unpause", &id]);
+    stack.whole(another(&old), &NODES, Duration::from_secs(120));
+    assert_eq!(rows(stack), before + 1);
+    assert_eq!(
+        stack
+            .sql_on(&old, "postgres", "SELECT pg_is_in_recovery()")
+            .unwrap(),
+        "t"
+    );
+}
+
+/// An agent that is killed is back inside its lease: no failover.
+fn killed_agent(stack: &Stack) {
+    let leader = stack.leader("pgslave1").unwrap();
+    let term = stack.status(&leader).unwrap()["term"].clone();
+    let agent = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline 2>/dev/null | grep -q '^craton node ' && basename $p; done";
+    let pid = stack.sh(&leader, agent);
+    stack.sh(&leader, &format!("kill -9 {pid}"));
+    stack.wait("another agent runs", Duration::from_secs(20), || {
+        let now = stack.try_sh(&leader, agent)?;
+        if !now.is_empty() && now != pid {
+            Ok(())
+        } else {
+            Err(now)
+        }
+    });
+    insert(stack);
+    stack.whole(&leader, &NODES, Duration::from_secs(60));
+    assert_eq!(stack.status(&leader).unwrap()["term"], term);
+}
+
+/// A node that lost its disk comes back under its name, also the one that made the cluster.
+fn volume_lost(stack: &Stack) {
+    let before = rows(stack);
+    let system = "SELECT system_identifier FROM pg_control_system()";
+    let identifier = stack.sql_on("pgslave1", "postgres", system).unwrap();
+    let out = containers::run(&mut stack.compose(&["rm", "-f", "-s", "-v", "pgmaster"]));
+    assert!(out.status.success(), "{}", containers::text(&out));
+    stack.docker(&["volume", "rm", &stack.volume("pgmaster")]);
+    stack.up(&["pgmaster"]);
+    stack.whole("pgslave1", &NODES, Duration::from_secs(180));
+    assert_eq!(
+        stack.sql_on("pgmaster", "postgres", system).unwrap(),
+        identifier
+    );
+    assert_eq!(rows(stack), before);
+}
+
+fn down_and_up(stack: &Stack) {
+    let before = rows(stack);
+    let out = containers::run(&mut stack.compose(&["down"]));
+    assert!(out.status.success(), "{}", containers::text(&out));
+    stack.up(&ALL);
+    stack.whole("pgslave1", &NODES, Duration::from_secs(180));
+    assert_eq!(rows(stack), before);
+    insert(stack);
+    stack.wait("WAL comes in again", Duration::from_secs(60), || {
+        stack.try_sh("backup", "barman check all")
+    });
+}
+
+/// A fifth node, which no other one's environment names.
+fn scale_out(stack: &Stack) {
+    let name = format!("{}-pgslave4", stack.network());
+    let id = stack.docker(&[
+        "run",
+        "-d",
+        "--name",
+        &name,
+        "--hostname",
+        "pgslave4",
+        "--network",
+        &stack.network(),
+        "--network-alias",
+        "pgslave4",
+        "-e",
+        "CLUSTER_NODE_NETWORK_NAME=pgslave4",
+        "-e",
+        "NODE_NAME=node-5",
+        "-e",
+        "REPLICATION_PRIMARY_HOST=pgslave1",
+        "-e",
+        "CRATON_CLUSTER_SECRET=an example: put the output of \"openssl rand -base64 32\" here",
+        "craton/postgis:test",
+    ]);
+    let five = [&NODES[..], &["pgslave4"]].concat();
+    let whole = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        stack.whole("pgslave1", &five, Duration::from_secs(180));
+        let nodes = stack.sql("show pool_nodes").unwrap();
+        assert!(
+            nodes.lines().any(|l| l.starts_with("4|pgslave4|5432|up|")),
+            "{nodes}"
+        );
+    }));
+    stack.docker(&["rm", "-f", "-v", &id]);
+    whole.unwrap();
+}
