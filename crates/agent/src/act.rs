@@ -330,6 +330,8 @@ impl Actor {
 
     /// Starts as a standby without an upstream, so that nothing is added to its WAL before its end is known.
     pub(crate) async fn start_standby(&self) -> Result<(), ActError> {
+        // Of a catch-up that was cut off.
+        self.server.instance.forget_fetched().await?;
         self.start_following(None).await
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use craton_console::views::MemberView;
+use craton_console::views::{MemberView, ReceiverView};
 use craton_core::topology::MemberRole;
 
 use super::facts::Facts;
@@ -41,12 +41,18 @@ pub const CHECKS: &[Check] = &[
         "how many voters can be lost before nobody can lead",
         voters,
     ),
+    check("witnesses", "witnesses that are silent", witnesses),
     check("members", "members that are down or do not stream", members),
     check("lag", "standbys that are far behind", lag),
     check(
         "redundancy",
         "acknowledged commits that are on fewer copies than they could be",
         redundancy,
+    ),
+    check(
+        "receivers",
+        "backup daemons that are synchronous copies and do not count",
+        receivers,
     ),
     check("hosts", "members that would be lost together", hosts),
     check(
@@ -170,10 +176,12 @@ fn agents(f: &Facts) -> Vec<Finding> {
         .collect()
 }
 
-/// Every member is a voter here; the agents that answer are the voters that live.
+/// Every member is a voter here; the agents that answer are the voters that live, with the witnesses that were heard.
 fn voters(f: &Facts) -> Vec<Finding> {
-    let all = f.agents.len();
-    let alive = f.agents.iter().filter(|a| a.status.is_ok()).count();
+    let witnesses = || f.status.witnesses.iter().filter(|w| w.voter);
+    let all = f.agents.len() + witnesses().count();
+    let alive = f.agents.iter().filter(|a| a.status.is_ok()).count()
+        + witnesses().filter(|w| w.alive).count();
     let majority = all / 2 + 1;
     let todo = "three voters survive the loss of one, five of two; a witness can be the third";
     if alive < majority {
@@ -207,6 +215,39 @@ fn voters(f: &Facts) -> Vec<Finding> {
         )];
     }
     vec![]
+}
+
+fn witnesses(f: &Facts) -> Vec<Finding> {
+    f.status
+        .witnesses
+        .iter()
+        .filter(|w| !w.alive)
+        .map(|w| {
+            let (what, todo) = (
+                "the members have not heard this witness: one loss less is survived",
+                "start it: craton witness on its host; or take it out: craton member remove",
+            );
+            found("witnesses", Severity::Warning, w.name.as_str(), what, todo)
+        })
+        .collect()
+}
+
+/// One that is gone costs nothing but the copy.
+fn receivers(f: &Facts) -> Vec<Finding> {
+    let what = |r: &ReceiverView| match (r.alive, r.sync) {
+        (false, _) => Some("it does not answer, so no commit waits for it"),
+        (true, false) if f.status.durability != "async" => {
+            Some("it is not in the sync set: no commit waits for it")
+        }
+        _ => None,
+    };
+    let todo = "see the backup daemon's log; to do without it: backup.synchronous = false, then craton member remove";
+    f.status
+        .receivers
+        .iter()
+        .filter_map(|r| Some((r, what(r)?)))
+        .map(|(r, what)| found("receivers", Severity::Warning, r.name.as_str(), what, todo))
+        .collect()
 }
 
 fn members(f: &Facts) -> Vec<Finding> {
@@ -306,11 +347,10 @@ fn redundancy(f: &Facts) -> Vec<Finding> {
         .iter()
         .filter(|m| m.streaming && !leads(f, m))
         .count();
-    if s.sync.members.len() < streaming {
-        let what = format!(
-            "{streaming} standbys stream and {} are in the sync set",
-            s.sync.members.len()
-        );
+    let copies = s.receivers.iter().filter(|r| r.sync).count();
+    let counted = s.sync.members.len().saturating_sub(copies);
+    if counted < streaming {
+        let what = format!("{streaming} standbys stream and {counted} are in the sync set");
         return vec![found(
             "redundancy",
             Severity::Note,
@@ -319,11 +359,8 @@ fn redundancy(f: &Facts) -> Vec<Finding> {
             "a standby enters when it has caught up; if it stays out, craton explain says why",
         )];
     }
-    if s.sync.members.len() < standbys {
-        let what = format!(
-            "{} of {standbys} standbys are in the sync set",
-            s.sync.members.len()
-        );
+    if counted < standbys {
+        let what = format!("{counted} of {standbys} standbys are in the sync set");
         return vec![found(
             "redundancy",
             Severity::Warning,

@@ -9,7 +9,8 @@ use std::path::PathBuf;
 
 use craton_backup::views::BackupStatusView;
 use craton_console::views::{
-    ConfigRow, ConfigView, HistoryEvent, HistoryView, PauseView, StatusView,
+    ConfigRow, ConfigView, HistoryEvent, HistoryView, PauseView, ReceiverView, StatusView,
+    WitnessView,
 };
 use craton_core::topology::MemberRole;
 use craton_core::{MemberId, Term};
@@ -88,6 +89,31 @@ fn healthy() -> Facts {
     }
 }
 
+fn witness(alive: bool) -> WitnessView {
+    serde_json::from_value(json!({
+        "name": "w", "address": "h4:1", "voter": true, "alive": alive, "heard_ms_ago": 10
+    }))
+    .unwrap()
+}
+
+fn receiver(alive: bool, sync: bool) -> ReceiverView {
+    serde_json::from_value(json!({
+        "name": "backup", "api": "h4:2", "heard_ms_ago": 10, "alive": alive, "timeline": 1, "lsn": "0/5000000",
+        "lag_bytes": 0, "streams_from": "a", "sync": sync
+    }))
+    .unwrap()
+}
+
+#[test]
+fn two_members_and_a_witness_are_three_voters() {
+    let mut f = healthy();
+    f.agents.truncate(2);
+    f.status.witnesses = vec![witness(true)];
+    f.status.receivers = vec![receiver(true, true)];
+    f.status.sync.members.push(MemberId::new("backup").unwrap());
+    assert_eq!(examine(&f), []);
+}
+
 fn local(f: &mut Facts) -> &mut Local {
     f.local.as_mut().unwrap()
 }
@@ -138,6 +164,29 @@ const CASES: &[Case] = &[
     }),
     ("voters", Severity::Warning, "one voter", |f| {
         f.agents.truncate(1);
+    }),
+    (
+        "witnesses",
+        Severity::Warning,
+        "not heard this witness",
+        |f| {
+            f.status.witnesses = vec![witness(false)];
+        },
+    ),
+    ("voters", Severity::Warning, "2 of 3", |f| {
+        drop(f.agents.pop());
+        f.status.witnesses = vec![witness(false)];
+    }),
+    ("receivers", Severity::Warning, "does not answer", |f| {
+        f.status.receivers = vec![receiver(false, false)];
+    }),
+    ("receivers", Severity::Warning, "not in the sync set", |f| {
+        f.status.receivers = vec![receiver(true, false)];
+    }),
+    ("redundancy", Severity::Warning, "1 of 2 standbys", |f| {
+        f.status.sync.members[1] = MemberId::new("backup").unwrap();
+        f.status.members[2].streaming = false;
+        f.status.receivers = vec![receiver(true, true)];
     }),
     ("members", Severity::Warning, "not heard", |f| {
         f.status.members[1].agent_alive = false;
