@@ -117,7 +117,7 @@ fn metrics() -> String {
 }
 
 /// Title, what it is about, file and struct.
-const TABLES: [(&str, &str, &str, &str); 11] = [
+const TABLES: [(&str, &str, &str, &str); 12] = [
     (
         "[node]",
         "The agent beside one PostgreSQL.",
@@ -129,6 +129,12 @@ const TABLES: [(&str, &str, &str, &str); 11] = [
         "Each voter of the coordinator.",
         "crates/agent/src/config.rs",
         "Peer",
+    ),
+    (
+        "[node.coordinator]",
+        "Where a new cluster keeps its records, and how this host reaches that etcd; moving them later: `craton coordinator move`.",
+        "crates/coordinator/src/place.rs",
+        "Place",
     ),
     (
         "[node.hooks]",

@@ -23,6 +23,7 @@ use crate::cloning;
 use crate::config::AgentConfig;
 use crate::fencing::Fencing;
 use crate::lease::{LeaseKeeper, LeaseTiming};
+use crate::members;
 use crate::promises::Plan;
 use crate::receivers::Receivers;
 use crate::server::LocalServer;
@@ -387,7 +388,9 @@ impl Agent {
                 }
             };
         }
-        self.parsed.clone()
+        let mut view = self.parsed.clone()?;
+        members::leave_out_removed(self.coordinator.as_ref(), &mut view);
+        Some(view)
     }
 
     fn peers(&self) -> BTreeMap<MemberId, PeerView> {

@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use craton_console::Client;
 use craton_console::server::{failure, stream_topology};
 use craton_console::views::{ChangeView, DoneView, FailoverRequest, SwitchoverRequest};
 use craton_coordinator::api::{Coordinator, TxnOutcome};
@@ -29,6 +30,7 @@ use crate::store;
 use crate::views;
 
 mod config;
+pub mod coordinator;
 mod operate;
 
 /// A change of leadership that takes longer is reported as still going on.
@@ -49,6 +51,8 @@ pub struct Api {
     pub origins: Arc<BTreeMap<String, String>>,
     /// Who promises.
     pub actor: Arc<Actor>,
+    /// A client for the other members' control APIs.
+    pub others: Client,
 }
 
 /// The routes.
@@ -71,6 +75,9 @@ pub fn routes(api: Api) -> Router {
         .route("/v1/reinit", post(operate::reinit))
         .route("/v1/reload", post(operate::reload))
         .route("/v1/promise", post(promise))
+        .route("/v1/coordinator", get(coordinator::show))
+        .route("/v1/coordinator/probe", post(coordinator::probe))
+        .route("/v1/coordinator/move", post(coordinator::relocate))
         .with_state(api)
 }
 
@@ -92,6 +99,8 @@ impl Api {
 }
 
 async fn status(State(api): State<Api>) -> Response {
+    let place = api.coordinator.place();
+    let warning = coordinator::warning(&api);
     api.answer(|seen| {
         let mut status = views::status(&seen.0, &seen.1);
         if let Some(view) = &seen.0.view {
@@ -100,12 +109,19 @@ async fn status(State(api): State<Api>) -> Response {
         let silent = status.witnesses.iter().filter(|w| !w.alive);
         let silent = silent.map(|w| format!("the witness {} has not been heard of", w.name));
         status.warnings.extend(silent);
+        status.coordinator = place.to_string();
+        status.warnings.extend(warning);
         status
     })
 }
 
 async fn explain(State(api): State<Api>) -> Response {
-    api.answer(|seen| views::explain(&seen.0, &seen.1))
+    let warning = coordinator::warning(&api);
+    api.answer(|seen| {
+        let mut view = views::explain(&seen.0, &seen.1);
+        view.waiting_for.extend(warning);
+        view
+    })
 }
 
 async fn history(State(api): State<Api>) -> Response {
@@ -206,7 +222,7 @@ impl Refusal {
         Self(
             StatusCode::SERVICE_UNAVAILABLE,
             error.to_string(),
-            "a majority of the voters must run; see craton status",
+            "a majority of the voters must run, or the etcd with the records; see craton status",
         )
     }
 
@@ -253,7 +269,9 @@ impl Api {
             .read()
             .await
             .map_err(|e| Refusal::unavailable(&e))?;
-        store::view(&snapshot).map_err(|e| Refusal::unavailable(&e))
+        let mut view = store::view(&snapshot).map_err(|e| Refusal::unavailable(&e))?;
+        members::leave_out_removed(self.coordinator.as_ref(), &mut view);
+        Ok(view)
     }
 
     /// Reads the store, makes a change of it, submits that; again if it lost a race. Returns the revision made.

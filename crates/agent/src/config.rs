@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use craton_coordinator::place::Place;
 use craton_core::MemberId;
 use craton_core::settings::Settings;
 use craton_trust::TlsSettings;
@@ -100,6 +101,9 @@ pub struct AgentConfig {
     /// Whether a member that joined gets a say in the coordinator.
     #[serde(default)]
     pub voter: VoterWish,
+    /// Where a new cluster keeps its records: in the agents themselves, or in an etcd.
+    #[serde(default, skip_serializing_if = "is_embedded")]
+    pub coordinator: Place,
     /// Preference in elections, greater is better; 0: never the leader.
     #[serde(default = "priority")]
     pub priority: u32,
@@ -143,6 +147,10 @@ pub struct AgentConfig {
 
 fn is_default(tls: &TlsSettings) -> bool {
     *tls == TlsSettings::default()
+}
+
+fn is_embedded(place: &Place) -> bool {
+    *place == Place::default()
 }
 
 /// Whether a watchdog device is to restart the host when nothing else stops PostgreSQL.
@@ -204,6 +212,9 @@ impl AgentConfig {
         if names.windows(2).any(|w| matches!(w, [a, b] if a == b)) {
             return Err("node.peers lists a member twice".into());
         }
+        self.coordinator
+            .validate()
+            .map_err(|e| format!("node.{e}"))?;
         self.clone.validate()?;
         self.hooks.validate()?;
         self.initial

@@ -5,6 +5,7 @@
 //!   [`slots`]: upkeep; `cloning`: a copy from a member or out of the backup repository.
 //! * [`lease`]: renewals, [`promises`]: what stands in for them, and the deadline; [`fencing`]: the process that enforces it without the agent.
 //! * [`storage`]: the disks, watched from threads of their own.
+//! * [`places`]: where the cluster's records are.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
 //! * `trust`: the agent's certificate; `enrol`: new parts, and new certificates for them.
 //! * [`api`], [`views`], [`metrics`], [`hooks`]: what others see. [`run()`] wires it all.
@@ -23,6 +24,7 @@ pub mod lease;
 pub mod members;
 pub mod metrics;
 pub mod parameters;
+pub mod places;
 pub mod promises;
 pub mod receivers;
 mod run;
@@ -35,6 +37,10 @@ mod trust;
 pub mod views;
 pub mod witness;
 
+pub use api::coordinator::{MoveRequest, ProbeRequest};
 pub use config::{AgentConfig, CloneConfig, Peer, Secrets, VoterWish, WatchdogMode};
 pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};
+pub use craton_coordinator::etcd;
+pub use craton_coordinator::place::{Backend, Place};
+pub use craton_coordinator::placed::moved_to;
 pub use run::{AgentError, run, run_with};

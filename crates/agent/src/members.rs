@@ -1,5 +1,6 @@
 //! Members that come and go: joining, getting a say, and being taken out in the order that loses nothing.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,9 @@ const LEAVE_MAX: Duration = Duration::from_secs(30);
 
 /// A witness that was not heard for so long is silent; it says that it is there twice a second.
 const WITNESS_SILENT: Duration = Duration::from_secs(3);
+
+/// The history's word for a member that was taken out.
+const REMOVED: &str = "removed";
 
 /// How often a member without a say looks whether it should have one.
 const SAY_INTERVAL: Duration = Duration::from_secs(2);
@@ -86,6 +90,7 @@ pub async fn keep_say(coordinator: Arc<dyn Coordinator>, me: MemberId, wish: Vot
         let Some(members) = coordinator.membership() else {
             return;
         };
+        forget_removed(&coordinator).await;
         if !should_vote(&members.members(), &me, wish) {
             continue;
         }
@@ -93,6 +98,52 @@ pub async fn keep_say(coordinator: Arc<dyn Coordinator>, me: MemberId, wish: Vot
         match members.change(MembersChange::Promote { member }).await {
             Ok(()) => tracing::info!("this member is a voter of the coordinator now"),
             Err(error) => tracing::debug!(%error, "this member is no voter yet"),
+        }
+    }
+}
+
+/// Those that an operator took out, and that are not back. Such a member cannot change the members' own store any
+/// more, but an etcd: for the seconds until its agent hears of it, it may register itself there anew.
+fn taken_out(coordinator: &dyn Coordinator, view: &ClusterView) -> BTreeSet<MemberId> {
+    let (Some(members), Some(history)) = (coordinator.membership(), &view.history) else {
+        return BTreeSet::new();
+    };
+    // Who was lost, and given up by `craton recover`, has no such line: what is known of it is still of use.
+    let asked = history.value.0.iter().filter(|e| e.kind == REMOVED);
+    let asked: BTreeSet<&MemberId> = asked.map(|e| &e.member).collect();
+    let mut removed = members.members().removed;
+    removed.retain(|m| asked.contains(m));
+    removed
+}
+
+/// Takes those out of a view that were removed, whatever they have written since.
+pub fn leave_out_removed(coordinator: &dyn Coordinator, view: &mut ClusterView) {
+    let removed = taken_out(coordinator, view);
+    view.members.retain(|member, _| !removed.contains(member));
+}
+
+/// Deletes what removed members have written since.
+async fn forget_removed(coordinator: &Arc<dyn Coordinator>) {
+    let snapshot = Arc::clone(&coordinator.watch().borrow());
+    let Ok(seen) = store::view(&snapshot) else {
+        return;
+    };
+    let removed = taken_out(coordinator.as_ref(), &seen);
+    for member in removed.iter().filter(|m| seen.members.contains_key(*m)) {
+        let key = Key::Member(member.clone());
+        let deleted = update(coordinator, |view| {
+            let revision = view.revision_of(&key);
+            (revision > 0).then(|| Change {
+                expect: vec![(key.clone(), revision)],
+                puts: vec![],
+                deletes: vec![key.clone()],
+            })
+        });
+        match deleted.await {
+            Ok(()) => {
+                tracing::info!(%member, "what a removed member had written anew is deleted");
+            }
+            Err(Refusal(_, why, _)) => tracing::debug!(%member, why, "its record stays for now"),
         }
     }
 }
@@ -355,7 +406,7 @@ fn removed_event(view: &ClusterView, member: &MemberId) -> Record {
         at_ms: clock::wall_ms(),
         term: term.unwrap_or_default(),
         member: member.clone(),
-        kind: "removed".into(),
+        kind: REMOVED.into(),
         text: format!("{member} was removed from the cluster"),
     }))
 }

@@ -31,7 +31,8 @@ pub struct AgentMetrics {
     sync_members: Gauge,
     sync_acks: Gauge,
     members_alive: Gauge,
-    coordinator_reachable: Gauge,
+    coordinator_known: Gauge,
+    coordinator_answers: Gauge,
     elections: Gauge,
     fence_kills: Counter,
     paused: Gauge,
@@ -39,9 +40,23 @@ pub struct AgentMetrics {
     last: std::sync::Mutex<LeaseCounts>,
 }
 
+fn coordinator(m: &mut Metrics) -> [Gauge; 2] {
+    [
+        m.gauge(
+            "craton_coordinator_known",
+            "1 when the coordinator's state is known to this agent",
+        ),
+        m.gauge(
+            "craton_coordinator_answers",
+            "0 while this agent cannot use the store of the cluster's records: etcd does not answer or refuses, or a move waits",
+        ),
+    ]
+}
+
 impl AgentMetrics {
     /// Registers them.
     pub fn register(m: &mut Metrics) -> Self {
+        let [coordinator_known, coordinator_answers] = coordinator(m);
         Self {
             role: m.gauge(
                 "craton_member_role",
@@ -97,10 +112,8 @@ impl AgentMetrics {
                 "craton_members_alive",
                 "Members whose agent was heard lately, this one included",
             ),
-            coordinator_reachable: m.gauge(
-                "craton_coordinator_known",
-                "1 when the coordinator's state is known to this agent",
-            ),
+            coordinator_known,
+            coordinator_answers,
             elections: m.gauge(
                 "craton_failovers",
                 "Leaderships that began after the first: elections won in this cluster's life",
@@ -126,8 +139,8 @@ impl AgentMetrics {
         self.fence_kills.inc();
     }
 
-    /// Brings them up to date.
-    pub fn update(&self, seen: &Seen, counts: LeaseCounts) {
+    /// Brings them up to date. `answers`: the store of the records can be used.
+    pub fn update(&self, seen: &Seen, counts: LeaseCounts, answers: bool) {
         let (o, d) = (&seen.0, &seen.1);
         let own = views::own_status(o, d);
         let number = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
@@ -148,7 +161,8 @@ impl AgentMetrics {
             .set(leadership.map_or(0, |l| number(l.sync.members.len() as u64)));
         self.sync_acks
             .set(leadership.map_or(0, |l| i64::from(l.sync.k)));
-        self.coordinator_reachable.set(i64::from(view.is_some()));
+        self.coordinator_known.set(i64::from(view.is_some()));
+        self.coordinator_answers.set(i64::from(answers));
         if let ServerView::Running(s) = &o.server {
             self.timeline.set(i64::from(s.timeline.0));
             self.wal.set(number(s.end.0));

@@ -36,7 +36,7 @@ use crate::receivers::{self, Receivers};
 use crate::server::LocalServer;
 use crate::state::{StateFile, StateKeeper};
 use crate::storage::Storage;
-use crate::{parameters, slots, trust};
+use crate::{parameters, places, slots, trust};
 
 /// How often the metrics are brought up to date.
 const METRICS_INTERVAL: Duration = Duration::from_secs(1);
@@ -77,7 +77,7 @@ pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Agen
     move |source| AgentError::Io { what, source }
 }
 
-/// Runs the agent until `shutdown` turns true, with the embedded coordinator. Then PostgreSQL is stopped
+/// Runs the agent until `shutdown` turns true, with the records where they are. Then PostgreSQL is stopped
 /// cleanly and the lease given up; an agent that is killed leaves PostgreSQL running, for the next one to
 /// take over.
 pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result<(), AgentError> {
@@ -100,7 +100,15 @@ pub async fn run(config: AgentConfig, shutdown: watch::Receiver<bool>) -> Result
             let dir = config.dir.clone();
             let removed = embedded.removed();
             let stop = either(shutdown, removed.clone());
-            let outcome = run_with(config, embedded.clone(), trust, runtime.handle(), stop).await;
+            let outcome = match places::follow(&config, &embedded, runtime.handle()) {
+                Ok(placed) => {
+                    let coordinator = Arc::clone(&placed) as Arc<dyn Coordinator>;
+                    let ran = run_with(config, coordinator, trust, runtime.handle(), stop).await;
+                    placed.stop().await;
+                    ran
+                }
+                Err(why) => Err(AgentError::Coordinator(why)),
+            };
             embedded.stop().await;
             let removed = *removed.borrow();
             match outcome {
@@ -150,13 +158,13 @@ pub async fn run_with(
 ) -> Result<(), AgentError> {
     config.validate().map_err(AgentError::Config)?;
     let secrets = Secrets::read(&config.secrets).map_err(AgentError::Config)?;
-    let token = trust::token(&config, trust.as_deref())?;
+    let admission = admission(&config, trust.as_ref())?;
+    let others = admission.others.clone();
     make_dir(&config.dir)?;
     let server = local_server(&config, &secrets, trust.as_deref())?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
     let adopted = adopt(&server).await?;
-    let asker = client(&config, trust.as_ref())?;
-    let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, asker);
+    let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, &others);
     if let Some(process) = adopted.filter(|_| server.is_maybe_primary()) {
         // The former agent may have been killed between the start and the order. After the lease: the
         // deadline must stand on the board before it is armed.
@@ -173,10 +181,7 @@ pub async fn run_with(
         &coordinator,
         seen.clone(),
         topology,
-        Admission {
-            token,
-            trust: trust.clone(),
-        },
+        admission,
         &actor,
         &shutdown,
     )
@@ -199,7 +204,8 @@ pub async fn run_with(
     background.spawn(Arc::clone(&receivers).keep(seen.clone()));
     let hooks = Hooks::new(&config.hooks, &config.member, &config.cluster);
     background.spawn(hooks::keep(hooks.clone(), seen.clone()));
-    background.spawn(keep_metrics(metrics, seen, lease.clone()));
+    let telling = keep_metrics(metrics, seen, lease.clone(), Arc::clone(&coordinator));
+    background.spawn(telling);
     background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
     let storage = Storage::start(&server.instance, config.initial.clone())
@@ -309,7 +315,7 @@ fn start_lease(
     coordinator: &Arc<dyn Coordinator>,
     fencing: &Arc<Fencing>,
     runtime: &tokio::runtime::Handle,
-    asker: Client,
+    others: &Client,
 ) -> LeaseKeeper {
     let timing = LeaseTiming {
         ttl: config.initial.ttl(),
@@ -319,7 +325,7 @@ fn start_lease(
     let fencing = Arc::clone(fencing);
     let sink: DeadlineSink = Arc::new(move |until| fencing.deadline(until));
     let _inside = runtime.enter();
-    let asker = Arc::new(OverHttp(asker));
+    let asker = Arc::new(OverHttp(others.clone()));
     LeaseKeeper::start(
         config.member.clone(),
         (Arc::clone(coordinator), asker),
@@ -476,10 +482,19 @@ async fn start_coordinator(
         .map_err(|e| AgentError::Coordinator(e.to_string()))
 }
 
-/// What opens the control API.
+/// What opens the control API, and those of the others.
 struct Admission {
     token: Option<Token>,
     trust: Option<Arc<Trust>>,
+    others: Client,
+}
+
+fn admission(config: &AgentConfig, trust: Option<&Arc<Trust>>) -> Result<Admission, AgentError> {
+    Ok(Admission {
+        token: trust::token(config, trust.map(Arc::as_ref))?,
+        trust: trust.cloned(),
+        others: client(config, trust)?,
+    })
 }
 
 async fn serve_http(
@@ -506,6 +521,7 @@ async fn serve_http(
         server: Arc::clone(&actor.server),
         origins: Arc::new(config.origins.clone()),
         actor: Arc::clone(actor),
+        others: admission.others,
     });
     let routes = routes
         .merge(members::routes(Arc::clone(coordinator)))
@@ -551,6 +567,7 @@ async fn keep_metrics(
     metrics: AgentMetrics,
     mut seen: watch::Receiver<Option<Seen>>,
     lease: LeaseKeeper,
+    coordinator: Arc<dyn Coordinator>,
 ) {
     let mut next = tokio::time::Instant::now();
     loop {
@@ -564,7 +581,7 @@ async fn keep_metrics(
         }
         if tokio::time::Instant::now() >= next {
             next = tokio::time::Instant::now() + METRICS_INTERVAL;
-            metrics.update(&newest, lease.counts());
+            metrics.update(&newest, lease.counts(), coordinator.trouble().is_none());
         }
     }
 }

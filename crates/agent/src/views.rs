@@ -235,6 +235,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         restart: restart(o, view, &own),
         at_ms: o.wall_ms,
         version: env!("CARGO_PKG_VERSION").into(),
+        coordinator: String::new(),
     }
 }
 

@@ -60,6 +60,39 @@ pub struct StatusView {
     /// The answering agent's version.
     #[serde(default)]
     pub version: String,
+    /// Where the cluster's records are: `embedded`, or `etcd at …`.
+    #[serde(default)]
+    pub coordinator: String,
+}
+
+/// The answer to `GET /v1/coordinator`: the records' store as one member sees it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CoordinatorView {
+    /// The member whose agent answers.
+    pub member: MemberId,
+    /// `embedded` or `etcd`.
+    pub backend: String,
+    /// Where that is, for people.
+    pub place: String,
+    /// What the keys in etcd begin with.
+    pub prefix: Option<String>,
+    /// What is under way with a move of the records.
+    pub progress: Option<String>,
+    /// Why the store cannot be used just now.
+    pub trouble: Option<String>,
+    /// etcd's endpoints, each asked on its own.
+    pub endpoints: Vec<EndpointView>,
+}
+
+/// One endpoint of etcd.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EndpointView {
+    /// `host:port`.
+    pub endpoint: String,
+    /// How long a linearizable read through it took, milliseconds.
+    pub ms: Option<u64>,
+    /// Why there was none.
+    pub error: Option<String>,
 }
 
 /// A pause.

@@ -121,7 +121,7 @@ pub struct Presence {
 #[derive(Debug, Clone, thiserror::Error, PartialEq, Eq)]
 pub enum CoordinatorError {
     /// No majority could be reached in time; nothing was sent that could still happen later.
-    #[error("the coordinator has no majority: {0}")]
+    #[error("the coordinator does not answer: {0}")]
     Unavailable(String),
     /// Sent, but no answer came in time: it may or may not have happened.
     #[error("the coordinator did not answer in time; the outcome is unknown: {0}")]
@@ -132,6 +132,18 @@ pub enum CoordinatorError {
     /// Shutting down, or broken for good.
     #[error("the coordinator is stopped: {0}")]
     Stopped(String),
+}
+
+impl CoordinatorError {
+    /// The reason alone.
+    pub fn why(&self) -> &str {
+        match self {
+            Self::Unavailable(why)
+            | Self::Unknown(why)
+            | Self::Refused(why)
+            | Self::Stopped(why) => why,
+        }
+    }
 }
 
 /// A boxed future, so that the trait can be used as `dyn`.
@@ -171,6 +183,21 @@ pub trait Coordinator: Send + Sync + 'static {
     /// The announcements of all members, newest of each, pushed on change.
     fn presence(&self) -> watch::Receiver<PresenceMap>;
 
+    /// Why the store cannot be used just now, as far as this process has noticed.
+    fn trouble(&self) -> Option<String> {
+        None
+    }
+
+    /// What is under way with a move of the records, if one is.
+    fn progress(&self) -> Option<String> {
+        None
+    }
+
+    /// Asks each endpoint of the store, where it has any, on its own.
+    fn endpoints(&self) -> Answer<'_, Vec<EndpointState>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+
     /// Where the records are kept now.
     fn place(&self) -> Place {
         Place::default()
@@ -193,6 +220,15 @@ pub trait Coordinator: Send + Sync + 'static {
     fn membership(&self) -> Option<&dyn Membership> {
         None
     }
+}
+
+/// How one endpoint of a store answered.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct EndpointState {
+    /// `host:port`.
+    pub endpoint: String,
+    /// How long a linearizable read through it took, or why there was none.
+    pub answered: Result<Duration, String>,
 }
 
 /// Why a change of the members was not made.

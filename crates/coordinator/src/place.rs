@@ -92,6 +92,14 @@ impl Place {
         Ok(())
     }
 
+    /// Whether the other means the same records: the same backend and prefix, and an endpoint in common.
+    pub fn is_same_store(&self, other: &Self) -> bool {
+        self.backend == other.backend
+            && self.prefix == other.prefix
+            && (self.backend == Backend::Embedded
+                || self.endpoints.iter().any(|e| other.endpoints.contains(e)))
+    }
+
     /// What the keys of `cluster` begin with.
     pub fn prefix_of(&self, cluster: &str) -> String {
         self.prefix
@@ -183,6 +191,24 @@ mod tests {
         ] {
             assert!(EndpointAddress::parse(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn the_same_store_may_be_reached_in_other_ways() {
+        let other = |endpoints: &[&str]| Place {
+            endpoints: endpoints.iter().map(|e| (*e).to_owned()).collect(),
+            username: Some("u".into()),
+            ..etcd()
+        };
+        assert!(etcd().is_same_store(&other(&["http://b:1", "http://127.0.0.1:2379"])));
+        assert!(!etcd().is_same_store(&other(&["http://b:1"])));
+        let prefix = Place {
+            prefix: Some("/x/".into()),
+            ..etcd()
+        };
+        assert!(!etcd().is_same_store(&prefix));
+        assert!(Place::default().is_same_store(&Place::default()));
+        assert!(!Place::default().is_same_store(&etcd()));
     }
 
     #[test]

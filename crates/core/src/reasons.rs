@@ -212,7 +212,7 @@ pub const MEANINGS: &[Meaning] = &[
     m(
         "on_promises",
         "The coordinator is away, and standbys promise not to elect anybody: the leader goes on, and the sync set stays as it is.",
-        "Bring a majority of the voters back.",
+        "Bring a majority of the voters back, or the etcd that keeps the records.",
     ),
     m(
         "opening",

@@ -10,8 +10,9 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, ca, change, configure, container, daemons, divergence, doctor, down, drill, explain,
-    history, join, layout, maintenance, member, psql, recover, restore, status, supervise, up,
+    backup, ca, change, configure, container, coordinator, daemons, divergence, doctor, down,
+    drill, explain, history, join, layout, maintenance, member, psql, recover, restore, status,
+    supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -118,6 +119,9 @@ pub enum Command {
     /// Who takes part: list, take out, give and take a say
     #[command(subcommand)]
     Member(member::MemberCommand),
+    /// Where the cluster's records are (in the members, or in an etcd), and moving them
+    #[command(subcommand)]
+    Coordinator(coordinator::CoordinatorCommand),
     /// On a surviving member whose agent is stopped: go on alone when the majority of the voters is lost for good
     Recover(recover::RecoverArgs),
     /// WAL that members kept because the cluster does not have it
@@ -203,6 +207,12 @@ pub struct UpArgs {
     /// With a witness: a voter without a database, so that two members can lose one
     #[arg(long)]
     pub witness: bool,
+    /// Where the cluster keeps its records
+    #[arg(long, value_enum, default_value_t = coordinator::Kind::Embedded)]
+    pub coordinator: coordinator::Kind,
+    /// How etcd is reached
+    #[command(flatten)]
+    pub etcd: coordinator::EtcdArgs,
     /// Leave the sample map out
     #[arg(long)]
     pub no_sample: bool,
@@ -312,6 +322,9 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Config(command) => wait_for(configure::run(&access()?, command, json)),
         Command::History => wait_for(history::run(&access()?, json)),
         Command::Member(command) => wait_for(member::run(&access()?, &dir, command, json)),
+        Command::Coordinator(command) => {
+            wait_for(coordinator::run(&access()?, &dir, command, json))
+        }
         Command::Divergence(command) => wait_for(divergence::run(&access()?, command, json)),
         Command::Recover(args) => recover::run(&args),
         Command::Psql(args) => psql::run(&dir, args),

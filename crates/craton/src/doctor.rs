@@ -4,6 +4,7 @@
 
 mod checks;
 mod facts;
+mod store;
 
 use clap::Args;
 use serde::Serialize;

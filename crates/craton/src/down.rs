@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::Context as _;
+use craton_agent::{Backend, Place};
 use rustix::process::Signal;
 use tokio::time::Instant;
 
@@ -33,6 +34,7 @@ pub fn run(dir: &Path, args: &DownArgs) -> anyhow::Result<u8> {
         .build()?;
     runtime.block_on(stop(&layout))?;
     if args.purge {
+        runtime.block_on(forget_records(&layout));
         purge(&layout)?;
         output::line(format!("removed the cluster in {}", dir.display()));
     } else {
@@ -69,6 +71,29 @@ async fn verify_stopped(layout: &Layout) -> anyhow::Result<()> {
         .into());
     };
     supervise::stop_all(layout).await
+}
+
+/// Removes the records that the cluster has in an etcd. What cannot be removed is said.
+pub async fn forget_records(layout: &Layout) {
+    let noted = layout
+        .cluster
+        .members
+        .iter()
+        .filter_map(|m| craton_agent::places::last_place(&layout.member(m)).ok()?);
+    let mut places: Vec<Place> = Vec::new();
+    for place in noted.chain([layout.cluster.coordinator.clone()]) {
+        if place.backend == Backend::Etcd && !places.iter().any(|p| p.is_same_store(&place)) {
+            places.push(place);
+        }
+    }
+    for place in places {
+        if let Err(why) = craton_agent::etcd::purge(&place, &layout.cluster.name).await {
+            output::note(format!(
+                "the cluster's records stay in {place}: {why}; remove them with `etcdctl del --prefix {}`",
+                place.prefix_of(&layout.cluster.name)
+            ));
+        }
+    }
 }
 
 /// Removes everything that `craton up` made.

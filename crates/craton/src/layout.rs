@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
+use craton_agent::Place;
 use craton_core::MemberId;
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +65,13 @@ pub struct ClusterFile {
     pub sample: bool,
     /// PostgreSQL's programs.
     pub postgres_bin: PathBuf,
+    /// Where its records are; where they began, if somebody moved them from elsewhere.
+    #[serde(default, skip_serializing_if = "is_embedded")]
+    pub coordinator: Place,
+}
+
+fn is_embedded(place: &Place) -> bool {
+    *place == Place::default()
 }
 
 /// A local cluster's directory and description.
@@ -384,6 +392,7 @@ mod tests {
             witness: true,
             sample: true,
             postgres_bin: "/usr/lib/postgresql/15/bin".into(),
+            coordinator: Place::default(),
         };
         Layout {
             root: "/x".into(),

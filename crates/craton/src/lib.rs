@@ -25,6 +25,7 @@ pub mod cli;
 pub mod config;
 pub mod configure;
 pub mod container;
+pub mod coordinator;
 pub mod daemons;
 pub mod divergence;
 pub mod doctor;

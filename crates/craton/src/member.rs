@@ -124,7 +124,7 @@ fn confirmed(member: &MemberId) -> anyhow::Result<bool> {
 }
 
 /// The account that a local cluster belongs to, where that is not the one that runs this.
-fn local_owner(dir: &Path) -> anyhow::Result<Option<owner::Account>> {
+pub fn local_owner(dir: &Path) -> anyhow::Result<Option<owner::Account>> {
     if Layout::load(dir)?.is_none() {
         return Ok(None);
     }

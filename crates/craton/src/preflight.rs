@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::Context as _;
+use craton_agent::{Backend, Place};
 use craton_pg::Binaries;
 
 use crate::exit::Problem;
@@ -130,6 +131,22 @@ pub fn disk(dir: &Path) -> anyhow::Result<()> {
         .into());
     }
     Ok(())
+}
+
+/// Checks that a new cluster can keep its records where it is to.
+pub async fn coordinator(place: &Place, cluster: &str) -> anyhow::Result<()> {
+    if place.backend == Backend::Embedded {
+        return Ok(());
+    }
+    let prefix = place.prefix_of(cluster);
+    craton_agent::etcd::vacant(place, cluster)
+        .await
+        .map_err(|why| {
+            let hint = format!(
+                "check that every endpoint is of one etcd that runs; another cluster's records stay where they are: choose another --etcd-prefix, or, if that cluster is no more, `etcdctl del --prefix {prefix}`"
+            );
+            Problem::machine(why, hint).into()
+        })
 }
 
 /// Checks that nobody listens on the cluster's ports.

@@ -3,7 +3,7 @@
 use std::io::IsTerminal as _;
 
 use clap::Args;
-use craton_agent::{RecoverError, Survey, stand_alone, survey};
+use craton_agent::{RecoverError, Survey, moved_to, stand_alone, survey};
 use craton_core::MemberId;
 use craton_core::records::Leadership;
 
@@ -85,8 +85,13 @@ fn known(survey: &Survey, me: &MemberId) -> String {
             )
         },
     );
+    let elsewhere = moved_to(&survey.snapshot).map_or_else(String::new, |place| {
+        format!(
+            "The records were moved to {place}, and do not need these voters: a leader is elected there. Recover only to add or remove members again, or to move the records back.\n"
+        )
+    });
     format!(
-        "on {me}'s disk: entry {} in Raft term {}; voters {} ({} needed); without a say: {}\n\
+        "{elsewhere}on {me}'s disk: entry {} in Raft term {}; voters {} ({} needed); without a say: {}\n\
          {led}\n\
          Of several survivors, go on with the one whose Raft term, then entry, is greatest.",
         survey.last_index,

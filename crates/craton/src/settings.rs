@@ -142,6 +142,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         peers: voters(layout)?,
         join: join(layout, member),
         voter: craton_agent::VoterWish::Auto,
+        coordinator: layout.cluster.coordinator.clone(),
         priority: 100,
         bin_dir: Some(layout.cluster.postgres_bin.clone()),
         secrets: layout.secrets(),

@@ -49,6 +49,7 @@ pub fn render(view: &StatusView) -> String {
         String::new(),
         members(view),
     ];
+    lines.extend(records(view));
     lines.extend(maintenance(view));
     if let Some(election) = &view.election {
         let names = |members: &[craton_core::MemberId]| {
@@ -75,6 +76,18 @@ pub fn render(view: &StatusView) -> String {
         lines.push(format!("{} {warning}", paint(Colour::Yellow, "warning:")));
     }
     lines.join("\n")
+}
+
+/// Where the records are, if they are not where they usually are.
+fn records(view: &StatusView) -> Option<String> {
+    let elsewhere = !view.coordinator.is_empty() && view.coordinator != "embedded";
+    elsewhere.then(|| {
+        format!(
+            "\n{} in {}",
+            paint(Colour::Dim, "records"),
+            view.coordinator
+        )
+    })
 }
 
 /// Pause, schedule, restart.

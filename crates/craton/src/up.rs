@@ -6,10 +6,12 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use craton_agent::Place;
 use tokio::time::{Instant, sleep};
 
 use crate::access::Access;
 use crate::cli::{BASE_PORT_DEFAULT, Durability, MEMBERS_DEFAULT, UpArgs};
+use crate::coordinator::Kind;
 use crate::exit::{self, NOT_IN_TIME, Problem};
 use crate::layout::{CLUSTER_FILE, ClusterFile, FORMAT, Layout, member_names};
 use crate::output::{self, Colour, paint};
@@ -72,7 +74,7 @@ async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
             again(&layout, args)?;
             layout
         }
-        None => new_cluster(dir, args)?,
+        None => new_cluster(dir, args, place_of_new(args).await?)?,
     };
     let outcome = tokio::select! {
         outcome = bring_up(&layout) => outcome,
@@ -90,6 +92,7 @@ async fn start(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
                 .await
                 .context("and what had been started cannot be stopped")?;
             if is_new {
+                down::forget_records(&layout).await;
                 down::purge(&layout)?;
                 output::note("what had been made is removed again");
             } else {
@@ -194,14 +197,20 @@ fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
         args.base_port != BASE_PORT_DEFAULT && args.base_port != cluster.base_port,
         args.synchronous_backup && !cluster.synchronous_backup,
         args.witness && !cluster.witness,
+        args.coordinator != Kind::Embedded
+            && !args
+                .etcd
+                .place(args.coordinator)?
+                .is_same_store(&cluster.coordinator),
     ];
     if other.contains(&true) {
         output::note(format!(
-            "the cluster in {} has {} members, durability {} and base port {}; it is started as it is",
+            "the cluster in {} has {} members, durability {}, base port {} and its records in {}; it is started as it is",
             layout.root.display(),
             cluster.members.len(),
             cluster.durability,
-            cluster.base_port
+            cluster.base_port,
+            cluster.coordinator
         ));
     }
     if !cluster.postgres_bin.join("postgres").exists() {
@@ -223,7 +232,14 @@ fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
     write_files(layout)
 }
 
-fn new_cluster(dir: &Path, args: &UpArgs) -> anyhow::Result<Layout> {
+/// Where a new cluster keeps its records; it has been looked at.
+async fn place_of_new(args: &UpArgs) -> anyhow::Result<Place> {
+    let place = args.etcd.place(args.coordinator)?;
+    preflight::coordinator(&place, CLUSTER_NAME).await?;
+    Ok(place)
+}
+
+fn new_cluster(dir: &Path, args: &UpArgs, coordinator: Place) -> anyhow::Result<Layout> {
     let postgres_bin = preflight::postgres(!args.no_sample)?;
     let existed = dir.exists();
     let checked = (|| {
@@ -240,6 +256,7 @@ fn new_cluster(dir: &Path, args: &UpArgs) -> anyhow::Result<Layout> {
             witness: args.witness,
             sample: !args.no_sample,
             postgres_bin,
+            coordinator,
         };
         let layout = Layout {
             root: dir.to_owned(),

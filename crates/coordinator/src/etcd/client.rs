@@ -9,11 +9,12 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use super::http::{Endpoint, Failure, Lines, connector};
 use super::wire::{AuthAsk, AuthTold, ErrorTold};
-use crate::api::{CALL_TIMEOUT, CoordinatorError};
+use crate::api::{CALL_TIMEOUT, CoordinatorError, EndpointState};
 use crate::place::Place;
 
 /// One try of a call that may be repeated. A paused endpoint costs this much, once.
@@ -365,6 +366,36 @@ impl Client {
                 });
             }
         }
+    }
+
+    /// The same question at each endpoint, at once; how each answered. Changes nothing about which is preferred.
+    pub(super) async fn ask_each<Q: Serialize>(
+        self: &Arc<Self>,
+        path: &'static str,
+        ask: &Q,
+    ) -> Result<Vec<EndpointState>, CoordinatorError> {
+        let body = encode(ask)?;
+        let mut asked = JoinSet::new();
+        for (i, endpoint) in self.endpoints.iter().enumerate() {
+            let (client, endpoint) = (Arc::clone(self), Arc::clone(endpoint));
+            let body = body.clone();
+            asked.spawn(async move {
+                let began = Instant::now();
+                let due = began + CALL_TIMEOUT;
+                let tried = client.try_once(&endpoint, path, &body, ONCE_TIMEOUT, due);
+                let answered = match tried.await {
+                    Ok(_) => Ok(began.elapsed()),
+                    Err(Tried::Final(error)) => Err(error.to_string()),
+                    Err(Tried::Again { why, .. }) => Err(why),
+                    Err(Tried::Told(_)) => Err("a wrong answer".to_owned()),
+                };
+                let endpoint = endpoint.name().to_owned();
+                (i, EndpointState { endpoint, answered })
+            });
+        }
+        let mut states = asked.join_all().await;
+        states.sort_by_key(|(i, _)| *i);
+        Ok(states.into_iter().map(|(_, state)| state).collect())
     }
 
     /// Begins a stream at the endpoint that answered last.

@@ -45,6 +45,8 @@ pub(super) struct Mirror {
     prefix: String,
     clock: Clock,
     state: Mutex<State>,
+    /// Why the last look, or the watch, brought nothing.
+    trouble: Mutex<Option<String>>,
     out: watch::Sender<Arc<Snapshot>>,
 }
 
@@ -60,6 +62,7 @@ impl Mirror {
             prefix,
             clock,
             state: Mutex::new(state),
+            trouble: Mutex::default(),
             out: watch::Sender::new(Arc::default()),
         }
     }
@@ -72,13 +75,23 @@ impl Mirror {
         self.out.subscribe()
     }
 
+    /// Why etcd cannot be read, as of the last try.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let trouble = self.trouble.lock();
+        trouble.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn note_trouble(&self, why: Option<String>) {
+        *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
     /// A linearizable read of all keys. Everybody is shown what it found.
     pub(super) async fn look(&self, client: &Client) -> Result<Look, CoordinatorError> {
-        let ask = Range {
-            key: Bytes(self.prefix.clone()),
-            range_end: range_end(&self.prefix),
-        };
-        let told: RangeTold = client.call("/v3/kv/range", &ask, Repeat::Freely).await?;
+        let ask = Range::of(self.prefix.clone());
+        let told = client.call("/v3/kv/range", &ask, Repeat::Freely).await;
+        let told: RangeTold =
+            told.inspect_err(|error| self.note_trouble(Some(error.why().to_owned())))?;
+        self.note_trouble(None);
         // After the answer: a beat is never taken for older than it is.
         let now = self.clock.now();
         let look = self.parse(&told).map_err(CoordinatorError::Refused)?;

@@ -40,6 +40,7 @@ mod client;
 mod http;
 mod lease;
 mod mirror;
+mod outside;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -51,15 +52,15 @@ use craton_core::{MemberId, Term};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+pub use self::outside::{purge, vacant};
+
 use self::client::{Client, Repeat};
 use self::lease::{Held, LEASE, LeaseKeys, Step, Writer, step, ttl_ms};
 use self::mirror::{DATA, Mirror};
-use self::wire::{
-    Bytes, CompareMod, Delete, Range, RangeTold, RequestOp, TxnAsk, TxnTold, range_end,
-};
+use self::wire::{Bytes, CompareMod, Delete, Range, RangeTold, RequestOp, TxnAsk, TxnTold};
 use crate::api::{
-    Answer, Coordinator, CoordinatorError, LeaseHint, Op, PresenceMap, Renewal, Snapshot, Txn,
-    TxnOutcome,
+    Answer, Coordinator, CoordinatorError, EndpointState, LeaseHint, Op, PresenceMap, Renewal,
+    Snapshot, Txn, TxnOutcome,
 };
 use crate::clock::Clock;
 use crate::kv;
@@ -209,11 +210,7 @@ impl Etcd {
     }
 
     async fn lease_keys(&self) -> Result<LeaseKeys, CoordinatorError> {
-        let prefix = format!("{}{LEASE}", self.writer.prefix);
-        let ask = Range {
-            range_end: range_end(&prefix),
-            key: Bytes(prefix),
-        };
+        let ask = Range::of(format!("{}{LEASE}", self.writer.prefix));
         let told: RangeTold = self
             .client
             .call("/v3/kv/range", &ask, Repeat::Freely)
@@ -370,6 +367,15 @@ impl Coordinator for Etcd {
 
     fn lease_hint(&self) -> LeaseHint {
         self.mirror.hint()
+    }
+
+    fn trouble(&self) -> Option<String> {
+        self.mirror.trouble()
+    }
+
+    fn endpoints(&self) -> Answer<'_, Vec<EndpointState>> {
+        let ask = Range::of(format!("{}{LEASE}", self.writer.prefix));
+        Box::pin(async move { self.client.ask_each("/v3/kv/range", &ask).await })
     }
 
     fn announce(&self, value: String) {

@@ -71,6 +71,22 @@ pub(super) struct Range {
     pub(super) range_end: Bytes,
 }
 
+impl Range {
+    /// All keys that begin with `prefix`.
+    pub(super) fn of(prefix: String) -> Self {
+        Self {
+            range_end: range_end(&prefix),
+            key: Bytes(prefix),
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct DeleteTold {
+    pub(super) deleted: Int,
+}
+
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct RangeTold {

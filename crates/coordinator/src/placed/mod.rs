@@ -14,6 +14,11 @@
 //! | 4. switch | everybody, each for itself | a file of its own | a member that starts again reads the old store, finds it sealed, and follows |
 //! | 5. settle | the leader, once it has renewed in the new store | new: `former` is removed | elections ask both stores, which is only slower |
 //!
+//! # A cluster that begins elsewhere
+//! Every cluster begins in the embedded store. Where the settings of a new cluster ask for another, a member seals the
+//! store while it is empty (by comparing that it is), and steps 3 and 4 follow. So a member that joins, or whose
+//! settings say something else, reads the embedded store first and is led to the right one.
+//!
 //! # Why there are never two leaders
 //! * A sealed store never changes again: every transaction compares `placement`. So no election is opened or won
 //!   there, and what 3 copies is final. 3 happens once: it compares the new store's `placement`.
@@ -27,27 +32,29 @@
 //!
 //! Revisions never go back: those of the new store are shown with the old one's last revision added (`offset`).
 
+mod note;
 mod record;
+mod steps;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use craton_core::records::Leadership;
 use craton_core::{BootTime, MemberId, Term};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-use self::record::{Former, Next, PLACEMENT, Placement, parse, record, shown, to_raw};
+pub use self::note::{Note, remembered};
+use self::record::{Next, PLACEMENT, Placement, parse, shown, to_raw};
+use self::steps::fits;
 use crate::api::{
-    Answer, CALL_TIMEOUT, Compare, Coordinator, CoordinatorError, LeaseHint, Membership, Op,
-    PresenceMap, Renewal, Snapshot, Txn, TxnOutcome,
+    Answer, CALL_TIMEOUT, Compare, Coordinator, CoordinatorError, EndpointState, LeaseHint,
+    Membership, PresenceMap, Renewal, Snapshot, Txn, TxnOutcome,
 };
 use crate::clock::Clock;
-use crate::kv::TXN_STEPS_MAX;
 use crate::place::Place;
 
 /// Between two tries of a step of a move.
@@ -55,9 +62,6 @@ const STEP_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long a request to move waits for its end.
 const MOVE_MAX: Duration = Duration::from_secs(30);
-
-/// What one transaction of the new store must be able to carry, in bytes; etcd takes 1.5 MiB by default.
-const MOVE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Opens a store. The same place gives the same store again.
 pub type Opener = Arc<dyn Fn(&Place) -> Result<Arc<dyn Coordinator>, String> + Send + Sync>;
@@ -80,10 +84,16 @@ struct Shared {
     open: Opener,
     presence: Arc<dyn Coordinator>,
     memory: PathBuf,
+    /// Where the settings want a new cluster's records.
+    wish: Place,
+    /// What `memory` says.
+    note: Mutex<Option<Note>>,
     current: watch::Sender<Current>,
     out: watch::Sender<Arc<Snapshot>>,
     /// The last renewal in the current store: its term, and until when it counts.
     renewed: Mutex<Option<(Term, BootTime)>>,
+    /// What stands in the way of the next step.
+    trouble: Mutex<Option<String>>,
 }
 
 /// One member's way to the cluster's records, wherever they are.
@@ -92,57 +102,31 @@ pub struct Placed {
     tasks: Mutex<JoinSet<()>>,
 }
 
-/// The place that a member of this directory used last, if it is noted.
-pub fn remembered(memory: &Path) -> Result<Option<Place>, String> {
-    let text = match std::fs::read_to_string(memory) {
-        Ok(text) => text,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(format!("cannot read {}: {e}", memory.display())),
-    };
-    serde_json::from_str(&text)
-        .map(Some)
-        .map_err(|e| format!("{} cannot be understood: {e}", memory.display()))
-}
-
-/// Notes the place that a member of this directory uses, durably.
-pub fn remember(memory: &Path, place: &Place) -> std::io::Result<()> {
-    use std::io::Write as _;
-    let text = serde_json::to_string(place).map_err(std::io::Error::other)?;
-    let tmp = memory.with_extension("tmp");
-    let mut file = std::fs::File::create(&tmp)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    std::fs::rename(&tmp, memory)?;
-    match memory.parent() {
-        Some(dir) => std::fs::File::open(dir)?.sync_all(),
-        None => Ok(()),
-    }
-}
-
 impl Placed {
-    /// Begins in the place noted in the file `memory`, else in `place`, and follows the records from there.
-    /// `presence` carries the members' announcements. To be called inside a tokio runtime.
+    /// Begins where the file `memory` says that the records were last, and follows them from there. Without it they
+    /// are where every cluster begins, in the embedded store; a new cluster whose settings ask for another place,
+    /// `wish`, moves there before its first record. `presence` carries the members' announcements. To be called
+    /// inside a tokio runtime.
     pub fn start(
         me: MemberId,
-        place: Place,
+        wish: Place,
         memory: PathBuf,
         open: Opener,
         presence: Arc<dyn Coordinator>,
     ) -> Result<Arc<Self>, String> {
-        let place = match remembered(&memory)? {
-            Some(noted) => {
-                if noted != place {
-                    tracing::warn!(%noted, settings = %place, "the records are where they were last, not where the settings say; `craton coordinator move` moves them");
-                }
-                noted
+        let note = remembered(&memory)?;
+        let place = match &note {
+            // The settings may know better how it is reached.
+            Some(note) if note.place.is_same_store(&wish) => wish.clone(),
+            Some(note) => {
+                tracing::warn!(records = %note.place, settings = %wish, "the records are where they were last, not where the settings say");
+                note.place.clone()
             }
-            None => place,
+            None => Place::default(),
         };
-        let store = open(&place)?;
-        remember(&memory, &place).map_err(|e| format!("cannot write {}: {e}", memory.display()))?;
         let current = Current {
+            store: open(&place)?,
             place,
-            store,
             placement: Placement::default(),
             revision: 0,
             verified: false,
@@ -153,9 +137,12 @@ impl Placed {
             open,
             presence,
             memory,
+            wish,
+            note: Mutex::new(note),
             current: watch::Sender::new(current),
             out: watch::Sender::new(Arc::default()),
             renewed: Mutex::default(),
+            trouble: Mutex::default(),
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(Arc::clone(&shared).follow());
@@ -174,17 +161,14 @@ impl Placed {
     }
 }
 
-fn moving() -> CoordinatorError {
-    CoordinatorError::Unavailable("the records are on their way to another store".to_owned())
+/// Where the records of a store were moved to, by what is in it.
+pub fn moved_to(snapshot: &Snapshot) -> Option<Place> {
+    let (placement, _) = parse(snapshot).ok()?;
+    placement.next.filter(|n| n.sealed).map(|n| n.place)
 }
 
-fn leadership_term(snapshot: &Snapshot) -> Result<Term, String> {
-    match snapshot.get("leadership") {
-        None => Ok(Term(0)),
-        Some(at) => serde_json::from_str::<Leadership>(&at.value)
-            .map(|l| l.term)
-            .map_err(|e| format!("the record \"leadership\" cannot be read: {e}")),
-    }
+fn moving() -> CoordinatorError {
+    CoordinatorError::Unavailable("the records are on their way to another store".to_owned())
 }
 
 impl Shared {
@@ -219,7 +203,7 @@ impl Shared {
         self.out.send_if_modified(|out| {
             let newer = snapshot.revision + offset > out.revision;
             if newer {
-                *out = Arc::new(shown(snapshot, offset));
+                *out = shown(snapshot, offset);
             }
             newer
         });
@@ -247,207 +231,6 @@ impl Shared {
             }
         }
     }
-
-    /// Does what the records ask for, for ever.
-    async fn steps(self: Arc<Self>) {
-        let mut changes = self.current.subscribe();
-        let mut last = String::new();
-        loop {
-            changes.mark_unchanged();
-            match self.step().await {
-                Ok(true) => {}
-                Ok(false) => {
-                    let _ = timeout(Duration::from_secs(1), changes.changed()).await;
-                }
-                Err(why) => {
-                    if !self.current().verified {
-                        tracing::debug!(why, "the records cannot be read yet");
-                    } else if why != last {
-                        tracing::warn!(why, "the records' move waits");
-                        last = why;
-                    }
-                    sleep(STEP_PAUSE).await;
-                }
-            }
-        }
-    }
-
-    /// One step; true if there may be another at once.
-    async fn step(&self) -> Result<bool, String> {
-        let current = self.current();
-        if !current.verified {
-            let snapshot = current.store.read().await.map_err(|e| e.to_string())?;
-            self.learn(&current.store, &snapshot, true);
-            return Ok(true);
-        }
-        match (&current.placement.next, &current.placement.former) {
-            (Some(next), _) if next.sealed => self.switch(&current, next).await.map(|()| true),
-            (Some(next), _) => {
-                if !self.leads(Term(0)) {
-                    return Ok(false);
-                }
-                self.seal(&current, next).await.map(|()| true)
-            }
-            (None, Some(former)) if self.leads(former.term) => {
-                let settled = Placement {
-                    former: None,
-                    ..current.placement.clone()
-                };
-                self.write(&current, &settled).await.map(|_| true)
-            }
-            (None, _) => Ok(false),
-        }
-    }
-
-    /// This member has renewed `term`, or a later one, in the current store, and the renewal still counts.
-    fn leads(&self, term: Term) -> bool {
-        let renewed = *self.renewed.lock().unwrap_or_else(PoisonError::into_inner);
-        renewed.is_some_and(|(t, until)| t >= term && self.clock.now() < until)
-    }
-
-    /// Compare-and-set of the placement's record in the current store.
-    async fn write(&self, current: &Current, placement: &Placement) -> Result<bool, String> {
-        let txn = Txn {
-            compares: vec![Compare {
-                key: PLACEMENT.to_owned(),
-                mod_revision: current.revision,
-            }],
-            ops: vec![record(placement)?],
-        };
-        let written = current.store.txn(txn).await.map_err(|e| e.to_string())?;
-        let snapshot = current.store.read().await.map_err(|e| e.to_string())?;
-        self.learn(&current.store, &snapshot, true);
-        Ok(matches!(written, TxnOutcome::Committed(_)))
-    }
-
-    async fn target(&self, place: &Place) -> Result<(Arc<dyn Coordinator>, Arc<Snapshot>), String> {
-        let store = (self.open)(place)?;
-        let found = store
-            .read()
-            .await
-            .map_err(|e| format!("{place} cannot be read: {e}"))?;
-        Ok((store, found))
-    }
-
-    async fn seal(&self, current: &Current, next: &Next) -> Result<(), String> {
-        // After the seal there is no way back: what can go wrong is looked at before.
-        let (_, found) = self.target(&next.place).await?;
-        let own = current.store.read().await.map_err(|e| e.to_string())?;
-        fits(&own, &found, &current.placement)?;
-        let sealed = Placement {
-            next: Some(Next {
-                sealed: true,
-                ..next.clone()
-            }),
-            ..current.placement.clone()
-        };
-        self.write(current, &sealed).await.map(|_| ())
-    }
-
-    /// Steps 3 and 4.
-    async fn switch(&self, current: &Current, next: &Next) -> Result<(), String> {
-        let (store, mut found) = self.target(&next.place).await?;
-        let (mut placement, _) = parse(&found)?;
-        if placement.generation <= current.placement.generation {
-            // Linearizable, and sealed: final.
-            let own = current.store.read().await.map_err(|e| e.to_string())?;
-            fits(&own, &found, &current.placement)?;
-            store
-                .txn(copy(&own, &found, current)?)
-                .await
-                .map_err(|e| e.to_string())?;
-            found = store.read().await.map_err(|e| e.to_string())?;
-            placement = parse(&found)?.0;
-        }
-        if placement.generation <= current.placement.generation {
-            return Err(format!("{} does not have the records yet", next.place));
-        }
-        // First, and for certain: see "never two leaders" above.
-        remember(&self.memory, &next.place)
-            .map_err(|e| format!("cannot write {}: {e}", self.memory.display()))?;
-        *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        self.current.send_modify(|c| {
-            *c = Current {
-                place: next.place.clone(),
-                store: Arc::clone(&store),
-                placement: Placement::default(),
-                revision: 0,
-                verified: false,
-            };
-        });
-        self.learn(&store, &found, true);
-        tracing::info!(member = %self.me, from = %current.place, to = %next.place, "the records have moved");
-        Ok(())
-    }
-}
-
-/// Whether the records can go there.
-fn fits(own: &Snapshot, found: &Snapshot, placement: &Placement) -> Result<(), String> {
-    let (theirs, _) = parse(found)?;
-    if theirs.generation > placement.generation {
-        return Err(format!(
-            "the records there are of generation {}, these are of {}: those are newer",
-            theirs.generation, placement.generation
-        ));
-    }
-    let system = |s: &Snapshot| {
-        let record = s.get("cluster")?;
-        let record: serde_json::Value = serde_json::from_str(&record.value).ok()?;
-        record.get("system_id").cloned()
-    };
-    if let (Some(ours), Some(other)) = (system(own), system(found))
-        && ours != other
-    {
-        return Err(format!(
-            "another cluster (system id {other}, this one has {ours}) keeps its records there: choose another prefix"
-        ));
-    }
-    let steps = own.entries.len() + found.entries.len() + 2;
-    let bytes: usize = own
-        .entries
-        .iter()
-        .map(|(k, v)| k.len() + v.value.len())
-        .sum();
-    if steps > TXN_STEPS_MAX || bytes > MOVE_BYTES_MAX {
-        return Err(format!(
-            "the records ({} keys, {bytes} bytes) do not fit into one transaction of {TXN_STEPS_MAX} steps and {MOVE_BYTES_MAX} bytes",
-            own.entries.len()
-        ));
-    }
-    Ok(())
-}
-
-/// The transaction that makes the new store begin where the old one was sealed.
-fn copy(own: &Snapshot, found: &Snapshot, current: &Current) -> Result<Txn, String> {
-    let gone = found
-        .entries
-        .keys()
-        .filter(|k| *k != PLACEMENT && !own.entries.contains_key(*k))
-        .map(|key| Op::Delete { key: key.clone() });
-    let put = own
-        .entries
-        .iter()
-        .filter(|(key, _)| *key != PLACEMENT)
-        .map(|(key, at)| Op::Put {
-            key: key.clone(),
-            value: at.value.clone(),
-        });
-    let placement = Placement {
-        generation: current.placement.generation + 1,
-        offset: own.revision + current.placement.offset,
-        former: Some(Former {
-            place: current.place.clone(),
-            term: leadership_term(own)?,
-        }),
-        next: None,
-    };
-    Ok(Txn {
-        compares: vec![Compare {
-            key: PLACEMENT.to_owned(),
-            mod_revision: parse(found)?.1,
-        }],
-        ops: gone.chain(put).chain([record(&placement)?]).collect(),
-    })
 }
 
 impl Shared {
@@ -462,15 +245,20 @@ impl Shared {
     }
 
     async fn read(&self) -> Result<Arc<Snapshot>, CoordinatorError> {
-        let current = self.verified().await?;
-        let snapshot = current.store.read().await?;
-        let (placement, _) = parse(&snapshot).map_err(CoordinatorError::Refused)?;
-        self.learn(&current.store, &snapshot, true);
-        if placement.sealed() {
-            // It was the truth once; by now the new store may know better.
-            return Err(moving());
+        let due = Instant::now() + CALL_TIMEOUT;
+        loop {
+            let current = self.verified().await?;
+            let snapshot = current.store.read().await?;
+            let (placement, _) = parse(&snapshot).map_err(CoordinatorError::Refused)?;
+            self.learn(&current.store, &snapshot, true);
+            if !placement.sealed() {
+                return Ok(shown(&snapshot, placement.offset));
+            }
+            // It was the truth once; by now the new store may know better. This member follows in a moment.
+            if Instant::now() >= due {
+                return Err(moving());
+            }
         }
-        Ok(Arc::new(shown(&snapshot, placement.offset)))
     }
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, CoordinatorError> {
@@ -530,7 +318,7 @@ impl Shared {
         // The newest placement, so that only what happens from here on is a conflict.
         self.read().await?;
         let current = self.verified().await?;
-        let next = if place == current.place {
+        let next = if place.is_same_store(&current.place) {
             None
         } else {
             let (_, found) = self
@@ -563,7 +351,9 @@ impl Shared {
     async fn moved(&self, place: &Place) -> Result<(), CoordinatorError> {
         let mut changes = self.current.subscribe();
         let there = changes.wait_for(|c| {
-            c.place == *place && c.placement.former.is_none() && c.placement.next.is_none()
+            c.place.is_same_store(place)
+                && c.placement.former.is_none()
+                && c.placement.next.is_none()
         });
         match timeout(MOVE_MAX, there).await {
             Ok(Ok(_)) => Ok(()),
@@ -628,6 +418,33 @@ impl Coordinator for Placed {
 
     fn membership(&self) -> Option<&dyn Membership> {
         self.shared.presence.membership()
+    }
+
+    fn trouble(&self) -> Option<String> {
+        let own = self.shared.trouble.lock();
+        let own = own.unwrap_or_else(PoisonError::into_inner).clone();
+        own.or_else(|| self.shared.current.borrow().store.trouble())
+    }
+
+    fn progress(&self) -> Option<String> {
+        let current = self.shared.current();
+        match (current.placement.next, current.placement.former) {
+            (Some(next), _) if next.sealed => Some(format!("on the way to {}", next.place)),
+            (Some(next), _) => Some(format!(
+                "to be moved to {}, as soon as there is a leader",
+                next.place
+            )),
+            (None, Some(former)) => Some(format!(
+                "moved from {}, whose last lease still counts",
+                former.place
+            )),
+            (None, None) => None,
+        }
+    }
+
+    fn endpoints(&self) -> Answer<'_, Vec<EndpointState>> {
+        let store = self.shared.current().store;
+        Box::pin(async move { store.endpoints().await })
     }
 
     fn place(&self) -> Place {

@@ -1,6 +1,7 @@
 //! The record that says where the records are, and revisions that never go back. Pure.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use craton_core::Term;
 use serde::{Deserialize, Serialize};
@@ -65,9 +66,9 @@ pub(super) fn record(placement: &Placement) -> Result<Op, String> {
 }
 
 /// A store's snapshot as it is shown: later than anything that was shown of the store before.
-pub(super) fn shown(raw: &Snapshot, offset: u64) -> Snapshot {
+pub(super) fn shown(raw: &Arc<Snapshot>, offset: u64) -> Arc<Snapshot> {
     if offset == 0 {
-        return raw.clone();
+        return Arc::clone(raw);
     }
     let entries: BTreeMap<_, _> = raw
         .entries
@@ -80,10 +81,10 @@ pub(super) fn shown(raw: &Snapshot, offset: u64) -> Snapshot {
             (key.clone(), at)
         })
         .collect();
-    Snapshot {
+    Arc::new(Snapshot {
         revision: raw.revision + offset,
         entries,
-    }
+    })
 }
 
 /// A transaction made on what was shown, as the store must hear it.

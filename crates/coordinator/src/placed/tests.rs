@@ -1,6 +1,5 @@
 //! Moves between two stores in memory, cut off at every step.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -10,6 +9,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
+use super::note::{Note, remember};
 use super::{Opener, Placed, parse, remembered};
 use crate::api::{
     Answer, Coordinator, CoordinatorError, LeaseHint, PresenceMap, Renewal, Snapshot, Txn,
@@ -48,6 +48,15 @@ impl Fuse {
         self.0.store(halves, Ordering::SeqCst);
     }
 
+    /// The store answers nobody.
+    fn off() -> Self {
+        Self(Arc::new(AtomicI64::new(i64::MIN)))
+    }
+
+    fn is_off(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == i64::MIN
+    }
+
     fn blown(&self) -> bool {
         self.0.load(Ordering::SeqCst) <= 0
     }
@@ -69,6 +78,9 @@ struct Fused {
 impl Fused {
     fn guard<'a, T: Send + 'a>(&'a self, call: Answer<'a, T>) -> Answer<'a, T> {
         Box::pin(async move {
+            if self.fuse.is_off() {
+                return Err(CoordinatorError::Unavailable("it is off".to_owned()));
+            }
             self.fuse.half().await;
             let answer = call.await;
             self.fuse.half().await;
@@ -127,23 +139,30 @@ impl World {
         self.dir.path().join(format!("{i}.json"))
     }
 
-    fn start(&self, i: usize, fuse: &Fuse) -> Arc<Placed> {
-        let fused = |store: &Model| -> Arc<dyn Coordinator> {
+    fn opener(&self, i: usize, old: &Fuse, new: &Fuse) -> Opener {
+        let fused = |store: &Model, fuse: &Fuse| -> Arc<dyn Coordinator> {
             Arc::new(Fused {
                 store: store.clone(),
                 fuse: fuse.clone(),
             })
         };
-        let (old, new) = (fused(&self.old[i]), fused(&self.new[i]));
-        let presence = Arc::clone(&old);
-        let open: Opener = Arc::new(move |place| {
+        let (old, new) = (fused(&self.old[i], old), fused(&self.new[i], new));
+        Arc::new(move |place| {
             Ok(Arc::clone(match place.backend {
                 Backend::Embedded => &old,
                 Backend::Etcd => &new,
             }))
-        });
-        let me = ids().remove(i);
-        Placed::start(me, Place::default(), self.memory(i), open, presence).unwrap()
+        })
+    }
+
+    fn start(&self, i: usize, fuse: &Fuse) -> Arc<Placed> {
+        self.start_at(i, Place::default(), fuse)
+    }
+
+    fn start_at(&self, i: usize, wish: Place, fuse: &Fuse) -> Arc<Placed> {
+        let open = self.opener(i, fuse, fuse);
+        let presence = open(&Place::default()).unwrap();
+        Placed::start(ids().remove(i), wish, self.memory(i), open, presence).unwrap()
     }
 }
 
@@ -243,7 +262,8 @@ async fn cut_off(halves: i64) -> bool {
     assert_eq!(after.get("mark").map(|v| v.value.as_str()), Some("kept"));
     sealed_for_good(&world).await;
     for i in 0..3 {
-        assert_eq!(remembered(&world.memory(i)).unwrap(), Some(elsewhere()));
+        let note = remembered(&world.memory(i)).unwrap().unwrap();
+        assert_eq!((note.place, note.generation), (elsewhere(), 1));
     }
     contest.end();
     a_task.abort();
@@ -356,8 +376,104 @@ fn the_note_of_the_place_is_read_back_or_complained_about() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("place.json");
     assert_eq!(remembered(&path), Ok(None));
-    super::remember(&path, &elsewhere()).unwrap();
-    assert_eq!(remembered(&path), Ok(Some(elsewhere())));
-    std::fs::write(&path, "{").unwrap();
-    assert!(remembered(Path::new(&path)).is_err());
+    let note = Note::new(elsewhere(), 3, Some("7".into()));
+    remember(&path, &note).unwrap();
+    assert_eq!(remembered(&path), Ok(Some(note)));
+    let text = std::fs::read_to_string(&path).unwrap();
+    for wrong in ["{", "", &text.replace("\"format\":1", "\"format\":2")] {
+        std::fs::write(&path, wrong).unwrap();
+        let why = remembered(&path).unwrap_err();
+        assert!(why.contains("place.json"), "{why}");
+    }
+}
+
+/// Members of a new cluster whose settings differ agree on one place all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_cluster_begins_where_its_settings_say() {
+    let world = World::new();
+    let asks = world.start_at(0, elsewhere(), &Fuse::never());
+    until("it is there", || asks.place() == elsewhere()).await;
+    assert!(asks.txn(put("cluster", 0, "{}")).await.is_ok());
+    let other = world.start(1, &Fuse::never());
+    until("the other one follows", || other.place() == elsewhere()).await;
+    let read = other.read().await.unwrap();
+    assert_eq!(read.get("cluster").map(|v| v.value.as_str()), Some("{}"));
+    assert_eq!(
+        other.progress(),
+        None,
+        "no lease of the former store counts"
+    );
+    sealed_for_good(&world).await;
+    for member in [asks, other] {
+        member.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_that_is_there_stays_where_it_is() {
+    let world = World::new();
+    world.old[0].txn(put("cluster", 0, "{}")).await.unwrap();
+    let asks = world.start_at(0, elsewhere(), &Fuse::never());
+    assert!(asks.read().await.is_ok());
+    assert_eq!(asks.place(), Place::default());
+    asks.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_cluster_does_not_begin_over_another() {
+    let world = World::new();
+    world.new[0].txn(put("cluster", 0, "{}")).await.unwrap();
+    let asks = world.start_at(0, elsewhere(), &Fuse::never());
+    until("it says so", || {
+        asks.trouble().is_some_and(|t| t.contains("already"))
+    })
+    .await;
+    assert!(asks.read().await.is_err(), "and does nothing");
+    assert_eq!(world.old[0].read().await.unwrap().revision, 0);
+    asks.stop().await;
+}
+
+/// The store of the note is gone since, and the records have moved back: the member finds them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_that_was_away_finds_the_records_where_the_former_store_is_off() {
+    let world = World::new();
+    let contest = Contest::default();
+    let a = world.start(0, &Fuse::never());
+    contest.join(ids().remove(0), Arc::clone(&a) as Arc<dyn Coordinator>);
+    contest.led_again("the start").await;
+    let b = world.start(1, &Fuse::never());
+    a.move_to(elsewhere()).await.unwrap();
+    until("b is there too", || b.place() == elsewhere()).await;
+    b.stop().await;
+    a.move_to(Place::default()).await.unwrap();
+    let open = world.opener(1, &Fuse::never(), &Fuse::off());
+    let presence = Arc::new(world.old[1].clone());
+    let b = Placed::start(
+        ids().remove(1),
+        elsewhere(),
+        world.memory(1),
+        open,
+        presence,
+    )
+    .unwrap();
+    until("it finds them", || b.place() == Place::default()).await;
+    assert!(b.read().await.is_ok());
+    contest.end();
+    for member in [a, b] {
+        member.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_store_that_was_emptied_is_not_believed() {
+    let world = World::new();
+    remember(&world.memory(0), &Note::new(elsewhere(), 1, None)).unwrap();
+    let a = world.start(0, &Fuse::never());
+    until("it says so", || {
+        a.trouble().is_some_and(|t| t.contains("emptied"))
+    })
+    .await;
+    assert!(a.txn(put("cluster", 0, "{}")).await.is_err());
+    assert_eq!(world.new[0].read().await.unwrap().revision, 0);
+    a.stop().await;
 }

@@ -6,7 +6,7 @@ use craton_console::views::{MemberView, ReceiverView};
 use craton_core::topology::MemberRole;
 
 use super::facts::Facts;
-use super::{Finding, Severity};
+use super::{Finding, Severity, store};
 use crate::output;
 
 /// A check.
@@ -42,6 +42,11 @@ pub const CHECKS: &[Check] = &[
         voters,
     ),
     check("witnesses", "witnesses that are silent", witnesses),
+    check(
+        "coordinator",
+        "a store of the records that cannot be reached, or is not the same for all",
+        store::coordinator,
+    ),
     check("members", "members that are down or do not stream", members),
     check("lag", "standbys that are far behind", lag),
     check(
@@ -97,7 +102,7 @@ const BACKUP_AGE_MAX_MS: i64 = 2 * 86_400_000;
 /// The backup may be so far behind the leader, bytes.
 const BACKUP_LAG_MAX: u64 = 64 << 20;
 
-fn found(
+pub(super) fn found(
     id: &'static str,
     severity: Severity,
     place: impl Into<String>,
@@ -184,6 +189,9 @@ fn voters(f: &Facts) -> Vec<Finding> {
         + witnesses().filter(|w| w.alive).count();
     let majority = all / 2 + 1;
     let todo = "three voters survive the loss of one, five of two; a witness can be the third";
+    if store::is_etcd(f) {
+        return store::voters(alive, majority, all);
+    }
     if alive < majority {
         let what = format!(
             "{alive} of {all} voters answer, and a majority needs {majority}: nobody can become or stay leader for long"

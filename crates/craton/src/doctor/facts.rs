@@ -6,8 +6,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use craton_backup::views::BackupStatusView;
 use craton_console::Client;
-use craton_console::views::{ConfigView, HistoryView, StatusView};
+use craton_console::views::{ConfigView, CoordinatorView, HistoryView, StatusView};
 use craton_core::MemberId;
+use craton_trust::{Expect, Role};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -16,6 +17,9 @@ use crate::layout::{Layout, address};
 
 /// How long one answer is waited for.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// How long an agent may take to ask every endpoint of the records' store.
+const STORE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// An agent's answer.
 #[derive(Clone, Debug)]
@@ -26,6 +30,8 @@ pub struct Asked {
     pub status: Result<StatusView, String>,
     /// Its settings, where it answered.
     pub config: Option<ConfigView>,
+    /// How it reaches the cluster's records, where it answered.
+    pub coordinator: Option<CoordinatorView>,
     /// How far its wall clock is ahead of this machine's, milliseconds, at least.
     pub ahead_ms: i64,
 }
@@ -131,14 +137,21 @@ async fn ask(client: &Client, api: String) -> Asked {
             _ => 0,
         }
     });
-    let config = match &status {
-        Ok(_) => client.get_json(&api, "/v1/config").await.ok(),
-        Err(_) => None,
+    let (config, coordinator) = match &status {
+        Ok(_) => {
+            let patient = client.clone().with_timeout(STORE_TIMEOUT);
+            (
+                client.get_json(&api, "/v1/config").await.ok(),
+                patient.get_json(&api, "/v1/coordinator").await.ok(),
+            )
+        }
+        Err(_) => (None, None),
     };
     Asked {
         status: status.map_err(|e| e.to_string()),
         api,
         config,
+        coordinator,
         ahead_ms,
     }
 }
@@ -148,6 +161,8 @@ async fn look_around(client: &Client, layout: &Layout) -> Local {
     let answers = timeout(LOOK_TIMEOUT, TcpStream::connect(&proxy)).await;
     let backup = address(layout.backup_http_port());
     let backup = client
+        .clone()
+        .expecting(Expect::Role(Role::Backup))
         .get_json::<BackupStatusView>(&backup, "/v1/backup/status")
         .await;
     let secrets = std::fs::read_dir(layout.secrets()).into_iter().flatten();

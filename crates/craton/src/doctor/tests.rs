@@ -9,8 +9,8 @@ use std::path::PathBuf;
 
 use craton_backup::views::BackupStatusView;
 use craton_console::views::{
-    ConfigRow, ConfigView, HistoryEvent, HistoryView, PauseView, ReceiverView, StatusView,
-    WitnessView,
+    ConfigRow, ConfigView, CoordinatorView, EndpointView, HistoryEvent, HistoryView, PauseView,
+    ReceiverView, StatusView, WitnessView,
 };
 use craton_core::topology::MemberRole;
 use craton_core::{MemberId, Term};
@@ -50,6 +50,35 @@ fn backup() -> BackupStatusView {
     .unwrap()
 }
 
+fn coordinator(member: &MemberId) -> CoordinatorView {
+    CoordinatorView {
+        member: member.clone(),
+        backend: "embedded".into(),
+        place: "embedded".into(),
+        prefix: None,
+        progress: None,
+        trouble: None,
+        endpoints: vec![],
+    }
+}
+
+/// The records are in an etcd with two endpoints; what each says to member `i`.
+fn in_etcd(f: &mut Facts, i: usize, errors: [Option<&str>; 2]) {
+    for agent in &mut f.agents {
+        let view = agent.coordinator.as_mut().unwrap();
+        view.backend = "etcd".into();
+        view.place = "etcd at http://e1:1, http://e2:1".into();
+    }
+    let endpoints = ["e1:1", "e2:1"].iter().zip(errors);
+    f.agents[i].coordinator.as_mut().unwrap().endpoints = endpoints
+        .map(|(endpoint, error)| EndpointView {
+            endpoint: (*endpoint).into(),
+            ms: error.is_none().then_some(1),
+            error: error.map(Into::into),
+        })
+        .collect();
+}
+
 /// A cluster in which nothing is wrong.
 fn healthy() -> Facts {
     let status = status();
@@ -64,6 +93,7 @@ fn healthy() -> Facts {
             member: Some(m.id.clone()),
             settings: vec![],
         }),
+        coordinator: Some(coordinator(&m.id)),
         ahead_ms: 20,
     });
     Facts {
@@ -137,6 +167,34 @@ fn nothing_is_wrong_with_a_healthy_cluster() {
 type Case = (&'static str, Severity, &'static str, fn(&mut Facts));
 
 const CASES: &[Case] = &[
+    ("coordinator", Severity::Warning, "1 of 2 endpoints", |f| {
+        in_etcd(f, 1, [None, Some("e2:1: refused")]);
+    }),
+    (
+        "coordinator",
+        Severity::Critical,
+        "TLS: unknown issuer",
+        |f| {
+            in_etcd(f, 2, [Some("TLS: unknown issuer"); 2]);
+        },
+    ),
+    ("coordinator", Severity::Critical, "the login", |f| {
+        let view = f.agents[0].coordinator.as_mut().unwrap();
+        view.trouble = Some("etcd refuses the login".into());
+    }),
+    ("coordinator", Severity::Warning, "on the way", |f| {
+        f.agents[0].coordinator.as_mut().unwrap().progress = Some("on the way to x".into());
+    }),
+    ("coordinator", Severity::Warning, "embedded", |f| {
+        in_etcd(f, 0, [None, None]);
+        f.agents[1].coordinator = Some(coordinator(&MemberId::new("b").unwrap()));
+    }),
+    ("voters", Severity::Warning, "moved back", |f| {
+        in_etcd(f, 0, [None, None]);
+        for i in [1, 2] {
+            f.agents[i].status = Err("away".into());
+        }
+    }),
     ("leader", Severity::Critical, "nobody leads", |f| {
         (f.status.leader, f.status.writable) = (None, false);
     }),

@@ -1,0 +1,432 @@
+//! The cluster's records in a real etcd: failovers, an etcd that is away, and moving the records while clients write.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_types,
+    clippy::print_stdout,
+    reason = "a test may fail at any line, and waits on the clock of the outside world"
+)]
+
+use std::process::Output;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use craton::drill::recorder::{Fate, Log, Patience, Plan, Recorder, longest_gap};
+use craton::drill::verify::{judge, present};
+use craton::layout::Layout;
+use craton::sessions::Login;
+use serde_json::Value;
+use tokio::runtime::Runtime;
+use tokio::time::Instant;
+
+#[path = "harness/mod.rs"]
+mod harness;
+#[path = "etcd/servers.rs"]
+mod servers;
+
+use harness::{Cluster, directory, text, whole};
+use servers::Etcd;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a client may wait for while nothing happens to the leader: less than the lease, after which there would be
+/// another.
+const STILL: Duration = Duration::from_secs(2);
+
+/// One cluster at a time: what is measured here is how long clients wait.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Clients that write through the proxy all the time.
+struct Writers {
+    runtime: Runtime,
+    recorder: Recorder,
+    layout: Layout,
+    login: Login,
+    run: i64,
+}
+
+impl Writers {
+    fn start(c: &Cluster) -> Self {
+        static RUNS: AtomicI64 = AtomicI64::new(1);
+        let run = RUNS.fetch_add(1, Ordering::SeqCst);
+        let runtime = Runtime::new().unwrap();
+        let layout = Layout::require(&c.dir).unwrap();
+        let login = Login::superuser(&layout).unwrap();
+        let plan = Plan {
+            write: login.at(layout.proxy_port()),
+            read: None,
+            patience: Patience::Drop(Duration::from_secs(30)),
+            writers: 2,
+            pause: Duration::from_millis(10),
+            fresh: false,
+            run,
+            first_id: 1,
+            writes_max: 1_000_000,
+        };
+        let recorder = runtime.block_on(async {
+            let client = login.connect(layout.proxy_port()).await.unwrap();
+            client.batch_execute(craton::drill::SCHEMA).await.unwrap();
+            Recorder::start(&plan)
+        });
+        Self {
+            runtime,
+            recorder,
+            layout,
+            login,
+            run,
+        }
+    }
+
+    /// Waits for more acknowledged writes from here on.
+    fn go_on(&self, c: &Cluster, what: &str) {
+        let (from, due) = (Instant::now(), Instant::now() + PATIENCE);
+        while self.recorder.acknowledged_since(from) < 20 {
+            assert!(Instant::now() < due, "{what}: no writes\n{}", c.logs());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Ends them. No client saw an error, and what was acknowledged is there.
+    fn finish(self, c: &Cluster) -> Log {
+        let log = self.runtime.block_on(self.recorder.finish());
+        let seen = (&log.errors, log.sessions_lost.len());
+        assert_eq!(seen.0.len() + seen.1, 0, "{seen:?}\n{}", c.logs());
+        let there = self.runtime.block_on(async {
+            let client = self.login.connect(self.layout.proxy_port()).await.unwrap();
+            present(&client, self.run, 1, u64::MAX >> 1).await.unwrap()
+        });
+        let verdict = judge(&log.writes, &there);
+        assert!(
+            verdict.lost.is_empty() && verdict.ghosts.is_empty(),
+            "{verdict:?}"
+        );
+        log
+    }
+}
+
+/// The longest time without an acknowledged write.
+fn gap(log: &Log, from: Instant, to: Instant) -> Duration {
+    let acknowledged = log.writes.iter().filter(|w| w.fate == Fate::Acknowledged);
+    let instants: Vec<_> = acknowledged.map(|w| w.ended).collect();
+    longest_gap(&instants, from, to)
+}
+
+fn ok(c: &Cluster, args: &[&str]) -> String {
+    let out = c.craton(args);
+    c.expect_ok(&out, &args.join(" "));
+    text(&out)
+}
+
+/// Every member's records are there, and every endpoint answers it.
+fn all_in(c: &Cluster, backend: &str, endpoints: usize) -> bool {
+    let members = c.json(&["status"])["members"]
+        .as_array()
+        .map_or(0, Vec::len);
+    let seen = c.json(&["coordinator", "status"]);
+    let seen = seen.as_array().map_or(&[][..], Vec::as_slice);
+    members > 0
+        && seen.len() == members
+        && seen.iter().all(|m| {
+            let answers = m["endpoints"].as_array().map_or(&[][..], Vec::as_slice);
+            m["backend"] == backend
+                && m["progress"].is_null()
+                && m["trouble"].is_null()
+                && answers.iter().filter(|e| e["ms"].is_u64()).count() == endpoints
+        })
+}
+
+fn wait_all_in(c: &Cluster, backend: &str, endpoints: usize) {
+    let due = Instant::now() + PATIENCE;
+    while !all_in(c, backend, endpoints) {
+        assert!(
+            Instant::now() < due,
+            "not everybody is in {backend}: {}\n{}",
+            text(&c.craton(&["coordinator", "status"])),
+            c.logs()
+        );
+    }
+}
+
+#[test]
+fn a_cluster_on_etcd() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut etcd = Etcd::start(3);
+    let endpoints = etcd.endpoints();
+    let there = [
+        "--no-sample",
+        "--coordinator",
+        "etcd",
+        "--endpoints",
+        &endpoints,
+    ];
+    let c = Cluster::up("etcd", &there);
+    c.wait_status("a whole cluster", PATIENCE, whole);
+    wait_all_in(&c, "etcd", 3);
+    let status = ok(&c, &["status"]);
+    assert!(status.contains("records in etcd at http://"), "{status}");
+
+    another_does_not_begin_over_it(&there);
+    drills(&c);
+    one_server_is_lost(&c, &mut etcd);
+    etcd_is_away(&c, &etcd);
+
+    ok(&c, &["down"]);
+    ok(&c, &["up"]);
+    c.wait_status("a whole cluster after down and up", PATIENCE, whole);
+    wait_all_in(&c, "etcd", 3);
+
+    let keys = ["get", "--prefix", "/craton/local/", "--keys-only"];
+    assert!(etcd.ctl(&keys).0.contains("/craton/local/data/leadership"));
+    drop(c);
+    assert_eq!(etcd.ctl(&keys).0.trim(), "", "a purge takes its keys along");
+}
+
+fn another_does_not_begin_over_it(there: &[&str]) {
+    let dir = directory("etcd-over");
+    let other = Cluster {
+        dir: dir.clone(),
+        base_port: harness::free_base_port(),
+    };
+    let base = other.base_port.to_string();
+    let out = other.craton(&[&["up", "--base-port", &base], there].concat());
+    let said = text(&out);
+    assert!(!out.status.success(), "{said}");
+    assert!(
+        said.contains("records") && said.contains("already") && said.contains("--etcd-prefix"),
+        "{said}"
+    );
+    assert!(!dir.exists(), "and leaves nothing behind");
+}
+
+/// The leader's member is killed, and the leadership handed over: as with records of the cluster's own.
+fn drills(c: &Cluster) {
+    for drill in ["switchover", "kill-host", "kill-agent"] {
+        let report = c.json(&["drill", drill, "--down-for", "3"]);
+        let result = &report["drills"][0];
+        println!("{drill}: {result}");
+        for none in ["lost", "ghosts", "sessions_lost"] {
+            assert_eq!(result[none], 0, "{drill}: {report}");
+        }
+        if drill == "switchover" {
+            assert_eq!(result["errors"], 0, "{drill}: {report}");
+        }
+        c.wait_status("a whole cluster", PATIENCE, whole);
+    }
+}
+
+fn term(c: &Cluster) -> u64 {
+    c.json(&["status"])["term"].as_u64().unwrap()
+}
+
+/// etcd's own leader is killed: it elects another, and no client notices.
+fn one_server_is_lost(c: &Cluster, etcd: &mut Etcd) {
+    let (before, writers) = (term(c), Writers::start(c));
+    writers.go_on(c, "before");
+    let (from, lost) = (Instant::now(), etcd.leader());
+    etcd.kill(lost);
+    etcd.leader();
+    let seen = doctor(c, "a server of etcd is lost", |said| {
+        said.contains("2 of 3 endpoints")
+    });
+    assert_eq!(seen.status.code(), Some(9), "{}", text(&seen));
+    writers.go_on(c, "with two servers");
+    let to = Instant::now();
+    let log = writers.finish(c);
+    assert!(gap(&log, from, to) < STILL, "{:?}", gap(&log, from, to));
+    assert_eq!(term(c), before, "nobody else was elected");
+    etcd.restart(lost);
+    wait_all_in(c, "etcd", 3);
+}
+
+/// What the doctor says, once it says this.
+fn doctor(c: &Cluster, what: &str, says: impl Fn(&str) -> bool) -> Output {
+    let due = Instant::now() + PATIENCE;
+    loop {
+        let out = c.craton(&["doctor"]);
+        if says(&text(&out)) {
+            return out;
+        }
+        assert!(Instant::now() < due, "{what}: {}", text(&out));
+    }
+}
+
+/// All of etcd hangs for three leases: the leader goes on, because its standbys promise not to elect another.
+fn etcd_is_away(c: &Cluster, etcd: &Etcd) {
+    let (before, writers) = (term(c), Writers::start(c));
+    writers.go_on(c, "before");
+    let from = Instant::now();
+    etcd.signal("STOP");
+    c.wait_status("the leader lives on promises", PATIENCE, |s| {
+        s["lease"]["promises_ms"].as_u64() > Some(6000)
+    });
+    let seen = doctor(c, "etcd is away", |said| {
+        said.contains("no endpoint") || said.contains("cannot use")
+    });
+    assert_eq!(seen.status.code(), Some(10), "{}", text(&seen));
+    let why = ok(c, &["explain"]);
+    assert!(why.contains("the cluster's records (etcd at"), "{why}");
+    writers.go_on(c, "while etcd is away");
+    etcd.signal("CONT");
+    c.wait_status("the lease rests on etcd again", PATIENCE, |s| {
+        s["lease"]["promises_ms"].is_null()
+    });
+    wait_all_in(c, "etcd", 3);
+    writers.go_on(c, "with etcd back");
+    let to = Instant::now();
+    let log = writers.finish(c);
+    assert!(gap(&log, from, to) < STILL, "{:?}", gap(&log, from, to));
+    assert_eq!(term(c), before, "nobody else was elected");
+}
+
+#[test]
+fn there_and_back_while_clients_write() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut etcd = Etcd::start(1);
+    let c = Cluster::up("etcd-move", &["--no-sample"]);
+    c.wait_status("a whole cluster", PATIENCE, whole);
+    let (before, writers) = (term(&c), Writers::start(&c));
+    writers.go_on(&c, "before");
+    let from = Instant::now();
+
+    // Where nobody answers, nothing is changed.
+    let nowhere = [
+        "coordinator",
+        "move",
+        "--to",
+        "etcd",
+        "--endpoints",
+        "http://127.0.0.1:1",
+    ];
+    let refused = c.craton(&nowhere);
+    let said = text(&refused);
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(
+        ["a: ", "b: ", "c: "].iter().all(|m| said.contains(m)),
+        "{said}"
+    );
+    assert!(all_in(&c, "embedded", 0));
+
+    let endpoints = etcd.endpoints();
+    let to_etcd = [
+        "coordinator",
+        "move",
+        "--to",
+        "etcd",
+        "--endpoints",
+        &endpoints,
+    ];
+    let said = ok(&c, &to_etcd);
+    assert!(said.contains("moved from embedded to etcd"), "{said}");
+    let said = ok(&c, &to_etcd);
+    assert!(said.contains("already"), "{said}");
+    wait_all_in(&c, "etcd", 1);
+    writers.go_on(&c, "with the records in etcd");
+    let moved = Instant::now();
+    assert_eq!(term(&c), before, "a move elects nobody");
+    ok(&c, &["switchover"]);
+    c.wait_status("a whole cluster", PATIENCE, whole);
+
+    one_comes_and_goes(&c);
+
+    let said = ok(&c, &["coordinator", "move", "--to", "embedded"]);
+    assert!(said.contains("to embedded"), "{said}");
+    wait_all_in(&c, "embedded", 0);
+    etcd.kill(0);
+    writers.go_on(&c, "with the records back");
+    ok(&c, &["switchover"]);
+    c.wait_status("a whole cluster", PATIENCE, whole);
+    writers.go_on(&c, "at the end");
+    let log = writers.finish(&c);
+    assert!(
+        gap(&log, from, moved) < STILL,
+        "{:?}",
+        gap(&log, from, moved)
+    );
+    let history = c.json(&["history"]);
+    let events = history["events"].as_array().unwrap();
+    let moves = events.iter().filter(|e| e["kind"] == "moved");
+    assert_eq!(moves.count(), 2, "{history}");
+    let health: Value = c.json(&["status"]);
+    assert_eq!(health["coordinator"], "embedded");
+}
+
+/// A member that joins knows nothing of etcd but by the others' word.
+fn one_comes_and_goes(c: &Cluster) {
+    ok(c, &["up", "--members", "4"]);
+    c.wait_status("a fourth member", PATIENCE, |s| {
+        s["members"].as_array().is_some_and(|all| {
+            all.len() == 4
+                && all
+                    .iter()
+                    .all(|m| m["role"] == "leader" || m["streaming"] == true)
+        })
+    });
+    wait_all_in(c, "etcd", 1);
+    ok(c, &["member", "remove", "d", "--yes"]);
+    c.wait_status("three members again", PATIENCE, whole);
+}
+
+/// What etcd refuses is said before anything is made, with what to do about it.
+#[test]
+fn refusals_in_clear_words() {
+    let etcd = Etcd::start(1);
+    for command in [
+        &["user", "add", "root:r"][..],
+        &["user", "grant-role", "root", "root"],
+        &["auth", "enable"],
+    ] {
+        let (said, done) = etcd.ctl(command);
+        assert!(done, "{said}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // The cluster's user must be able to read it.
+    let open = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(dir.path(), open).unwrap();
+    let password = dir.path().join("password");
+    std::fs::write(&password, "wrong\n").unwrap();
+    let password = password.to_str().unwrap();
+    let endpoints = etcd.endpoints();
+    let tls = endpoints.replace("http:", "https:");
+    for (arguments, words) in [
+        (vec!["--endpoints", &endpoints], "set coordinator.username"),
+        (
+            vec![
+                "--endpoints",
+                &endpoints,
+                "--etcd-user",
+                "root",
+                "--etcd-password-file",
+                password,
+            ],
+            "check coordinator.username and the password",
+        ),
+        (vec!["--endpoints", &tls], "TLS"),
+        (vec!["--endpoints", "http://127.0.0.1:1"], "refused"),
+        (vec!["--endpoints", "127.0.0.1:1"], "write http://host:port"),
+        (vec![], "endpoints"),
+    ] {
+        let c = Cluster {
+            dir: directory("etcd-refused"),
+            base_port: harness::free_base_port(),
+        };
+        let base = c.base_port.to_string();
+        let fixed = [
+            "up",
+            "--no-sample",
+            "--base-port",
+            &base,
+            "--coordinator",
+            "etcd",
+        ];
+        let out = c.craton(&[&fixed, &arguments[..]].concat());
+        let said = text(&out);
+        assert!(
+            !out.status.success() && said.contains(words),
+            "{words}: {said}"
+        );
+        assert!(!c.dir.exists(), "nothing is left behind: {said}");
+    }
+}
