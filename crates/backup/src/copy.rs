@@ -333,17 +333,20 @@ pub(crate) fn end_of_wal(repository: &Repository) -> Result<(TimelineId, Lsn)> {
         sync_partial(repository, id)?;
         let history = repository.history(id.timeline)?;
         let fork = history.ancestors.last().map(|a| a.end);
-        let mut wal = Vec::new();
-        let mut start = id.start(size);
-        if let Some(number) = id.number.checked_sub(1) {
+        let wal = bytes(repository, id)?.unwrap_or_default();
+        let mut end = last_record_end(&wal, id.start(size).0, size);
+        if end.is_none()
+            && let Some(number) = id.number.checked_sub(1)
+        {
+            // No record ends in it: the last one began in the segment before.
             let timeline = history.timeline_of(number, size);
-            if let Some(before) = repository.whole_segment(SegmentId { timeline, number })? {
-                wal = before;
-                start = SegmentId { timeline, number }.start(size);
+            let before = SegmentId { timeline, number };
+            if let Some(mut longer) = repository.whole_segment(before)? {
+                longer.extend(wal);
+                end = last_record_end(&longer, before.start(size).0, size);
             }
         }
-        wal.extend(bytes(repository, id)?.unwrap_or_default());
-        let end = last_record_end(&wal, start.0, size).map(Lsn);
+        let end = end.map(Lsn);
         // Of a timeline that has just begun there may be less than was held of the one before.
         match end.filter(|end| fork.is_none_or(|fork| *end > fork)) {
             Some(end) => return Ok((id.timeline, end)),
