@@ -45,7 +45,7 @@ impl CloneProgress {
 
 impl Instance {
     /// Clones the upstream, a primary or a standby, into the empty data directory. The clone is made beside,
-    /// flushed by pg_basebackup, and renamed into place when complete. Dropping the future ends it; what it
+    /// flushed, and renamed into place when complete. Dropping the future ends it; what it
     /// left is removed by the next try. `max_rate_kb`: kilobytes a second at most, 32 to 1048576.
     pub async fn clone_from(
         &self,
@@ -55,7 +55,7 @@ impl Instance {
     ) -> Result<ControlData> {
         let making = self.place_for_clone().await?;
         let conninfo = Self::side_connection(upstream, APPLICATION_NAME, None);
-        let mut command = tokio::process::Command::from(self.tool("pg_basebackup"));
+        let mut command = tokio::process::Command::from(self.writing_tool("pg_basebackup"));
         command
             .arg("-D")
             .arg(&making)
@@ -66,6 +66,9 @@ impl Instance {
             .kill_on_drop(true);
         if let Some(rate) = max_rate_kb {
             command.arg(format!("--max-rate={rate}k"));
+        }
+        if files::can_flush_file_systems() {
+            command.arg("--no-sync");
         }
         self.clone_with(command, "pg_basebackup", making, progress)
             .await
@@ -81,6 +84,7 @@ impl Instance {
     ) -> Result<ControlData> {
         let making = self.place_for_clone().await?;
         command.arg(&making);
+        self.mark(&mut command);
         let mut command = tokio::process::Command::from(command);
         command
             .stdin(Stdio::null())
@@ -123,6 +127,9 @@ impl Instance {
             if let Err(e) = result {
                 files::remove_tree(&making)?;
                 return Err(e);
+            }
+            if files::can_flush_file_systems() {
+                files::flush_data_dir(&making)?;
             }
             this.move_into_place(&making)?;
             this.read_control_data()

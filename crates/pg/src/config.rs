@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{PgError, Result};
 use crate::files;
 use crate::roles::{PROXY_ROLE, REPLICATION_ROLE, REWIND_ROLE};
+use crate::slots;
 use crate::sync::SyncNames;
 
 /// Parameters that take effect only at a start (`context = postmaster` in `pg_settings`).
@@ -75,9 +76,9 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("hot_standby", "on"),
     // A standby's queries must not hold back the primary, nor be cancelled at once.
     ("max_standby_streaming_delay", "30s"),
-    ("wal_keep_size", "256MB"),
-    // A member that is away for long is cloned anew; it must not fill the leader's disk.
-    ("max_slot_wal_keep_size", "16GB"),
+    // Slots keep what standbys need. This is for pg_rewind on a former leader, which reads its own WAL back to the
+    // last checkpoint before the histories parted; and pg_rewind before 18 copies all of the source's pg_wal.
+    ("wal_keep_size", "64MB"),
     ("password_encryption", "scram-sha-256"),
     ("synchronous_commit", "on"),
     // A standby looks for a new leader this often.
@@ -314,6 +315,7 @@ pub(crate) struct Place<'a> {
     pub cluster_name: &'a str,
     pub superuser: &'a str,
     pub os_user: &'a str,
+    pub version: u32,
 }
 
 /// Writes the three files where they differ, durably.
@@ -405,6 +407,14 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
         .iter()
         .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
         .collect();
+    all.insert(
+        "max_slot_wal_keep_size".to_owned(),
+        slots::wal_bound(place.data_dir, place.conf_dir),
+    );
+    if place.version >= 14 && files::can_flush_file_systems() {
+        // After a crash PostgreSQL first flushes all files, one by one: seconds in which nobody is served.
+        all.insert("recovery_init_sync_method".to_owned(), "syncfs".to_owned());
+    }
     for (key, value) in &managed.settings {
         let key = key.to_ascii_lowercase();
         if OWNED_KEYS.contains(&key.as_str()) {
@@ -601,6 +611,7 @@ mod tests {
                 cluster_name: "it's",
                 superuser: "postgres",
                 os_user: "postgres",
+                version: 15,
             },
             managed,
         )
@@ -671,6 +682,7 @@ mod tests {
             cluster_name: "it's",
             superuser: "postgres",
             os_user: "postgres",
+            version: 15,
         };
         write_settings(&place, &managed.settings).unwrap();
         let after = write_in(dir.path(), &managed).unwrap();

@@ -28,7 +28,7 @@ impl Instance {
         self.member_dir().join("divergence")
     }
 
-    /// Copies the WAL of `timeline` from the segment of `from` on, durably, and summarises what it did.
+    /// Copies the WAL of `timeline` from the segment of `from` to its end, durably, and summarises what it did.
     /// The server must be down. `id` names the directory; kept again under the same id, it is replaced. `names`
     /// are those of relations as this server knew them, as far as it could be asked.
     pub async fn keep_divergent_wal(
@@ -61,10 +61,28 @@ impl Instance {
         names: &RelationNames,
     ) -> Result<DivergenceSummary> {
         let control = self.read_control_data()?;
-        let segments = self.segments_from(timeline, from, control.segment_size)?;
-        let bytes = segments.iter().map(|(_, size)| size).sum::<u64>();
         let root = self.divergence_dir();
         files::private_dir(&root)?;
+        let mut summary = DivergenceSummary {
+            id: id.to_owned(),
+            timeline,
+            from,
+            last_record: from,
+            kept_at_ms: now_ms(),
+            ..Default::default()
+        };
+        self.summarise(&self.wal_dir(), &mut summary)?;
+        // What lies beyond the end was made for WAL to come; the page headers in a record are less than a segment.
+        let last = if summary.truncated || summary.records == 0 {
+            u64::MAX
+        } else {
+            segment_of(summary.end, control.segment_size).saturating_add(1)
+        };
+        // Not part of what is written down.
+        summary.end = Lsn::ZERO;
+        let segments = self.segments_between(timeline, (from, last), control.segment_size)?;
+        let bytes = segments.iter().map(|(_, size)| size).sum::<u64>();
+        (summary.segments, summary.bytes) = (segments.len() as u64, bytes);
         let available = disk::space(&root)?.available;
         if available < bytes {
             return Err(PgError::DiskFull {
@@ -83,19 +101,6 @@ impl Instance {
         if history.exists() {
             copy_durably(&history, &making)?;
         }
-        let mut summary = DivergenceSummary {
-            id: id.to_owned(),
-            timeline,
-            from,
-            last_record: from,
-            segments: segments.len() as u64,
-            bytes,
-            kept_at_ms: now_ms(),
-            ..Default::default()
-        };
-        if !segments.is_empty() {
-            self.summarise(&making, &mut summary)?;
-        }
         summary.name_relations(names);
         let json = serde_json::to_vec_pretty(&summary).map_err(|e| PgError::Unintelligible {
             what: "divergence summary",
@@ -108,11 +113,11 @@ impl Instance {
         Ok(summary)
     }
 
-    /// The segments of a timeline from a position on, with their sizes, in order.
-    fn segments_from(
+    /// The segments of a timeline from a position on, up to one of that number, with their sizes, in order.
+    fn segments_between(
         &self,
         timeline: TimelineId,
-        from: Lsn,
+        (from, last): (Lsn, u64),
         segment_size: u64,
     ) -> Result<Vec<(PathBuf, u64)>> {
         let wal_dir = self.wal_dir();
@@ -127,7 +132,7 @@ impl Instance {
             let Some((of, number)) = parse_segment_name(name, segment_size) else {
                 continue;
             };
-            if of == timeline && number >= first {
+            if of == timeline && (first..=last).contains(&number) {
                 let size = entry
                     .metadata()
                     .map_err(PgError::io("cannot look at", &entry.path()))?
@@ -139,7 +144,7 @@ impl Instance {
         Ok(found)
     }
 
-    /// Lets pg_waldump read the copies. It ends with an error where the WAL ends; that is its way.
+    /// Lets pg_waldump read them. It ends with an error where the WAL ends; that is its way.
     fn summarise(&self, dir: &Path, summary: &mut DivergenceSummary) -> Result<()> {
         let mut child = self
             .tool("pg_waldump")

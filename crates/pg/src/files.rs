@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::error::{PgError, Result};
@@ -44,6 +44,41 @@ pub(crate) fn write_durably(path: &Path, content: &[u8]) -> Result<()> {
     };
     write().map_err(PgError::io("cannot write", path))?;
     sync_dir(parent)
+}
+
+/// True if one call flushes a whole file system and tells of every error (Linux 5.8 and later). PostgreSQL's tools
+/// flush each file on its own instead, a thousand in an empty cluster: seconds on most disks, even if nothing is
+/// dirty.
+pub(crate) fn can_flush_file_systems() -> bool {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy();
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map_while(|n| n.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    version >= (5, 8)
+}
+
+/// Flushes the file systems that hold a data directory: its own, that of its WAL, those of its tablespaces.
+pub(crate) fn flush_data_dir(data_dir: &Path) -> Result<()> {
+    let mut places = vec![data_dir.to_owned(), data_dir.join("pg_wal")];
+    let links = fs::read_dir(data_dir.join("pg_tblspc"));
+    places.extend(links.into_iter().flatten().flatten().map(|e| e.path()));
+    let mut flushed = std::collections::BTreeSet::new();
+    for place in places {
+        let mut flush = || -> io::Result<()> {
+            let dir = File::open(&place)?;
+            if flushed.insert(dir.metadata()?.dev()) {
+                rustix::fs::syncfs(&dir)?;
+            }
+            Ok(())
+        };
+        flush().or_else(|e| match e.kind() {
+            io::ErrorKind::NotFound => Ok(()),
+            _ => Err(PgError::io("cannot flush the file system of", &place)(e)),
+        })?;
+    }
+    Ok(())
 }
 
 /// Renames durably.
@@ -155,6 +190,15 @@ mod tests {
         assert!(remove_durably(&path).unwrap());
         assert!(!remove_durably(&path).unwrap());
         assert!(is_empty_dir(dir.path()).unwrap());
+    }
+
+    #[test]
+    fn a_data_directory_is_flushed_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("pg_tblspc")).unwrap();
+        std::os::unix::fs::symlink("/dev/shm", dir.path().join("pg_tblspc/16384")).unwrap();
+        flush_data_dir(dir.path()).unwrap();
+        flush_data_dir(&dir.path().join("missing")).unwrap();
     }
 
     #[test]

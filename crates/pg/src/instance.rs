@@ -181,6 +181,25 @@ impl Instance {
         command
     }
 
+    /// As [`Instance::tool`], for one that writes here: should this agent be killed, the next one finds it by the
+    /// mark, see [`Instance::kill_stray_tools`].
+    pub(crate) fn writing_tool(&self, name: &str) -> Command {
+        let mut command = self.tool(name);
+        self.mark(&mut command);
+        command
+    }
+
+    pub(crate) fn mark(&self, command: &mut Command) {
+        command.env(processes::TOOL_OF, self.member_dir());
+    }
+
+    /// Kills the tools (initdb, pg_basebackup, pg_rewind, a restore) that an agent that was killed left at work in
+    /// this member's directory, with all they have started; returns how many processes there were. Before the
+    /// first task of an agent, which must be the only one: its own tools carry the same mark.
+    pub async fn kill_stray_tools(&self, limit: Duration) -> Result<usize> {
+        processes::kill_tools(self.member_dir().to_owned(), limit).await
+    }
+
     /// A new handle to the server's control connection, not connected yet.
     pub fn control(&self) -> Control {
         Control::new(
@@ -271,7 +290,7 @@ impl Instance {
         self.check_data_dir_is_free()?;
         let making = self.member_dir().join("data.init");
         files::remove_tree(&making)?;
-        let mut command = self.tool("initdb");
+        let mut command = self.writing_tool("initdb");
         command
             .arg("-D")
             .arg(&making)
@@ -287,6 +306,7 @@ impl Instance {
                 "--auth-host=scram-sha-256",
                 "--pwfile=/dev/stdin",
             ])
+            .args(files::can_flush_file_systems().then_some("--no-sync"))
             .env("LC_ALL", "C.UTF-8")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -306,6 +326,7 @@ impl Instance {
             files::remove_tree(&making)?;
             return Err(e);
         }
+        files::flush_data_dir(&making)?;
         self.move_into_place(&making)?;
         self.read_control_data()
     }
@@ -390,6 +411,7 @@ impl Instance {
             cluster_name: &self.config().cluster_name,
             superuser: &self.config().superuser,
             os_user: &self.inner.os_user,
+            version: self.config().binaries.version().major,
         }
     }
 

@@ -12,6 +12,7 @@
 //! * [`sync`]: `synchronous_standby_names`, and the proof that a change of it is in force.
 //! * [`clone`], [`rewind`], [`divergence`]: ways to become a standby again.
 //! * [`history`]: timeline history files; `fetched`: WAL that came another way than by streaming.
+//! * [`libraries`]: versions of what sorts text and computes geometry.
 //! * [`disk`]: free space and the reserve file.
 //!
 //! # The member's directory
@@ -31,6 +32,7 @@ mod fetched;
 mod files;
 pub mod history;
 pub mod instance;
+pub mod libraries;
 pub mod parameters;
 pub mod postmaster;
 pub mod processes;

@@ -13,6 +13,11 @@ use tokio::time::Instant;
 
 use crate::error::{PgError, Result};
 
+/// In the environment of every tool that writes into a member's directory (and so of the tool's children): whose
+/// it is. A tool outlives an agent that was killed, and the next agent finds it by this. `PR_SET_PDEATHSIG` would
+/// go by the thread that forked, and a thread may end while its process lives.
+pub(crate) const TOOL_OF: &str = "CRATON_TOOL_OF";
+
 /// How often a wait looks again.
 const POLL: Duration = Duration::from_millis(1);
 /// How long a SIGSTOP may take to be seen; a process that sleeps in the kernel cannot fork either.
@@ -90,6 +95,20 @@ pub fn living_in(data_dir: &Path) -> Vec<Stat> {
         .collect()
 }
 
+/// The living tools that work for this member, and what they have started.
+fn tools_of(member_dir: &Path) -> Vec<Stat> {
+    let mut mark = format!("{TOOL_OF}=").into_bytes();
+    mark.extend_from_slice(member_dir.as_os_str().as_encoded_bytes());
+    all_pids()
+        .filter(|pid| {
+            fs::read(format!("/proc/{pid}/environ"))
+                .is_ok_and(|e| e.split(|byte| *byte == 0).any(|v| v == mark))
+        })
+        .filter_map(Stat::read)
+        .filter(Stat::is_alive)
+        .collect()
+}
+
 /// True if the process is a `postgres` that lives in this data directory.
 pub(crate) fn lives_in(pid: i32, data_dir: &Path) -> bool {
     let link = |name: &str| fs::read_link(format!("/proc/{pid}/{name}")).ok();
@@ -161,19 +180,31 @@ pub(crate) async fn kill_all(postmaster: Stat, data_dir: PathBuf, limit: Duratio
         kill_checked(&postmaster);
     }
     // A child that was between fork and /proc's listing is found here: it lives in the data directory.
-    kill_until_gone(&data_dir, limit, end).await.map(|_| ())
+    kill_until_gone(|| living_in(&data_dir), limit, end)
+        .await
+        .map(|_| ())
 }
 
 /// Kills what a dead postmaster left behind; returns how many there were.
 pub(crate) async fn kill_leftovers(data_dir: PathBuf, limit: Duration) -> Result<usize> {
     let end = Instant::now() + limit;
-    kill_until_gone(&data_dir, limit, end).await
+    kill_until_gone(|| living_in(&data_dir), limit, end).await
 }
 
-async fn kill_until_gone(data_dir: &Path, limit: Duration, end: Instant) -> Result<usize> {
+/// Kills the tools that an agent that is gone left at work; returns how many processes there were.
+pub(crate) async fn kill_tools(member_dir: PathBuf, limit: Duration) -> Result<usize> {
+    let end = Instant::now() + limit;
+    kill_until_gone(|| tools_of(&member_dir), limit, end).await
+}
+
+async fn kill_until_gone(
+    find: impl Fn() -> Vec<Stat>,
+    limit: Duration,
+    end: Instant,
+) -> Result<usize> {
     let mut killed = std::collections::BTreeSet::new();
     loop {
-        let left = living_in(data_dir);
+        let left = find();
         if left.is_empty() {
             return Ok(killed.len());
         }

@@ -38,7 +38,7 @@ impl Instance {
         })
         .await?;
         let conninfo = Self::side_connection(source, APPLICATION_NAME, Some("postgres"));
-        let mut command = tokio::process::Command::from(self.tool("pg_rewind"));
+        let mut command = tokio::process::Command::from(self.writing_tool("pg_rewind"));
         command
             .arg("--target-pgdata")
             .arg(self.data_dir())
@@ -48,6 +48,10 @@ impl Instance {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        let flushed_here = files::can_flush_file_systems();
+        if flushed_here {
+            command.arg("--no-sync");
+        }
         if self.config().binaries.version().major >= 15 {
             command.arg(format!(
                 "--config-file={}",
@@ -61,8 +65,14 @@ impl Instance {
         })
         .await;
         if result.is_ok() || !wrote {
-            let marker = self.rewind_marker();
-            blocking(move || files::remove_durably(&marker)).await?;
+            let this = self.clone();
+            blocking(move || {
+                if wrote && flushed_here {
+                    files::flush_data_dir(this.data_dir())?;
+                }
+                files::remove_durably(&this.rewind_marker())
+            })
+            .await?;
         }
         match result {
             Ok(_) => Ok(wrote),

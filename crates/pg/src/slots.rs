@@ -1,12 +1,33 @@
 //! Physical replication slots: one per member, on every member, so that a promotion loses no WAL that
 //! anyone still needs. All three operations work on a primary and on a standby.
 
+use std::path::Path;
 use std::time::Duration;
 
 use craton_core::Lsn;
 
 use crate::control::{Control, literal};
+use crate::disk;
 use crate::error::Result;
+
+/// The most WAL that slots keep, where the operator does not say: an eighth of its file system, in these bounds.
+const WAL_PART: u64 = 8;
+/// See [`WAL_PART`], MiB. Below a few segments every standby would be cloned anew for a moment's absence.
+const WAL_MIB_MIN: u64 = 64;
+/// See [`WAL_PART`], MiB. A clone is faster than the replay of more.
+const WAL_MIB_MAX: u64 = 16 << 10;
+
+/// `max_slot_wal_keep_size`: a member that is away for long is cloned anew; it must not fill the others' disks.
+/// Before there is a data directory, `beside` tells its file system.
+pub(crate) fn wal_bound(data_dir: &Path, beside: &Path) -> String {
+    let space = disk::space(&data_dir.join("pg_wal")).or_else(|_| disk::space(beside));
+    bound_on(space.ok().map(|s| s.total))
+}
+
+fn bound_on(disk_bytes: Option<u64>) -> String {
+    let mib = disk_bytes.map_or(WAL_MIB_MAX, |bytes| (bytes / WAL_PART) >> 20);
+    format!("{}MB", mib.clamp(WAL_MIB_MIN, WAL_MIB_MAX))
+}
 
 impl Control {
     /// Makes the slots that are not there yet, each holding WAL from now on.
@@ -55,5 +76,24 @@ impl Control {
         self.query("drop replication slot", &sql, limit)
             .await
             .map(|_| ())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_keep_a_part_of_the_disk() {
+        let gib = |n: u64| Some(n << 30);
+        assert_eq!(bound_on(gib(20)), "2560MB");
+        assert_eq!(bound_on(gib(1000)), "16384MB");
+        assert_eq!(bound_on(Some(100 << 20)), "64MB");
+        assert_eq!(bound_on(None), "16384MB");
+        let here = Path::new("/");
+        assert_eq!(
+            wal_bound(Path::new("/no/such/place"), here),
+            bound_on(disk::space(here).ok().map(|s| s.total))
+        );
     }
 }

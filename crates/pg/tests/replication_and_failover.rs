@@ -354,3 +354,46 @@ async fn a_clone_that_fails_leaves_nothing_that_looks_like_a_cluster() {
     let in_use = a.instance.discard_data_dir().await;
     assert!(matches!(in_use, Err(PgError::Running { .. })), "{in_use:?}");
 }
+
+/// What an agent that was killed leaves at work is found by its mark, with what it has forked; nothing else is.
+#[tokio::test]
+async fn stray_tools_of_one_member_are_ended() {
+    if ran_as_postgres("stray_tools_of_one_member_are_ended") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let a = Member::new_primary(root.path(), "a").await;
+    let (b, c) = (
+        Member::new(root.path(), "b"),
+        Member::new(root.path(), "bb"),
+    );
+    let clone = |member: &Member| {
+        let source = a.as_upstream("craton_replication", member.name, None);
+        let instance = member.instance.clone();
+        let (progress, _) = tokio::sync::watch::channel(craton_pg::CloneProgress::default());
+        // 1 MB a second: it cannot be over soon.
+        tokio::spawn(async move { instance.clone_from(&source, Some(1024), progress).await })
+    };
+    let (killed, left) = (clone(&b), clone(&c));
+    // pg_basebackup itself, and the process of it that receives WAL.
+    until("copies run", || async {
+        a.sql("SELECT count(*) FROM pg_stat_replication WHERE state <> 'startup'")
+            .await
+            == "4"
+    })
+    .await;
+    let strays = b.instance.kill_stray_tools(LIMIT).await.unwrap();
+    assert!(strays >= 2, "{strays}");
+    let error = killed.await.unwrap().unwrap_err();
+    assert!(error.to_string().contains("signal: 9"), "{error}");
+    assert_eq!(b.instance.kill_stray_tools(LIMIT).await.unwrap(), 0);
+    assert!(
+        !left.is_finished(),
+        "the other member's copy is its own affair"
+    );
+    left.abort();
+    assert!(
+        a.postmaster().is_running(),
+        "and PostgreSQL is none of the tools"
+    );
+}

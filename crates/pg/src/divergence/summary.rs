@@ -95,6 +95,9 @@ pub struct DivergenceSummary {
     pub transactions: Vec<DivergentTransaction>,
     /// True if a bound cut the summary short; the segments are complete all the same.
     pub truncated: bool,
+    /// Where the last record ends at the least, without the page headers in it.
+    #[serde(skip)]
+    pub(super) end: Lsn,
 }
 
 impl DivergenceSummary {
@@ -145,6 +148,8 @@ fn note_record(line: &str, open: &mut Open, summary: &mut DivergenceSummary) {
     }
     summary.records += 1;
     summary.last_record = lsn;
+    let length = word("len (rec/tot): ").and_then(|w| w.split('/').nth(1)?.trim().parse().ok());
+    summary.end = Lsn(lsn.0.saturating_add(length.unwrap_or(0)));
     let description = field("desc: ").unwrap_or_default();
     let xid = word("tx: ")
         .and_then(|x| x.trim().parse().ok())
