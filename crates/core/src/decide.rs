@@ -58,10 +58,10 @@ pub enum Task {
         /// Why, in words.
         why: String,
     },
-    /// Stream from the leader of `term`.
+    /// Stream from the leader of `term`, or from a standby of that leader.
     Follow {
         /// Whom.
-        leader: MemberId,
+        from: MemberId,
         /// In which term: noted durably as the floor before it is done.
         term: Term,
     },
@@ -226,6 +226,10 @@ pub struct Memory {
     holding: Option<(u64, BootTime)>,
     /// Since when a configured upstream has not streamed.
     not_streaming_since: Option<BootTime>,
+    /// When the standby that this member should stream from was last given up.
+    upstream_failed_at: Option<BootTime>,
+    /// Since when that standby has not streamed from the leader.
+    upstream_away_since: Option<BootTime>,
     /// The term whose leadership this member gives up, and why.
     stepping_aside: Option<(Term, String)>,
     /// Since when PostgreSQL runs without answering.
@@ -274,6 +278,12 @@ pub struct Decision {
 const INITIALIZER_SILENT_MAX: Duration = Duration::from_secs(20);
 /// How long a standby may try to stream in vain from a leader that is open before it is cloned anew.
 const NOT_STREAMING_MAX: Duration = Duration::from_secs(20);
+/// A standby that should be streamed from, and does not stream, is given up after this for the leader.
+const UPSTREAM_MAX: Duration = Duration::from_secs(3);
+/// One that streams to here is not left for the short while in which its agent is another one.
+const UPSTREAM_PATIENCE: Duration = Duration::from_secs(1);
+/// It is tried again after this.
+const UPSTREAM_AGAIN: Duration = Duration::from_secs(60);
 /// How long a proof of the sync set may take to be seen before it is made again.
 const PROOF_SEEN_MAX: Duration = Duration::from_secs(1);
 /// How often a start as a standby may fail before the leader's history is asked for help.

@@ -6,6 +6,7 @@
 pub mod decide;
 pub mod election;
 pub mod health;
+pub mod libraries;
 pub mod observe;
 pub mod promise;
 pub mod reasons;

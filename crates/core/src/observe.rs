@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::health::{Health, Host};
+use crate::libraries::Libraries;
 use crate::records::{ClusterView, MemberRecord, MemberRef, Seal};
 use crate::settings::Settings;
 use crate::sync::{StandbyView, SyncSet};
@@ -27,6 +28,10 @@ pub struct Me {
     pub api: String,
     /// Preference in elections; 0: never.
     pub priority: u32,
+    /// Proxies send no reads here.
+    pub noload: bool,
+    /// The standby that it streams from while that one streams from the leader itself; none: from the leader.
+    pub upstream: Option<MemberId>,
 }
 
 impl Me {
@@ -165,6 +170,15 @@ pub struct MemberStatus {
     /// Its parameters that wait for a restart.
     #[serde(default)]
     pub pending_restart: Vec<PendingChange>,
+    /// The libraries that its PostgreSQL works with.
+    #[serde(default)]
+    pub libraries: Libraries,
+    /// Proxies send no reads there.
+    #[serde(default)]
+    pub noload: bool,
+    /// As a standby: the member whose WAL it is configured to stream. An older agent does not say.
+    #[serde(default)]
+    pub upstream: Option<MemberId>,
 }
 
 /// A parameter of PostgreSQL whose value in the file is not yet the one in force.
@@ -277,6 +291,8 @@ pub struct Observation {
     pub pending: Vec<PendingChange>,
     /// Its host.
     pub host: Host,
+    /// The libraries that PostgreSQL works with here; empty until they are known.
+    pub libraries: Libraries,
     /// The bootstrap task has succeeded since the agent's start.
     pub bootstrap_done: bool,
     /// This host sees the backup repository: an empty data directory can be filled from there.

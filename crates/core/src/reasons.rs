@@ -170,6 +170,11 @@ pub const MEANINGS: &[Meaning] = &[
         "",
     ),
     m(
+        "libraries_differ",
+        "Libraries here differ from the leader's in version: indexes on text or geometry that one of the two wrote may be read wrongly by the other.",
+        "Bring the packages of all members to the same versions, then restart PostgreSQL (craton restart) and see to the indexes: REINDEX what depends on collations that changed.",
+    ),
+    m(
         "never_leads",
         "This member has priority 0, so it does not make the cluster's database: it would have to lead it.",
         "Start a member with a priority above 0.",
@@ -405,6 +410,11 @@ pub const MEANINGS: &[Meaning] = &[
         "unknown_data",
         "There is a database here and the coordinator knows of no cluster: it is not touched.",
         "Restore the coordinator's files, or start with an empty directory.",
+    ),
+    m(
+        "upstream_away",
+        "The standby that this member should stream from (node.upstream) does not stream from the leader: the leader is followed until it does.",
+        "Look at that member; craton explain of it says what it does.",
     ),
     m(
         "waiting_for_checkpoint",

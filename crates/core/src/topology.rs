@@ -39,6 +39,9 @@ pub struct TopologyMember {
     pub replay_lsn: Option<Lsn>,
     /// True when a standby streams from the leader (or a cascade source) and so may serve reads.
     pub streaming: bool,
+    /// No reads are to be sent there. An older agent does not say.
+    #[serde(default)]
+    pub noload: bool,
 }
 
 /// What a proxy needs to know. Only a topology with a greater `(term, revision)` replaces another;

@@ -43,5 +43,8 @@ pub fn announcement(own: Own) -> MemberStatus {
         health: own.health,
         process: own.process,
         pending_restart: Vec::new(),
+        libraries: std::collections::BTreeMap::new(),
+        noload: false,
+        upstream: None,
     }
 }

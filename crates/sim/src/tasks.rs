@@ -117,7 +117,7 @@ impl World {
                 self.until_ready(m, r)
             }
             Task::Stop { how, .. } => self.stop(m, r, *how),
-            Task::Follow { leader, term } => self.follow(m, leader, *term),
+            Task::Follow { from, term } => self.follow(m, from, *term),
             Task::Seal { term } => self.seal(m, r, *term),
             Task::Promote {
                 term,

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::leader::can_hand_over;
 use super::{LeaseWish, Mind};
 use crate::health::{Health, Room, assess, crash_loop, disk_full, disk_is_urgent, storage_stalled};
+use crate::libraries::differences;
 use crate::observe::{Server, ServerView};
 use crate::records::{
     Change, ClusterView, Key, Leadership, Record, Request, RequestKind, RequestPhase,
@@ -59,6 +60,16 @@ pub(super) fn report(mind: &mut Mind<'_>) {
     }
     if !health.is_fit() {
         mind.because("unfit", health.unfit.join("; "));
+    }
+    let leader = mind.o.view.as_ref().and_then(ClusterView::leader);
+    let leader = leader.and_then(|l| Some((&l.member, mind.o.peers.get(&l.member)?)));
+    let differs = leader.map(|(id, peer)| {
+        let list = differences(&mind.o.libraries, &peer.status.libraries);
+        (id.clone(), list)
+    });
+    if let Some((leader, list)) = differs.filter(|(_, list)| !list.is_empty()) {
+        let text = format!("differs from {leader}: {}", list.join("; "));
+        mind.because("libraries_differ", text);
     }
 }
 

@@ -107,6 +107,20 @@ fn is_done(
     if *member == mind.o.me.id {
         return l.open;
     }
+    // One that streams from a standby is not among the leader's, and counts for no commit.
+    let elsewhere = mind.o.peers.get(member).is_some_and(|p| {
+        let end = p.status.lsn.unwrap_or(Lsn::ZERO);
+        p.status.streaming
+            && p.status
+                .upstream
+                .as_ref()
+                .is_some_and(|u| *u != mind.o.me.id)
+            && end > Lsn::ZERO
+            && s.end.bytes_since(end) <= CAUGHT_UP_BYTES
+    });
+    if elsewhere && mind.is_alive(member) {
+        return true;
+    }
     let counts = l.durability == Durability::Async || l.sync.members.contains_key(member);
     mind.is_alive(member)
         && counts

@@ -1,7 +1,8 @@
 //! A member that does not lead: clone, follow, rewind, and notice that the leader is gone.
 
 use super::{
-    Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind, receivers, request,
+    Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind, UPSTREAM_AGAIN,
+    UPSTREAM_MAX, UPSTREAM_PATIENCE, receivers, request,
 };
 use crate::observe::{LeaseSeen, Server, ServerView};
 use crate::records::{ClusterView, Leadership, MemberRef, Request, RequestKind, RequestPhase};
@@ -220,10 +221,49 @@ fn silent_rule(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberRef) {
     if l.open && l.term >= mind.o.me.floor && now.since(since) >= SILENT_MAX {
         mind.out.memory.silent_since = Some(now);
         mind.start(Task::Follow {
-            leader: leader.member.clone(),
+            from: leader.member.clone(),
             term: l.term,
         });
     }
+}
+
+/// Whom to stream from: the standby that the operator named, while it streams from the leader itself, so that no
+/// two can wait for each other; else the leader.
+fn source(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberRef, s: &Server) -> MemberId {
+    let Some(named) = mind.o.me.upstream.clone() else {
+        return leader.member.clone();
+    };
+    if named == leader.member || named == mind.o.me.id {
+        return leader.member.clone();
+    }
+    let status = mind.o.peers.get(&named).map(|p| &p.status);
+    let streams = mind.is_alive(&named)
+        && status.is_some_and(|s| {
+            s.streaming
+                && s.term == l.term
+                && s.timeline == Some(l.timeline)
+                && s.upstream.as_ref() == Some(&leader.member)
+        });
+    let now = mind.o.now;
+    let failed = mind.out.memory.upstream_failed_at;
+    let fit = streams && failed.is_none_or(|at| now.since(at) >= UPSTREAM_AGAIN);
+    if fit {
+        mind.out.memory.upstream_away_since = None;
+        return named;
+    }
+    let away = *mind.out.memory.upstream_away_since.get_or_insert(now);
+    let follows = s.streaming && s.upstream.as_ref() == Some(&(named.clone(), l.term));
+    if follows && now.since(away) < UPSTREAM_PATIENCE {
+        return named;
+    }
+    mind.because(
+        "upstream_away",
+        format!(
+            "{named}, which this member should stream from, does not stream from {} itself (or did not stream to here): following {0} meanwhile",
+            leader.member
+        ),
+    );
+    leader.member.clone()
 }
 
 fn follow_rule(
@@ -243,8 +283,9 @@ fn follow_rule(
         );
         return mind.because("sealed", text);
     }
-    if s.upstream.as_ref() == Some(&(leader.member.clone(), l.term)) {
-        return streaming_rule(mind, view, l, leader, s);
+    let source = source(mind, l, leader, s);
+    if s.upstream.as_ref() == Some(&(source.clone(), l.term)) {
+        return streaming_rule(mind, view, l, (leader, &source), s);
     }
     if !s.end_is_exact {
         return mind.because("reading_wal", "reading local WAL to its end");
@@ -257,12 +298,9 @@ fn follow_rule(
     match timelines.relation(s.timeline, s.end, l.timeline) {
         Relation::Prefix => {
             mind.out.memory.not_streaming_since = None;
-            mind.because(
-                "following",
-                format!("following {} (term {})", leader.member, l.term),
-            );
+            mind.because("following", format!("following {source} (term {})", l.term));
             mind.start(Task::Follow {
-                leader: leader.member.clone(),
+                from: source,
                 term: l.term,
             });
         }
@@ -335,12 +373,12 @@ fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, re
     });
 }
 
-/// Configured to follow the leader: does it?
+/// Configured to follow the leader, or a standby of it: does it?
 fn streaming_rule(
     mind: &mut Mind<'_>,
     view: &ClusterView,
     l: &Leadership,
-    leader: &MemberRef,
+    (leader, source): (&MemberRef, &MemberId),
     s: &Server,
 ) {
     if s.streaming || !l.open {
@@ -350,17 +388,19 @@ fn streaming_rule(
         } else {
             "waiting for"
         };
-        return mind.because(
-            "standby",
-            format!("{what} {} (term {})", leader.member, l.term),
-        );
+        return mind.because("standby", format!("{what} {source} (term {})", l.term));
     }
     let now = mind.o.now;
     let since = *mind.out.memory.not_streaming_since.get_or_insert(now);
-    mind.because(
-        "not_streaming",
-        format!("not streaming from {} yet", leader.member),
-    );
+    mind.because("not_streaming", format!("not streaming from {source} yet"));
+    if *source != leader.member {
+        // It serves this member alone; what the leader has is judged once the leader is followed.
+        if now.since(since) >= UPSTREAM_MAX {
+            mind.out.memory.upstream_failed_at = Some(now);
+            mind.out.memory.not_streaming_since = None;
+        }
+        return;
+    }
     let timelines = view
         .timelines
         .as_ref()

@@ -78,6 +78,9 @@ fn status(name: &str) -> MemberStatus {
         pending_restart: vec![],
         lost_slots: BTreeSet::new(),
         health: crate::health::Health::default(),
+        libraries: BTreeMap::new(),
+        noload: false,
+        upstream: Some(id("a")),
     }
 }
 
@@ -129,6 +132,8 @@ impl Scene {
                 port: 1,
                 api: "h:2".into(),
                 priority: 100,
+                noload: false,
+                upstream: None,
             },
             view: Some(ClusterView::default()),
             lease: None,
@@ -142,6 +147,7 @@ impl Scene {
             config_stale: false,
             pending: vec![],
             host: crate::health::Host::default(),
+            libraries: BTreeMap::new(),
             bootstrap_done: false,
             clone_repository: false,
             sealed: None,
@@ -373,7 +379,7 @@ fn line(d: &Decision) -> String {
     }
     match &d.task {
         None => {}
-        Some(Task::Follow { leader, term }) => words.push(format!("Follow {leader} {term}")),
+        Some(Task::Follow { from, term }) => words.push(format!("Follow {from} {term}")),
         Some(Task::Clone {
             from,
             term,

@@ -283,3 +283,22 @@ fn a_lost_slot_is_no_reason_to_wait() {
         "Rewind a 1 : not_streaming slot_lost",
     );
 }
+
+#[test]
+fn libraries_that_differ_from_the_leaders_are_told() {
+    let icu = |version: &str| [("icu".to_owned(), version.to_owned())].into();
+    let scene = |here: &str, there: &str| {
+        Scene::standby().with(|o| {
+            o.libraries = icu(here);
+            o.peers.get_mut(&id("a")).unwrap().status.libraries = icu(there);
+        })
+    };
+    check("the same", scene("153.112", "153.112"), " : standby");
+    check(
+        "another",
+        scene("153.112", "153.14"),
+        " : libraries_differ standby",
+    );
+    let unknown = scene("153.112", "153.14").with(|o| o.libraries.clear());
+    check("not known yet", unknown, " : standby");
+}

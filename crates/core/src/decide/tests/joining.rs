@@ -216,6 +216,55 @@ fn a_standby_follows() {
     );
 }
 
+/// `b` is to stream from `c`, and streams from `whom`.
+fn cascade(whom: &str) -> Scene {
+    Scene::standby()
+        .with(|o| o.me.upstream = Some(id("c")))
+        .server(|s| s.upstream = Some((id(whom), Term(1))))
+}
+
+#[test]
+fn a_standby_follows_the_standby_that_it_is_told_to() {
+    check("goes there", cascade("a"), "Follow c 1 : following");
+    check("stays there", cascade("c"), " : standby");
+    let away = cascade("c").with(|o| o.peers.get_mut(&id("c")).unwrap().status.streaming = false);
+    check("for a moment", away.clone().after(950), " : standby");
+    check(
+        "which does not stream",
+        away.after(1000),
+        "Follow a 1 : upstream_away following",
+    );
+    let silent = cascade("c").with(|o| {
+        o.peers.remove(&id("c"));
+    });
+    check(
+        "which is gone",
+        silent.after(1000),
+        "Follow a 1 : upstream_away following",
+    );
+    let ring = cascade("a").with(|o| {
+        o.peers.get_mut(&id("c")).unwrap().status.upstream = Some(id("b"));
+    });
+    check("never in a ring", ring, " : upstream_away standby");
+    let leads = cascade("c").leadership(|l| {
+        l.term = Term(2);
+        l.leader = Some(member("c"));
+    });
+    check("which leads now", leads, "Follow c 2 : following");
+    let vain = |ms| cascade("c").server(|s| s.streaming = false).after(ms);
+    check("in vain", vain(3000), " : not_streaming");
+    check(
+        "and then from the leader",
+        vain(3050),
+        "Follow a 1 : upstream_away following",
+    );
+    check(
+        "until another try",
+        vain(63_050).server(|s| s.upstream = Some((id("a"), Term(1)))),
+        "Follow c 1 : following",
+    );
+}
+
 /// `b` led timeline 1 to 1000; `c` leads term 2 on timeline 2, which left timeline 1 at `fork`.
 fn former_leader(fork: u64) -> Scene {
     let mut s = Scene::cluster("b").leadership(|l| {
