@@ -29,6 +29,8 @@ use crate::{parameters, slots};
 const STOP_FAST_MAX: Duration = Duration::from_secs(20);
 /// Processes that survive SIGKILL for longer hang in the kernel.
 const KILL_MAX: Duration = Duration::from_secs(5);
+/// At an agent's start, the tools of a former one have so long to die.
+const STRAYS_MAX: Duration = Duration::from_secs(1);
 /// A promotion that takes longer is reported as failed (and looked at again).
 const PROMOTE_MAX: Duration = Duration::from_secs(30);
 /// How long a seal waits for PostgreSQL to have read its own WAL.
@@ -86,6 +88,8 @@ pub struct Actor {
     pub fencing: Arc<Fencing>,
     /// Backup receivers, which give WAL.
     pub receivers: Arc<Receivers>,
+    /// Set once no tool of a former agent is left.
+    pub strays_ended: tokio::sync::OnceCell<()>,
     /// Progress of a clone.
     pub progress: watch::Sender<CloneProgress>,
     /// What the members say of themselves.
@@ -251,14 +255,36 @@ impl Actor {
         }
     }
 
+    /// Tools of an agent that was killed may still write here: nothing is done before they are gone.
+    pub async fn end_strays(&self, limit: Duration) -> Result<(), ActError> {
+        let end = || async {
+            let killed = self.server.instance.kill_stray_tools(limit).await?;
+            if killed > 0 {
+                tracing::warn!(killed, "ended what a former agent's tools were still at");
+                self.server.data_changed();
+            }
+            Ok::<_, ActError>(())
+        };
+        self.strays_ended.get_or_try_init(end).await?;
+        Ok(())
+    }
+
+    /// At the agent's start: a stray loads others. What does not end in time every task waits for.
+    pub async fn end_strays_soon(&self) {
+        if let Err(error) = self.end_strays(STRAYS_MAX).await {
+            tracing::warn!(%error, "a former agent's tools do not end; every task waits for that");
+        }
+    }
+
     /// Runs a task to its end.
     pub async fn run(&self, task: Task, members: &Members) -> Result<(), ActError> {
+        self.end_strays(KILL_MAX).await?;
         match task {
             Task::InitDb => self.init_db().await,
             Task::StartStandby => self.start_standby().await,
             Task::StartPrimary { sync } => self.start_primary(sync).await,
             Task::Stop { how, why } => self.stop(how, &why).await,
-            Task::Follow { leader, term } => self.follow(&leader, term, members).await,
+            Task::Follow { from, term } => self.follow(&from, term, members).await,
             Task::Seal { term } => self.seal(term).await,
             Task::Promote {
                 term,
@@ -424,23 +450,18 @@ impl Actor {
         Ok(())
     }
 
-    async fn follow(
-        &self,
-        leader: &MemberId,
-        term: Term,
-        members: &Members,
-    ) -> Result<(), ActError> {
+    async fn follow(&self, from: &MemberId, term: Term, members: &Members) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
             return Err(ActError::Stale("PostgreSQL is not running".into()));
         };
         self.ensure_incarnation(term).await?;
-        let upstream = self.upstream(leader, members, "craton_replication")?;
+        let upstream = self.upstream(from, members, "craton_replication")?;
         // Never again a lower term: durable before the first byte can come from this one.
         self.raise_floor(term).await?;
         let config = self.server.managed(Some(upstream), SyncNames::Nobody);
         self.server.instance.write_config(&config).await?;
         process.reload()?;
-        self.server.set_upstream(Some((leader.clone(), term)));
+        self.server.set_upstream(Some((from.clone(), term)));
         Ok(())
     }
 

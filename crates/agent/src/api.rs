@@ -106,6 +106,7 @@ async fn status(State(api): State<Api>) -> Response {
         if let Some(view) = &seen.0.view {
             status.witnesses = members::witnesses(api.coordinator.as_ref(), view);
         }
+        status.voters = members::voters(&api.coordinator);
         let silent = status.witnesses.iter().filter(|w| !w.alive);
         let silent = silent.map(|w| format!("the witness {} has not been heard of", w.name));
         status.warnings.extend(silent);

@@ -107,6 +107,16 @@ pub struct AgentConfig {
     /// Preference in elections, greater is better; 0: never the leader.
     #[serde(default = "priority")]
     pub priority: u32,
+    /// Never the leader, whatever `priority` says.
+    #[serde(default)]
+    pub nofailover: bool,
+    /// Proxies send no reads here: a member for reports, backups or a second site. `noloadbalance` is the same.
+    #[serde(default, alias = "noloadbalance")]
+    pub noload: bool,
+    /// The standby that this member streams from, to spare the leader or a long line. While that one does not stream
+    /// from the leader, this member does. Such a member is not waited for by commits, and so never elected by itself.
+    #[serde(default, alias = "replicatefrom")]
+    pub upstream: Option<MemberId>,
     /// The directory of PostgreSQL's programs; the newest installed version if not given.
     #[serde(default)]
     pub bin_dir: Option<PathBuf>,
@@ -190,6 +200,11 @@ impl AgentConfig {
             .unwrap_or_else(|| self.api_listen.clone())
     }
 
+    /// Preference in elections: 0 with `nofailover`.
+    pub fn effective_priority(&self) -> u32 {
+        if self.nofailover { 0 } else { self.priority }
+    }
+
     /// Under which address others reach the coordinator.
     pub fn peer_address(&self) -> String {
         let listed = self.peers.iter().find(|p| p.member == self.member);
@@ -215,6 +230,9 @@ impl AgentConfig {
         self.coordinator
             .validate()
             .map_err(|e| format!("node.{e}"))?;
+        if self.upstream.as_ref() == Some(&self.member) {
+            return Err("node.upstream is this member itself: name another one, or none".into());
+        }
         self.clone.validate()?;
         self.hooks.validate()?;
         self.initial

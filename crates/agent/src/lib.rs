@@ -21,6 +21,7 @@ mod enrol;
 pub mod fencing;
 pub mod hooks;
 pub mod lease;
+pub mod libraries;
 pub mod members;
 pub mod metrics;
 pub mod parameters;

@@ -273,6 +273,12 @@ pub fn witnesses(coordinator: &dyn Coordinator, view: &ClusterView) -> Vec<Witne
     found
 }
 
+/// Who has a say; nobody where the coordinator is not the embedded one.
+pub(crate) fn voters(api: &Api) -> Vec<MemberId> {
+    let config = api.membership().map(Membership::members);
+    config.map_or_else(Vec::new, |c| c.voters.keys().cloned().collect())
+}
+
 async fn list(State(api): State<Api>) -> Result<Response, Refusal> {
     let members = membership(&api)?;
     let view = view(&api).await?;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use craton_console::metrics::Metrics;
+use craton_core::libraries::differences;
 use craton_core::observe::ServerView;
 use craton_core::records::ClusterView;
 use craton_core::topology::MemberRole;
@@ -37,6 +38,7 @@ pub struct AgentMetrics {
     fence_kills: Counter,
     paused: Gauge,
     pending_restart: Gauge,
+    library_differences: Gauge,
     last: std::sync::Mutex<LeaseCounts>,
 }
 
@@ -79,10 +81,7 @@ impl AgentMetrics {
                 "craton_lag_bytes",
                 "WAL that the leader has flushed and this member has not received, in bytes",
             ),
-            streaming: m.gauge(
-                "craton_streaming",
-                "1 when this member streams from its upstream",
-            ),
+            streaming: m.gauge("craton_streaming", "1 while this member streams WAL"),
             lease_remaining: m.gauge_f64(
                 "craton_lease_remaining_seconds",
                 "What is left of the lease held by this member; 0 when it holds none",
@@ -129,6 +128,10 @@ impl AgentMetrics {
             pending_restart: m.gauge(
                 "craton_pending_restart",
                 "Parameters of this member's PostgreSQL that wait for a restart",
+            ),
+            library_differences: m.gauge(
+                "craton_library_differences",
+                "Libraries (and PostgreSQL itself) whose version here is not the leader's",
             ),
             last: std::sync::Mutex::new(LeaseCounts::default()),
         }
@@ -180,6 +183,12 @@ impl AgentMetrics {
             paused.is_some_and(|p| p.value.holds_at(o.wall_ms)),
         ));
         self.pending_restart.set(number(o.pending.len() as u64));
+        let leader = view.and_then(ClusterView::leader);
+        let leaders = leader.and_then(|l| o.peers.get(&l.member));
+        let differ = leaders.map_or(0, |p| {
+            differences(&o.libraries, &p.status.libraries).len() as u64
+        });
+        self.library_differences.set(number(differ));
         let remaining = o.lease.map_or(0.0, |l| l.until.since(o.now).as_secs_f64());
         self.lease_remaining.set(remaining);
         let ttl = view.map_or_else(|| o.initial_settings.ttl(), |v| v.settings().ttl());

@@ -36,7 +36,7 @@ use crate::receivers::{self, Receivers};
 use crate::server::LocalServer;
 use crate::state::{StateFile, StateKeeper};
 use crate::storage::Storage;
-use crate::{parameters, places, slots, trust};
+use crate::{libraries, parameters, places, slots, trust};
 
 /// How often the metrics are brought up to date.
 const METRICS_INTERVAL: Duration = Duration::from_secs(1);
@@ -170,10 +170,11 @@ pub async fn run_with(
         // deadline must stand on the board before it is armed.
         fencing.guard(&process);
     }
-    let asker = client_of(&config, trust.as_ref(), Role::Backup)?;
-    let receivers = Receivers::new(asker, Arc::clone(&server));
+    let receivers = client_of(&config, trust.as_ref(), Role::Backup)?;
+    let receivers = Receivers::new(receivers, Arc::clone(&server));
     let presence = coordinator.presence();
     let actor = actor(&config, &server, &fencing, secrets, presence, &receivers)?;
+    actor.end_strays_soon().await;
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
@@ -188,9 +189,7 @@ pub async fn run_with(
     .await?;
     let mut background = tokio::task::JoinSet::new();
     trust::keep(trust, &config, &server, &mut background);
-    background.spawn(Arc::clone(&server).watch());
-    background.spawn(Arc::clone(&server).knock());
-    background.spawn(parameters::keep(Arc::clone(&server)));
+    keep_looking(&server, &mut background);
     background.spawn(members::keep_say(
         Arc::clone(&coordinator),
         config.member.clone(),
@@ -206,7 +205,6 @@ pub async fn run_with(
     background.spawn(hooks::keep(hooks.clone(), seen.clone()));
     let telling = keep_metrics(metrics, seen, lease.clone(), Arc::clone(&coordinator));
     background.spawn(telling);
-    background.spawn(bound_log(Arc::clone(&server)));
     background.spawn(Arc::clone(&fencing).keep_alive());
     let storage = Storage::start(&server.instance, config.initial.clone())
         .map_err(io("cannot watch the disks"))?;
@@ -239,6 +237,15 @@ async fn adopt(server: &LocalServer) -> Result<Option<Postmaster>, AgentError> {
         server.hold(process, !standby);
     }
     Ok(adopted)
+}
+
+/// What is asked of PostgreSQL again and again.
+fn keep_looking(server: &Arc<LocalServer>, background: &mut tokio::task::JoinSet<()>) {
+    background.spawn(Arc::clone(server).watch());
+    background.spawn(Arc::clone(server).knock());
+    background.spawn(parameters::keep(Arc::clone(server)));
+    background.spawn(libraries::keep(Arc::clone(server)));
+    background.spawn(bound_log(Arc::clone(server)));
 }
 
 /// The operator's program hears of the end, too.
@@ -274,6 +281,7 @@ fn actor(
         state: StateKeeper::new(state),
         noting: Arc::default(),
         presence,
+        strays_ended: tokio::sync::OnceCell::new(),
         clone: config.clone.clone(),
         program: match &config.fence_program {
             Some(program) => program.clone(),

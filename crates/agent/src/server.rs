@@ -17,6 +17,7 @@ use craton_pg::{
 use tokio::sync::Notify;
 
 use crate::clock;
+use crate::libraries::LibrariesHere;
 use crate::parameters::Parameters;
 
 /// A look at the server that takes longer counts as no answer.
@@ -124,6 +125,8 @@ pub struct LocalServer {
     pub passfile: PathBuf,
     /// The operator's settings for PostgreSQL.
     pub parameters: Parameters,
+    /// What PostgreSQL sorts and computes with.
+    pub libraries: LibrariesHere,
     /// Who may log in from where.
     pub networks: Vec<String>,
     /// PostgreSQL's certificate: the agent's own.
@@ -151,6 +154,7 @@ impl LocalServer {
             instance,
             passfile,
             parameters: Parameters::new(settings),
+            libraries: LibrariesHere::default(),
             networks,
             tls,
             changed: Notify::new(),
@@ -180,6 +184,7 @@ impl LocalServer {
         k.active_transactions = None;
         drop(k);
         self.parameters.new_life();
+        self.libraries.new_life();
         self.poke();
     }
 

@@ -71,7 +71,7 @@ async fn once(
         }
     }
     if !s.in_recovery {
-        return Ok(());
+        return follow_cascades(server, o).await;
     }
     // On a standby nobody uses the slots: each is moved to where the leader's slot of that name is.
     let Some(sample) = server.sample() else {
@@ -81,6 +81,25 @@ async fn once(
     for (slot, lsn) in leader.map(|p| &p.status.slots).into_iter().flatten() {
         if *slot != o.me.id.slot_name() && wanted.contains(slot) {
             advance(server, &sample, slot, *lsn).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The leader's slot of a member that streams from a standby is used by nobody: it is moved to where that member
+/// says it is, and keeps what it needs to come back to the leader.
+async fn follow_cascades(server: &LocalServer, o: &Observation) -> Result<(), craton_pg::PgError> {
+    let Some(sample) = server.sample() else {
+        return Ok(());
+    };
+    for (member, peer) in &o.peers {
+        let elsewhere = peer.status.upstream.as_ref().is_some_and(|u| *u != o.me.id);
+        if let Some(lsn) = peer
+            .status
+            .lsn
+            .filter(|_| elsewhere && peer.status.streaming)
+        {
+            advance(server, &sample, &member.slot_name(), lsn).await?;
         }
     }
     Ok(())

@@ -9,6 +9,7 @@ use craton_console::views::{
 };
 use craton_core::decide::Decision;
 use craton_core::health::{Health, assess};
+use craton_core::libraries::differences;
 use craton_core::observe::{DataView, MemberStatus, Observation, PendingChange, ServerView};
 use craton_core::records::{At, ClusterView, OrderKind, ReceiverRecord, RequestPhase};
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
@@ -68,6 +69,9 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
         pending_restart: o.pending.clone(),
         lost_slots: BTreeSet::new(),
         health: assess(&o.host, &settings, o.now),
+        libraries: o.libraries.clone(),
+        noload: o.me.noload,
+        upstream: None,
     };
     match &o.server {
         ServerView::Down => {}
@@ -82,6 +86,11 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
             status.lsn = Some(s.end);
             status.replay_lsn = s.replay.filter(|_| s.in_recovery);
             status.streaming = s.streaming;
+            status.upstream = s
+                .upstream
+                .as_ref()
+                .filter(|_| s.in_recovery)
+                .map(|(m, _)| m.clone());
         }
     }
     status
@@ -146,6 +155,7 @@ pub fn topology(o: &Observation, own: &MemberStatus) -> Option<Topology> {
                 streaming: status
                     .as_ref()
                     .is_some_and(|s| s.streaming && s.role == MemberRole::Standby),
+                noload: status.as_ref().is_some_and(|s| s.noload),
             }
         })
         .collect();
@@ -233,6 +243,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
             by: s.value.by.clone(),
         }),
         restart: restart(o, view, &own),
+        voters: Vec::new(),
         at_ms: o.wall_ms,
         version: env!("CARGO_PKG_VERSION").into(),
         coordinator: String::new(),
@@ -272,6 +283,7 @@ fn warnings(o: &Observation, view: &ClusterView, members: &[MemberView]) -> Vec<
     for m in members.iter().filter(|m| m.agent_alive) {
         warnings.extend(m.trouble.iter().map(|t| format!("{}: {t}", m.id)));
     }
+    warnings.extend(libraries(view, members));
     warnings.extend(on_promises(o));
     let wish = view.settings().durability;
     let leadership = view.leadership.as_ref().map(|l| &l.value);
@@ -285,6 +297,27 @@ fn warnings(o: &Observation, view: &ClusterView, members: &[MemberView]) -> Vec<
         warnings.push("the coordinator has no majority (or has not answered yet): this is what this agent knows alone".into());
     }
     warnings
+}
+
+/// Members whose libraries are not the leader's.
+fn libraries(view: &ClusterView, members: &[MemberView]) -> Vec<String> {
+    let leader = view.leader().map(|l| &l.member);
+    let Some(leader) = members.iter().find(|m| Some(&m.id) == leader) else {
+        return Vec::new();
+    };
+    members
+        .iter()
+        .map(|m| (m, differences(&m.libraries, &leader.libraries)))
+        .filter(|(_, list)| !list.is_empty())
+        .map(|(m, list)| {
+            format!(
+                "{} differs from {} in its libraries: {}; craton doctor says what may come of it",
+                m.id,
+                leader.id,
+                list.join("; ")
+            )
+        })
+        .collect()
 }
 
 fn paused(o: &Observation, view: &ClusterView) -> Option<PauseView> {
@@ -347,10 +380,17 @@ fn on_promises(o: &Observation) -> Option<String> {
 }
 
 fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> ElectionView {
+    // The seal of a member that was cloned anew says nothing of what its former life acknowledged.
+    let counts = |m: &MemberId, incarnation| {
+        let previous = l.previous.as_ref();
+        l.sync.holds(m, incarnation)
+            || previous.is_some_and(|p| p.member == *m && p.incarnation == incarnation)
+            || !l.durability.keeps_commits()
+    };
     let sealed: Vec<MemberId> = view
         .seals
         .iter()
-        .filter(|(_, s)| s.value.term == l.term)
+        .filter(|(m, s)| s.value.term == l.term && counts(m, s.value.incarnation))
         .map(|(m, _)| m.clone())
         .collect();
     ElectionView {
@@ -437,6 +477,9 @@ fn members(
                 }),
                 disk_free_bytes: shown.and_then(|s| s.health.available),
                 trouble: shown.map(|s| trouble(&s.health)).unwrap_or_default(),
+                noload: shown.is_some_and(|s| s.noload),
+                upstream: shown.and_then(|s| s.upstream.clone()),
+                libraries: shown.map(|s| s.libraries.clone()).unwrap_or_default(),
             }
         })
         .collect()

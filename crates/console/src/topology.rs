@@ -291,6 +291,7 @@ mod tests {
             lsn: None,
             replay_lsn: None,
             streaming,
+            noload: false,
         };
         Topology {
             cluster: "c".into(),

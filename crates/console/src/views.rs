@@ -54,6 +54,9 @@ pub struct StatusView {
     /// A rolling restart in progress.
     #[serde(default)]
     pub restart: Option<RestartView>,
+    /// The members that have a say in the coordinator; empty where it is not the embedded one.
+    #[serde(default)]
+    pub voters: Vec<MemberId>,
     /// The answering agent's wall clock, milliseconds since 1970.
     #[serde(default)]
     pub at_ms: u64,
@@ -226,6 +229,16 @@ pub struct MemberView {
     /// PostgreSQL is elected only if no other can be.
     #[serde(default)]
     pub trouble: Vec<String>,
+    /// Proxies send no reads there.
+    #[serde(default)]
+    pub noload: bool,
+    /// As a standby: the member that it streams from.
+    #[serde(default)]
+    pub upstream: Option<MemberId>,
+    /// The versions of PostgreSQL and of the libraries that sort text and compute geometry, by name; empty while
+    /// they are not known.
+    #[serde(default)]
+    pub libraries: craton_core::libraries::Libraries,
 }
 
 /// A voter of the coordinator without a database.

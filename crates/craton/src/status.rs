@@ -181,8 +181,12 @@ fn protection(view: &StatusView) -> String {
         (Some(holder), None) => format!("lease {holder}, {} ms", view.lease.ttl_ms),
         (None, _) => paint(Colour::Yellow, "lease free"),
     };
+    let voters = match view.voters.as_slice() {
+        [] => String::new(),
+        voters => format!("  voters {}", join(voters)),
+    };
     format!(
-        "{} {}  {sync}  {lease}",
+        "{} {}  {sync}  {lease}{voters}",
         paint(Colour::Dim, "durability"),
         view.durability
     )

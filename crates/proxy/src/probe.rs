@@ -152,6 +152,7 @@ impl View {
                     lsn: None,
                     replay_lsn: None,
                     streaming: matches!(answer, Answer::Standby { streaming: true }),
+                    noload: false,
                 })
             },
         );

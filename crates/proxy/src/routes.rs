@@ -126,7 +126,7 @@ impl Routes {
         for member in &topology.members {
             let is_writable = topology.writable.as_ref() == Some(&member.id);
             match member.role {
-                MemberRole::Standby if member.streaming && !is_writable => {
+                MemberRole::Standby if member.streaming && !member.noload && !is_writable => {
                     standbys.push(target(member, None));
                 }
                 // A standby that is being promoted, or has lost its source, goes on with what it runs.
@@ -254,6 +254,7 @@ mod tests {
                     lsn: None,
                     replay_lsn: None,
                     streaming: *streaming,
+                    noload: false,
                 })
                 .collect(),
         }
@@ -302,6 +303,32 @@ mod tests {
             .next(&topology(3, Some("a"), &[("a", Leader, false)]), &mut ids)
             .unwrap();
         assert_ne!(again.primary.unwrap().id, first.primary.unwrap().id);
+    }
+
+    #[test]
+    fn reads_keep_away_from_a_member_with_noload() {
+        use MemberRole::{Leader, Standby};
+        let all = [
+            ("a", Leader, false),
+            ("b", Standby, true),
+            ("c", Standby, true),
+        ];
+        let mut ids = 0;
+        let free = topology(1, Some("a"), &all);
+        let before = Routes::default().next(&free, &mut ids).unwrap();
+        assert_eq!(before.standbys.len(), 2);
+        let mut spared = free.clone();
+        spared.members[1].noload = true;
+        let after = before.next(&spared, &mut ids).unwrap();
+        announce(&before, &after, &spared);
+        let names: Vec<&str> = after.standbys.iter().map(|t| t.member.as_str()).collect();
+        assert_eq!(names, ["c"]);
+        let b = before.standbys.iter().find(|t| t.member.as_str() == "b");
+        assert!(!b.unwrap().is_revoked(), "what runs there ends there");
+        spared.members[2].noload = true;
+        let none = after.next(&spared, &mut ids).unwrap();
+        let read = none.choose(Endpoint::Read, None).unwrap();
+        assert_eq!(read.member.as_str(), "a", "rather the primary than nobody");
     }
 
     #[test]

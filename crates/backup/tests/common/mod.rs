@@ -277,6 +277,7 @@ impl Server {
             lsn: None,
             replay_lsn: None,
             streaming: role == MemberRole::Standby,
+            noload: false,
         }
     }
 }

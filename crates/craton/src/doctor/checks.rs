@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use craton_console::views::{MemberView, ReceiverView};
+use craton_core::MemberId;
+use craton_core::libraries::differences;
 use craton_core::topology::MemberRole;
 
 use super::facts::Facts;
@@ -71,6 +73,11 @@ pub const CHECKS: &[Check] = &[
         maintenance,
     ),
     check("versions", "members of different versions", versions),
+    check(
+        "libraries",
+        "members whose libraries sort text or compute geometry differently",
+        libraries,
+    ),
     check("settings", "settings that differ between members", settings),
     check(
         "clocks",
@@ -150,11 +157,7 @@ fn election(f: &Facts) -> Vec<Finding> {
     if e.sealed.len() >= e.seals_needed as usize {
         return vec![];
     }
-    let missing: Vec<&str> = e
-        .missing
-        .iter()
-        .map(craton_core::MemberId::as_str)
-        .collect();
+    let missing: Vec<&str> = e.missing.iter().map(MemberId::as_str).collect();
     let what = format!(
         "the election of term {} has {} of {} seals; missing: {}",
         e.term,
@@ -181,12 +184,19 @@ fn agents(f: &Facts) -> Vec<Finding> {
         .collect()
 }
 
-/// Every member is a voter here; the agents that answer are the voters that live, with the witnesses that were heard.
+/// A voter lives if its agent answers here; a witness if the others have heard it.
 fn voters(f: &Facts) -> Vec<Finding> {
-    let witnesses = || f.status.witnesses.iter().filter(|w| w.voter);
-    let all = f.agents.len() + witnesses().count();
-    let alive = f.agents.iter().filter(|a| a.status.is_ok()).count()
-        + witnesses().filter(|w| w.alive).count();
+    let voters = &f.status.voters;
+    if voters.is_empty() {
+        return vec![];
+    }
+    let answers = |voter: &&MemberId| {
+        let mut asked = f.agents.iter().filter_map(|a| a.status.as_ref().ok());
+        let mut witnesses = f.status.witnesses.iter();
+        asked.any(|s| s.answered_by == **voter) || witnesses.any(|w| w.name == **voter && w.alive)
+    };
+    let all = voters.len();
+    let alive = voters.iter().filter(answers).count();
     let majority = all / 2 + 1;
     let todo = "three voters survive the loss of one, five of two; a witness can be the third";
     if store::is_etcd(f) {
@@ -441,7 +451,7 @@ fn maintenance(f: &Facts) -> Vec<Finding> {
         ));
     }
     if let Some(r) = &s.restart {
-        let left: Vec<&str> = r.left.iter().map(craton_core::MemberId::as_str).collect();
+        let left: Vec<&str> = r.left.iter().map(MemberId::as_str).collect();
         let what = format!(
             "a restart asked by {} is in progress; left: {}",
             r.by,
@@ -502,14 +512,38 @@ fn versions(f: &Facts) -> Vec<Finding> {
     )]
 }
 
+/// PostgreSQL's own minor version changes member by member in every upgrade; that alone is worth a note.
+fn libraries(f: &Facts) -> Vec<Finding> {
+    let Some(leader) = f.status.members.iter().find(|m| leads(f, m)) else {
+        return vec![];
+    };
+    let mut findings = Vec::new();
+    for m in &f.status.members {
+        let list = differences(&m.libraries, &leader.libraries);
+        if list.is_empty() {
+            continue;
+        }
+        let what = format!("differs from {}: {}", leader.id, list.join("; "));
+        let only_postgresql =
+            list.len() == 1 && m.libraries.get("postgresql") != leader.libraries.get("postgresql");
+        let (severity, todo) = if only_postgresql {
+            (Severity::Note, "finish the upgrade, member by member")
+        } else {
+            (
+                Severity::Warning,
+                "an index on text or geometry that one wrote may be read wrongly by the other: bring the packages to the same versions, craton restart the member, and REINDEX where collations changed",
+            )
+        };
+        findings.push(found("libraries", severity, m.id.as_str(), what, todo));
+    }
+    findings
+}
+
 fn settings(f: &Facts) -> Vec<Finding> {
     let mut values: BTreeMap<&str, BTreeMap<&str, Vec<&str>>> = BTreeMap::new();
     let configs: Vec<_> = f.agents.iter().filter_map(|a| a.config.as_ref()).collect();
     for config in &configs {
-        let member = config
-            .member
-            .as_ref()
-            .map_or("?", craton_core::MemberId::as_str);
+        let member = config.member.as_ref().map_or("?", MemberId::as_str);
         for row in config.settings.iter().filter(|r| !r.shared) {
             values
                 .entry(&row.name)

@@ -156,6 +156,12 @@ async fn ask(client: &Client, api: String) -> Asked {
     }
 }
 
+/// True for certificates that stand without a key: they are shown to everybody anyway.
+fn is_public(path: &Path) -> bool {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.contains("-----BEGIN CERTIFICATE-----") && !text.contains("PRIVATE KEY")
+}
+
 async fn look_around(client: &Client, layout: &Layout) -> Local {
     let proxy = address(layout.proxy_port());
     let answers = timeout(LOOK_TIMEOUT, TcpStream::connect(&proxy)).await;
@@ -168,6 +174,7 @@ async fn look_around(client: &Client, layout: &Layout) -> Local {
     let secrets = std::fs::read_dir(layout.secrets()).into_iter().flatten();
     let secrets = secrets
         .flatten()
+        .filter(|f| !is_public(&f.path()))
         .filter_map(|f| Some((f.path(), f.metadata().ok()?.permissions().mode() & 0o777)))
         .collect();
     let disk = rustix::fs::statvfs(layout.run()).ok().map(|s| {

@@ -35,7 +35,7 @@ fn status() -> StatusView {
         "cluster": "test", "answered_by": "a", "term": 1, "revision": 9, "leader": "a", "writable": true,
         "durability": "quorum", "sync": {"members": ["b", "c"], "acks": 1, "in_force": true},
         "lease": {"holder": "a", "remaining_ms": 1000, "ttl_ms": 2000, "heartbeat_ms": 300},
-        "hold": false, "election": null, "next": "", "version": "1",
+        "hold": false, "election": null, "next": "", "version": "1", "voters": ["a", "b", "c"],
         "members": [member("a", "leader", "h1"), member("b", "standby", "h2"), member("c", "standby", "h3")]
     }))
     .unwrap()
@@ -138,6 +138,7 @@ fn receiver(alive: bool, sync: bool) -> ReceiverView {
 fn two_members_and_a_witness_are_three_voters() {
     let mut f = healthy();
     f.agents.truncate(2);
+    f.status.voters[2] = witness(true).name;
     f.status.witnesses = vec![witness(true)];
     f.status.receivers = vec![receiver(true, true)];
     f.status.sync.members.push(MemberId::new("backup").unwrap());
@@ -218,10 +219,10 @@ const CASES: &[Case] = &[
         f.agents[2].status = Err("refused".into());
     }),
     ("voters", Severity::Warning, "2 of 2", |f| {
-        drop(f.agents.pop());
+        f.status.voters.truncate(2);
     }),
     ("voters", Severity::Warning, "one voter", |f| {
-        f.agents.truncate(1);
+        f.status.voters.truncate(1);
     }),
     (
         "witnesses",
@@ -232,7 +233,7 @@ const CASES: &[Case] = &[
         },
     ),
     ("voters", Severity::Warning, "2 of 3", |f| {
-        drop(f.agents.pop());
+        f.status.voters[2] = witness(false).name;
         f.status.witnesses = vec![witness(false)];
     }),
     ("receivers", Severity::Warning, "does not answer", |f| {
@@ -246,6 +247,26 @@ const CASES: &[Case] = &[
         f.status.members[2].streaming = false;
         f.status.receivers = vec![receiver(true, true)];
     }),
+    (
+        "libraries",
+        Severity::Warning,
+        "GEOS 3.12 (3.11 there)",
+        |f| {
+            for (m, version) in f.status.members.iter_mut().zip(["3.11", "3.12", "3.11"]) {
+                m.libraries = [("geos".to_owned(), version.to_owned())].into();
+            }
+        },
+    ),
+    (
+        "libraries",
+        Severity::Note,
+        "PostgreSQL 15.14 (15.13 there)",
+        |f| {
+            for (m, version) in f.status.members.iter_mut().zip(["15.13", "15.14", "15.13"]) {
+                m.libraries = [("postgresql".to_owned(), version.to_owned())].into();
+            }
+        },
+    ),
     ("members", Severity::Warning, "not heard", |f| {
         f.status.members[1].agent_alive = false;
     }),
@@ -433,4 +454,19 @@ fn the_worst_comes_first_and_decides_the_exit_code() {
         exit::OK,
         "a note is no reason to wake anybody"
     );
+}
+
+#[test]
+fn only_voters_are_counted_as_such() {
+    let mut facts = healthy();
+    // A standby without a say does not answer: the three voters do, one of them a witness.
+    facts.status.voters[2] = witness(true).name;
+    facts.agents[2].status = Err("refused".into());
+    facts.status.witnesses.push(witness(true));
+    let voters = |f: &Facts| examine(f).into_iter().filter(|f| f.id == "voters").count();
+    assert_eq!(voters(&facts), 0);
+    facts.status.witnesses[0].alive = false;
+    assert_eq!(voters(&facts), 1);
+    facts.status.voters.clear();
+    assert_eq!(voters(&facts), 0, "there are none with an etcd");
 }

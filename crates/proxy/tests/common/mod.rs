@@ -496,6 +496,7 @@ impl Agent {
             lsn: None,
             replay_lsn: None,
             streaming,
+            noload: false,
         };
         let leader = writable.map(|w| member(w, MemberRole::Leader, false));
         let members = leader.iter().cloned().chain(
