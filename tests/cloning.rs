@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 #[path = "harness/mod.rs"]
 mod harness;
 
-use harness::{Cluster, processes_of, signal, whole};
+use harness::{Cluster, processes_of, running, signal, whole};
 
 #[test]
 fn a_lost_disk_is_filled_out_of_the_repository() {
@@ -44,14 +44,7 @@ fn a_lost_disk_is_filled_out_of_the_repository() {
     };
     let before = incarnation(&status);
 
-    let processes = processes_of(&c.dir, &standby);
-    for pid in &processes {
-        signal(*pid, "STOP");
-    }
-    std::fs::remove_dir_all(c.dir.join("members").join(&standby).join("data")).unwrap();
-    for pid in &processes {
-        signal(*pid, "KILL");
-    }
+    lose_disk(&c, &standby);
     let healed = c.wait_status("a whole cluster", Duration::from_secs(120), |s| {
         whole(s) && incarnation(s) != before
     });
@@ -77,4 +70,104 @@ fn a_lost_disk_is_filled_out_of_the_repository() {
         c.sql(&["--read", "-At", "-c", "SELECT count(*) FROM t"]),
         "3000"
     );
+    a_killed_agents_copy_ends(&c, &standby);
+    one_that_was_away_for_too_long(&c, &standby);
+}
+
+/// A member stops in an instant, and its data directory is gone.
+fn lose_disk(c: &Cluster, member: &str) {
+    let processes = processes_of(&c.dir, member);
+    for pid in &processes {
+        signal(*pid, "STOP");
+    }
+    std::fs::remove_dir_all(c.dir.join("members").join(member).join("data")).unwrap();
+    for pid in &processes {
+        signal(*pid, "KILL");
+    }
+}
+
+/// The agent is killed in the midst of a copy, and its tool stays: the next agent ends it, and makes its own.
+fn a_killed_agents_copy_ends(c: &Cluster, standby: &str) {
+    let home = c.dir.join("members").join(standby);
+    let place = home.join("data.clone");
+    // From a member, slowly: a tool that waits for its source says nothing, and so does not find its agent gone.
+    let conf = c.dir.join(format!("conf/node-{standby}.toml"));
+    let text = std::fs::read_to_string(&conf).unwrap();
+    let lines: Vec<&str> = text.lines().collect();
+    let at = lines
+        .iter()
+        .position(|l| l.starts_with("repository = "))
+        .unwrap();
+    let slow = [&lines[..at], &["max_rate_kb = 4096"], &lines[at + 1..]].concat();
+    std::fs::write(&conf, slow.join("\n")).unwrap();
+    lose_disk(c, standby);
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let (tools, sender) = loop {
+        let tools = running(&["pg_basebackup", place.to_str().unwrap()]);
+        let sender = running(&["walsender", "sending backup"])
+            .into_iter()
+            .find(|pid| {
+                let cwd = std::fs::read_link(format!("/proc/{pid}/cwd")).unwrap_or_default();
+                cwd.starts_with(&c.dir)
+            });
+        if let Some(sender) = sender.filter(|_| tools.len() == 2) {
+            signal(sender, "STOP");
+            break (tools, sender);
+        }
+        assert!(Instant::now() < deadline, "no copy began\n{}", c.logs());
+    };
+    let settings = format!("/node-{standby}.toml");
+    let agents = running(&[" node ", c.dir.to_str().unwrap(), &settings]);
+    assert_eq!(agents.len(), 1, "{agents:?}");
+    signal(agents[0], "KILL");
+    c.wait_status("a whole cluster", Duration::from_secs(120), whole);
+    signal(sender, "CONT");
+    let left = running(&["pg_basebackup", place.to_str().unwrap()]);
+    assert!(!left.iter().any(|pid| tools.contains(pid)), "{left:?}");
+    let log = std::fs::read_to_string(c.dir.join(format!("log/node-{standby}.log"))).unwrap();
+    assert!(
+        log.contains("ended what a former agent's tools were still at"),
+        "{log}"
+    );
+    assert_eq!(
+        c.sql(&["--read", "-At", "-c", "SELECT count(*) FROM t"]),
+        "3000"
+    );
+}
+
+/// The leader gives up the WAL that a standby still needs rather than its disk: the standby is cloned anew.
+fn one_that_was_away_for_too_long(c: &Cluster, standby: &str) {
+    let out = c.craton(&[
+        "config",
+        "set",
+        "postgresql.max_slot_wal_keep_size=32MB",
+        "postgresql.wal_keep_size=0",
+    ]);
+    c.expect_ok(&out, "craton config set");
+    let frozen = processes_of(&c.dir, standby);
+    for pid in &frozen {
+        signal(*pid, "STOP");
+    }
+    let lost =
+        format!("SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'craton_{standby}'");
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while c.sql(&["-Atc", &lost]) != "lost" {
+        assert!(Instant::now() < deadline, "never lost\n{}", c.logs());
+        c.sql(&[
+            "-qc",
+            "INSERT INTO t SELECT generate_series(1, 200000)",
+            "-c",
+            "DELETE FROM t WHERE i > 3000",
+            "-c",
+            "SELECT pg_switch_wal()",
+            "-c",
+            "CHECKPOINT",
+        ]);
+    }
+    for pid in &frozen {
+        signal(*pid, "CONT");
+    }
+    c.wait_status("a whole cluster", Duration::from_secs(120), whole);
+    let log = std::fs::read_to_string(c.dir.join(format!("log/node-{standby}.log"))).unwrap();
+    assert!(log.contains("its slot there is lost"), "{log}");
 }

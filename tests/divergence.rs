@@ -55,7 +55,9 @@ fn rows_that_only_a_former_leader_had_can_be_had_back() {
     for pid in &frozen {
         signal(*pid, "CONT");
     }
+    let thawed = Instant::now();
     c.wait_status("a whole cluster", Duration::from_secs(60), whole_async);
+    println!("whole again after {:.1} s", thawed.elapsed().as_secs_f64());
 
     let listed = c.json(&["divergence", "list"]);
     let kept = listed

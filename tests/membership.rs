@@ -16,7 +16,7 @@ use serde_json::Value;
 #[path = "harness/mod.rs"]
 mod harness;
 
-use harness::{Cluster, text};
+use harness::{Cluster, processes_of, running, signal, text};
 
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -147,5 +147,148 @@ fn grow_and_shrink(c: &Cluster) {
             std::time::Instant::now() < deadline,
             "slots of removed members stay"
         );
+    }
+}
+
+/// The majority of the voters is lost for good, with its disks: one survivor goes on, and a host with an empty disk
+/// takes the place of a lost one.
+#[test]
+fn one_survivor_goes_on_and_a_new_host_joins_it() {
+    let c = Cluster::up("recover", &["--no-sample"]);
+    let status = c.wait_status("a whole cluster", PATIENCE, |s| streaming(s, 3));
+    let leader = status["leader"].as_str().unwrap().to_owned();
+    let mut standbys = ["a", "b", "c"].into_iter().filter(|m| *m != leader);
+    let (survivor, other) = (standbys.next().unwrap(), standbys.next().unwrap());
+    c.sql(&[
+        "-qc",
+        "CREATE TABLE kept AS SELECT generate_series(1, 100) AS i",
+    ]);
+    c.wait_status("the survivor has it all", PATIENCE, |s| {
+        let members = s["members"].as_array().unwrap();
+        members
+            .iter()
+            .any(|m| m["id"] == survivor && m["lag_bytes"] == 0)
+    });
+
+    // Nothing is to start the lost ones again.
+    for pid in running(&[" supervise", c.dir.to_str().unwrap()]) {
+        signal(pid, "KILL");
+    }
+    for lost in [&leader, other] {
+        for pid in processes_of(&c.dir, lost) {
+            signal(pid, "KILL");
+        }
+        let home = c.dir.join("members").join(lost);
+        wait_until("it is gone", || processes_of(&c.dir, lost).is_empty());
+        std::fs::remove_dir_all(home).unwrap();
+    }
+    let conf = c.dir.join(format!("conf/node-{survivor}.toml"));
+    let recover = format!("recover --config {} --yes", conf.display());
+    let refused = as_owner(&c, &recover);
+    assert_eq!(refused.status.code(), Some(4), "{}", text(&refused));
+    assert!(
+        text(&refused).contains("stop this member's agent first"),
+        "{}",
+        text(&refused)
+    );
+    for pid in running(&[" node ", conf.to_str().unwrap()]) {
+        signal(pid, "TERM");
+    }
+    wait_until("the agent ends", || {
+        processes_of(&c.dir, survivor).is_empty()
+    });
+    let out = as_owner(&c, &recover);
+    c.expect_ok(&out, "craton recover");
+    println!("{}", text(&out));
+    assert!(
+        text(&out).contains("is the only voter now"),
+        "{}",
+        text(&out)
+    );
+
+    let _agent = start_agent(&c, survivor);
+    let stuck = c.wait_status("an election that lacks a seal", PATIENCE, |s| {
+        s["election"]["sealed"] == serde_json::json!([survivor])
+    });
+    assert_eq!(stuck["voters"], serde_json::json!([survivor]), "{stuck}");
+    let out = c.craton(&["failover", "--allow-data-loss", "--yes"]);
+    c.expect_ok(&out, "craton failover --allow-data-loss");
+    c.wait_status("the survivor leads", PATIENCE, |s| {
+        s["writable"] == true && s["leader"] == survivor
+    });
+    assert_eq!(c.sql(&["-Atc", "SELECT count(*) FROM kept"]), "100");
+
+    joins(&c, &stuck, (survivor, other));
+}
+
+/// A new host in the place of a lost one: an empty disk, and whom to ask.
+fn joins(c: &Cluster, status: &Value, (survivor, other): (&str, &str)) {
+    let api = status["members"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|m| m["id"] == survivor)
+        .unwrap();
+    let api = api["api"].as_str().unwrap();
+    let path = c.dir.join(format!("conf/node-{other}.toml"));
+    let file = std::fs::read_to_string(&path).unwrap();
+    assert!(file.contains("join = []"), "{file}");
+    let file = file.replace("join = []", &format!("join = [\"{api}\"]"));
+    std::fs::write(&path, file).unwrap();
+    let _other = start_agent(c, other);
+    c.wait_status("a second copy", PATIENCE, |s| {
+        s["writable"] == true && s["sync"]["members"] == serde_json::json!([other])
+    });
+    c.sql(&["-qc", "INSERT INTO kept VALUES (101)"]);
+    assert_eq!(
+        c.sql(&["--read", "-Atc", "SELECT count(*) FROM kept"]),
+        "101"
+    );
+}
+
+/// Runs a command of the cluster's own binary as the cluster's user.
+fn as_owner(c: &Cluster, args: &str) -> std::process::Output {
+    let line = format!("{} {args}", c.dir.join("bin/craton").display());
+    owner(&line).output().expect("a shell runs")
+}
+
+fn owner(line: &str) -> std::process::Command {
+    if rustix::process::geteuid().is_root() {
+        let mut command = std::process::Command::new("su");
+        command.args(["postgres", "-s", "/bin/sh", "-c", line]);
+        command
+    } else {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", line]);
+        command
+    }
+}
+
+/// Ends with the test at the latest.
+struct Agent(std::process::Child);
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // The shell around it; `craton down` ends the agent itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Starts an agent as the supervisor would.
+fn start_agent(c: &Cluster, member: &str) -> Agent {
+    let dir = c.dir.display();
+    let line = format!(
+        "cd {dir} && exec bin/craton node --config {dir}/conf/node-{member}.toml \
+         --pid-file {dir}/run/node-{member}.pid >>{dir}/log/node-{member}.log 2>&1"
+    );
+    Agent(owner(&line).spawn().expect("a shell runs"))
+}
+
+fn wait_until(what: &str, met: impl Fn() -> bool) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while !met() {
+        assert!(std::time::Instant::now() < deadline, "{what}: never");
+        std::thread::sleep(Duration::from_millis(50));
     }
 }

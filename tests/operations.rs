@@ -18,7 +18,7 @@ use serde_json::Value;
 #[path = "harness/mod.rs"]
 mod harness;
 
-use harness::{Cluster, text, whole};
+use harness::{Cluster, signal, text, whole};
 
 const LIMIT: Duration = Duration::from_secs(90);
 
@@ -111,6 +111,8 @@ fn an_operators_day() {
     settings(&c);
     rolling_restart_raises(&c);
     rolling_restart_lowers(&c);
+    reload_and_restart_one(&c);
+    restart_cancelled(&c);
     pause_and_resume(&c);
     scheduled_switchover(&c);
     reinit(&c);
@@ -236,6 +238,58 @@ fn rolling_restart_lowers(c: &Cluster) {
     assert_eq!(after["term"], before["term"], "in place: the term goes on");
     assert_eq!(c.sql(&["-Atc", "SHOW max_connections"]), "90");
     assert_eq!(c.sql(&["--read", "-Atc", "SHOW max_connections"]), "90");
+}
+
+fn postmaster(c: &Cluster, name: &str) -> String {
+    let file = c.dir.join("members").join(name).join("data/postmaster.pid");
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+fn reload_and_restart_one(c: &Cluster) {
+    let loaded = || c.sql(&["-Atc", "SELECT pg_conf_load_time()"]);
+    let before = loaded();
+    let out = c.craton(&["reload", "--all"]);
+    c.expect_ok(&out, "reload --all");
+    let deadline = Instant::now() + LIMIT;
+    while loaded() == before {
+        assert!(Instant::now() < deadline, "nothing was read anew");
+    }
+    refused(c, &["reload", "zz"], 2, "there is no member");
+
+    let status = c.wait_status("a whole cluster", LIMIT, whole);
+    let old = leader(&status);
+    let members = ["a", "b", "c"];
+    let lives = members.map(|m| postmaster(c, m));
+    let one = *members.iter().find(|m| **m != old).unwrap();
+    let writer = Writer::start(c);
+    let out = c.craton(&["restart", one]);
+    c.expect_ok(&out, "restart of one");
+    println!("{}", text(&out));
+    writer.unharmed(c, "restart of a standby");
+    for (m, life) in members.iter().zip(&lives) {
+        assert_eq!(postmaster(c, m) != *life, *m == one, "{m}");
+    }
+}
+
+/// The leader comes last: what is cancelled at once does not come to it.
+fn restart_cancelled(c: &Cluster) {
+    let status = c.wait_status("a whole cluster", LIMIT, whole);
+    let old = leader(&status);
+    let life = postmaster(c, &old);
+    let out = c.craton(&["restart", "--all", "--no-wait"]);
+    c.expect_ok(&out, "restart --all --no-wait");
+    refused(c, &["restart", "--all"], 4, "restart --cancel");
+    let out = c.craton(&["restart", "--cancel"]);
+    c.expect_ok(&out, "restart --cancel");
+    println!("{}", text(&out));
+    let after = c.wait_status("a whole cluster after a cancelled restart", LIMIT, |s| {
+        whole(s) && s["restart"].is_null() && member(s, &old)["order"].is_null()
+    });
+    assert_eq!(leader(&after), old);
+    assert_eq!(postmaster(c, &old), life);
+    let told = history(c, "cancelled");
+    assert!(told.iter().any(|t| t.contains("restart")), "{told:?}");
 }
 
 fn kill_postgres(c: &Cluster, name: &str) {
@@ -386,6 +440,8 @@ fn doctor(c: &Cluster) {
             .map(|f| f["id"].as_str().unwrap().to_owned());
         ids.collect::<Vec<_>>()
     };
+    let out = c.craton(&["doctor"]);
+    assert!(!text(&out).contains("does not answer"), "{}", text(&out));
     let token = c.dir.join("secrets/api-token");
     let mode = |m: u32| {
         use std::os::unix::fs::PermissionsExt as _;
@@ -427,13 +483,15 @@ fn stuck_election(c: &Cluster) {
     let out = c.craton(&["pause"]);
     c.expect_ok(&out, "pause");
     for name in [&old, lost] {
-        kill_postgres(c, name);
-        c.wait_status("it is down", LIMIT, |s| member(s, name)["role"] == "down");
+        // Before it dies: a standby would be started again at once.
+        let pid = postmaster(c, name);
         std::fs::rename(
             c.dir.join("members").join(name).join("data"),
             c.dir.with_extension(format!("lost-{name}")),
         )
         .unwrap();
+        signal(pid.parse().unwrap(), "KILL");
+        c.wait_status("it is down", LIMIT, |s| member(s, name)["role"] == "down");
     }
     let out = c.craton(&["resume"]);
     c.expect_ok(&out, "resume");

@@ -196,7 +196,7 @@ pub fn whole_async(status: &Value) -> bool {
 /// Agent, fence and PostgreSQL of a member: what works in its directory or names it on its command line.
 pub fn processes_of(dir: &Path, member: &str) -> Vec<u32> {
     let home = dir.join("members").join(member);
-    let settings = format!("/{member}.toml");
+    let settings = format!("/node-{member}.toml");
     let board = craton_fence::board_path(&home);
     let belongs = |proc: &Path| {
         let line = std::fs::read_to_string(proc.join("cmdline")).unwrap_or_default();
@@ -221,4 +221,18 @@ pub fn signal(pid: u32, name: &str) {
         .status()
         .unwrap();
     assert!(status.success() || !Path::new(&format!("/proc/{pid}")).exists());
+}
+
+/// The processes whose command line holds all of these words.
+pub fn running(words: &[&str]) -> Vec<u32> {
+    std::fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok())
+        .filter(|pid| {
+            let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            let line = String::from_utf8_lossy(&line).replace('\0', " ");
+            words.iter().all(|w| line.contains(w))
+        })
+        .collect()
 }
