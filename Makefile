@@ -9,7 +9,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO := cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover bench-handshake fuzz images test-containers
+.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover bench-handshake fuzz images test-containers deb
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ fuzz: ## there are no fuzz targets yet
 images: ## the container images craton/postgis, craton/proxy, craton/backup (TAG=latest; works where none can be pulled)
 	@scripts/setup.sh --images
 	scripts/images.sh
+
+deb: build ## a Debian package with the program, systemd units and documentation, in target/
+	scripts/deb.sh $(CRATON) $(TARGET_DIR)
 
 test-containers: setup-tests ## every container scenario, about fifteen minutes (needs a Docker engine)
 	$(CARGO) test --locked -p craton --test containers -- --include-ignored --nocapture

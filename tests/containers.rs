@@ -320,10 +320,61 @@ fn faults() {
     isolated_primary(&stack);
     isolated_standby(&stack);
     paused_primary(&stack);
+}
+
+/// What becomes of processes, volumes, and the number of nodes.
+#[test]
+#[ignore = "about five minutes; make test-containers runs it"]
+fn lives() {
+    let Some(_turn) = turn() else { return };
+    let stack = start("lives");
+    stack
+        .sql("CREATE TABLE t (id bigserial primary key)")
+        .unwrap();
     killed_agent(&stack);
     volume_lost(&stack);
     down_and_up(&stack);
     scale_out(&stack);
+}
+
+/// Two nodes and a backup daemon that is a witness as well survive the loss of the leader.
+#[test]
+#[ignore = "two minutes; make test-containers runs it"]
+fn two_nodes_and_a_witness() {
+    let Some(_turn) = turn() else { return };
+    let path = std::env::temp_dir().join(format!("craton-witness-{}.yml", std::process::id()));
+    let over = "version: '3.8'\nservices:\n  backup:\n    environment:\n      CRATON_WITNESS: w\n";
+    std::fs::write(&path, over).unwrap();
+    let stack = Stack::new("two").with_file(path.clone());
+    stack.up(&["pgmaster", "pgslave1", "pgpool", "backup"]);
+    let two = ["pgmaster", "pgslave1"];
+    stack.whole("pgmaster", &two, Duration::from_secs(120));
+    stack.wait("three have a say", Duration::from_secs(60), || {
+        let list = stack.try_sh("pgslave1", "craton --json member list")?;
+        let list: serde_json::Value = serde_json::from_str(&list).map_err(|e| e.to_string())?;
+        let voters = list["members"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|m| m["voter"] == true);
+        if voters.count() == 3 {
+            Ok(())
+        } else {
+            Err(list.to_string())
+        }
+    });
+    stack.wait("the table is made", Duration::from_secs(60), || {
+        stack.sql("CREATE TABLE t (id bigserial primary key)")
+    });
+    insert(&stack);
+    let id = stack.container("pgmaster");
+    stack.docker(&["kill", &id]);
+    assert_eq!(new_leader(&stack, "pgmaster"), "pgslave1");
+    insert(&stack);
+    assert_eq!(rows(&stack), 2);
+    stack.docker(&["start", &id]);
+    stack.whole("pgslave1", &two, Duration::from_secs(120));
+    std::fs::remove_file(path).unwrap();
 }
 
 /// A service that is not this one.
@@ -463,7 +514,7 @@ fn paused_primary(stack: &Stack) {
 fn killed_agent(stack: &Stack) {
     let leader = stack.leader("pgslave1").unwrap();
     let term = stack.status(&leader).unwrap()["term"].clone();
-    let agent = "for p in /proc/[0-9]*; do tr '\\0' ' ' < $p/cmdline 2>/dev/null | grep -q '^craton node ' && basename $p; done";
+    let agent = "ps -eo pid=,args= | awk '$2 == \"craton\" && $3 == \"node\" {print $1}'";
     let pid = stack.sh(&leader, agent);
     stack.sh(&leader, &format!("kill -9 {pid}"));
     stack.wait("another agent runs", Duration::from_secs(20), || {

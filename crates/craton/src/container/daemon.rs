@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout};
 
 use super::entry::{Facts, RUN_DIR};
 use super::environment::Kind;
-use super::plan::{self, API_PORT, FRONT_PORT, NODE_DIR, Plan};
+use super::plan::{self, API_PORT, FRONT_PORT, Here, NODE_DIR, Plan};
 use crate::cli::wait_for;
 use crate::exit::{Problem, UNREACHABLE, USAGE};
 
@@ -47,16 +47,21 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
     crate::daemons::log_to_stderr("info", false);
     let facts = Facts::require()?;
     let secrets = Facts::secrets().display().to_string();
+    let here = Here {
+        secrets: &secrets,
+        hostname: &facts.hostname,
+        cluster: &facts.cluster,
+    };
     let plan = match kind {
         Kind::Node => node(&facts, &secrets)?,
         Kind::Proxy => {
             wait_for(enough_backends(&facts))?;
-            plan::proxy(&facts.env, &secrets).map_err(wrong)?
+            plan::proxy(&facts.env, &here).map_err(wrong)?
         }
         Kind::Backup => {
             let known = std::fs::read_to_string(known_hosts(&facts)).unwrap_or_default();
             let known: Vec<String> = known.lines().map(ToOwned::to_owned).collect();
-            plan::backup(&facts.env, &secrets, &known).map_err(wrong)?
+            plan::backup(&facts.env, &here, &known).map_err(wrong)?
         }
     };
     let file = Path::new(RUN_DIR).join("craton.toml");

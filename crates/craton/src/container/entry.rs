@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::adopt;
 use super::environment::{Environment, Kind, is_secret};
 use super::keys::{self, Holder};
-use super::plan::{self, CLUSTER_DEFAULT, FRONT_PORT, NODE_DIR, NodeNames};
+use super::plan::{self, CLUSTER_DEFAULT, FRONT_PORT, Here, NODE_DIR, NodeNames};
 use crate::cli::wait_for;
 use crate::exit::{Problem, USAGE};
 use crate::owner::{self, Account};
@@ -37,6 +37,8 @@ pub struct Facts {
     pub kind: Kind,
     /// The cluster.
     pub cluster: String,
+    /// The host's name.
+    pub hostname: String,
     /// A node's names.
     pub node: Option<NodeNames>,
     /// The variables, files read.
@@ -154,6 +156,7 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
     let facts = Facts {
         kind,
         cluster,
+        hostname: hostname.clone(),
         node,
         env,
     };
@@ -249,13 +252,13 @@ fn cluster_name(kind: Kind, env: &Environment) -> anyhow::Result<String> {
     let hosts: Vec<String> = match kind {
         Kind::Node => return Ok(CLUSTER_DEFAULT.to_owned()),
         Kind::Proxy => {
-            let nodes = plan::proxy(env, "")
+            let nodes = plan::proxy(env, &Here::default())
                 .and_then(|_| plan::backends(env))
                 .map_err(usage)?;
             nodes.into_iter().map(|b| b.host).collect()
         }
         Kind::Backup => {
-            plan::backup(env, "", &[]).map_err(usage)?;
+            plan::backup(env, &Here::default(), &[]).map_err(usage)?;
             env.list("REPLICATION_HOST")
         }
     };

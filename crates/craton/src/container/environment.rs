@@ -60,6 +60,7 @@ const NODE: &[Kind] = &[Kind::Node];
 const PROXY: &[Kind] = &[Kind::Proxy];
 const BACKUP: &[Kind] = &[Kind::Backup];
 const NODE_BACKUP: &[Kind] = &[Kind::Node, Kind::Backup];
+const PROXY_BACKUP: &[Kind] = &[Kind::Proxy, Kind::Backup];
 const NODE_PROXY: &[Kind] = &[Kind::Node, Kind::Proxy];
 
 const fn used(
@@ -303,6 +304,18 @@ pub const VARIABLES: &[Variable] = &[
         NODE,
         "FORCE_RECONFIGURE",
         "settings are applied at every start",
+    ),
+    used(
+        PROXY_BACKUP,
+        "CRATON_WITNESS",
+        "",
+        "The name of a witness: the container is a voter besides, without a database, so that a cluster of two nodes survives the loss of one. It keeps its log in BACKUP_DIR/.witness, at the proxy in /var/lib/postgresql/witness, which must then be a volume, and listens on port 7400",
+    ),
+    used(
+        PROXY_BACKUP,
+        "CLUSTER_NODE_NETWORK_NAME",
+        "the host's name",
+        "How the nodes reach the witness in this container",
     ),
     used(
         PROXY,

@@ -133,6 +133,13 @@ fn compute(env: &Environment, holder: &Holder<'_>, into: &Path) -> anyhow::Resul
             issue("backup", Role::Backup, holder.name, &hosts)?;
         }
     }
+    if let Some(name) = env
+        .get("CRATON_WITNESS")
+        .filter(|_| holder.kind != Kind::Node)
+    {
+        write_secret(&into.join("peers"), &format!("{}\n", seed.secret("peers")?))?;
+        issue(&format!("witness-{name}"), Role::Witness, name, &hosts)?;
+    }
     if holder.kind != Kind::Proxy || env.get("PCP_USER").is_some() {
         issue(OPERATOR, Role::Operator, holder.name, &[])?;
     }

@@ -27,7 +27,8 @@ struct Row {
 }
 
 async fn rows(facts: &Facts) -> anyhow::Result<Vec<Row>> {
-    let plan = super::plan::proxy(&facts.env, "").map_err(anyhow::Error::msg)?;
+    let plan = super::plan::proxy(&facts.env, &super::plan::Here::default())
+        .map_err(anyhow::Error::msg)?;
     let listen = plan.settings.iter().find(|s| s.key == "listen");
     let port = listen
         .and_then(|s| s.value.as_str()?.rsplit_once(':')?.1.parse().ok())

@@ -79,6 +79,17 @@ impl Plan {
     }
 }
 
+/// What a proxy or a backup daemon knows besides its variables.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Here<'a> {
+    /// The directory of the secrets.
+    pub secrets: &'a str,
+    /// The host's name.
+    pub hostname: &'a str,
+    /// The cluster.
+    pub cluster: &'a str,
+}
+
 /// Who a node is.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct NodeNames {
@@ -351,7 +362,8 @@ pub fn backends(env: &Environment) -> Result<Vec<Backend>, String> {
 }
 
 /// The settings of the proxy.
-pub fn proxy(env: &Environment, secrets: &str) -> Result<Plan, String> {
+pub fn proxy(env: &Environment, here: &Here<'_>) -> Result<Plan, String> {
+    let secrets = here.secrets;
     let mut plan = Plan::new("proxy");
     let nodes = backends(env)?;
     if nodes.is_empty() {
@@ -364,6 +376,7 @@ pub fn proxy(env: &Environment, secrets: &str) -> Result<Plan, String> {
         .iter()
         .map(|b| format!("{}:{API_PORT}", b.host))
         .collect();
+    witness(env, &mut plan, here, &apis)?;
     plan.set("agents", apis, Some("BACKENDS"));
     let shown: Vec<toml::Value> = nodes
         .iter()
@@ -399,6 +412,37 @@ pub fn proxy(env: &Environment, secrets: &str) -> Result<Plan, String> {
         port_from,
     );
     Ok(plan)
+}
+
+/// Where the witness of a container keeps its log: in the volume.
+pub fn witness_dir(env: &Environment, table: &str) -> String {
+    match table {
+        "backup" => format!("{}/.witness", env.or("BACKUP_DIR", "/var/backups")),
+        _ => "/var/lib/postgresql/witness".to_owned(),
+    }
+}
+
+/// `CRATON_WITNESS`: a voter inside of a proxy or a backup daemon.
+fn witness(
+    env: &Environment,
+    plan: &mut Plan,
+    here: &Here<'_>,
+    apis: &[String],
+) -> Result<(), String> {
+    let from = Some("CRATON_WITNESS");
+    let Some(name) = env.get("CRATON_WITNESS") else {
+        return Ok(());
+    };
+    let name = MemberId::new(name).map_err(|e| format!("CRATON_WITNESS: {e}"))?;
+    let host = env.or("CLUSTER_NODE_NETWORK_NAME", here.hostname);
+    plan.set("witness.cluster", here.cluster, None);
+    plan.set("witness.name", name.as_str(), from);
+    plan.set("witness.dir", witness_dir(env, plan.table), from);
+    plan.set("witness.listen", format!("0.0.0.0:{PEER_PORT}"), from);
+    plan.set("witness.advertise", format!("{host}:{PEER_PORT}"), from);
+    plan.set("witness.agents", apis.to_vec(), from);
+    plan.set("witness.secrets", here.secrets, None);
+    Ok(())
 }
 
 /// A setting of pgpool: what it is here, or why it is nothing.
@@ -458,7 +502,8 @@ fn translated(plan: &mut Plan, name: &str, value: &str) -> Result<(), String> {
 }
 
 /// The settings of the backup daemon. `known` are hosts of the cluster from an earlier life.
-pub fn backup(env: &Environment, secrets: &str, known: &[String]) -> Result<Plan, String> {
+pub fn backup(env: &Environment, here: &Here<'_>, known: &[String]) -> Result<Plan, String> {
+    let secrets = here.secrets;
     let mut plan = Plan::new("backup");
     let mut hosts = env.list("REPLICATION_HOST");
     if hosts.is_empty() {
@@ -480,6 +525,7 @@ pub fn backup(env: &Environment, secrets: &str, known: &[String]) -> Result<Plan
         env.get("BACKUP_DIR").map(|_| "BACKUP_DIR"),
     );
     plan.set("listen", format!("0.0.0.0:{API_PORT}"), None);
+    witness(env, &mut plan, here, &apis)?;
     plan.set("agents", apis, Some("REPLICATION_HOST"));
     plan.set("password_file", format!("{secrets}/replication"), None);
     plan.set("tls.dir", secrets, None);
@@ -506,6 +552,12 @@ mod tests {
             .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
         Environment::gather(kind, all, |p| Err(p.to_owned())).unwrap()
     }
+
+    const HERE: Here<'static> = Here {
+        secrets: "/s",
+        hostname: "h",
+        cluster: "c",
+    };
 
     /// What the daemon makes of a plan: the settings, and the origin of one.
     fn settings<T: serde::de::DeserializeOwned>(plan: &Plan, key: &str) -> (T, Option<String>) {
@@ -646,7 +698,7 @@ mod tests {
                 ),
             ],
         );
-        let plan = proxy(&e, "/s").unwrap();
+        let plan = proxy(&e, &HERE).unwrap();
         let (config, origin) = settings::<craton_proxy::ProxyConfig>(&plan, "clients_max");
         config.check().unwrap();
         assert_eq!(
@@ -667,21 +719,52 @@ mod tests {
         assert!(plan.notes[0].contains("health_check_period changes nothing"));
         for wrong in ["x:h", "0:", "0:h:x", "0:h:1:-2", "0:a,0:b"] {
             assert!(
-                proxy(&env(Kind::Proxy, &[("BACKENDS", wrong)]), "/s").is_err(),
+                proxy(&env(Kind::Proxy, &[("BACKENDS", wrong)]), &HERE).is_err(),
                 "{wrong}"
             );
         }
-        assert!(proxy(&env(Kind::Proxy, &[]), "/s").is_err());
+        assert!(proxy(&env(Kind::Proxy, &[]), &HERE).is_err());
     }
 
     #[test]
     fn the_backup_of_an_old_compose_file() {
         let e = env(Kind::Backup, &[("REPLICATION_HOST", "pgmaster")]);
-        let plan = backup(&e, "/s", &["pgslave1".to_owned(), "pgmaster".to_owned()]).unwrap();
+        let plan = backup(&e, &HERE, &["pgslave1".to_owned(), "pgmaster".to_owned()]).unwrap();
         let (config, origin) = settings::<craton_backup::Config>(&plan, "agents");
         assert_eq!(config.agents, ["pgmaster:9898", "pgslave1:9898"]);
         assert_eq!(config.slot, "barman_the_backupper");
         assert_eq!(origin.as_deref(), Some("the variable REPLICATION_HOST"));
-        assert!(backup(&env(Kind::Backup, &[]), "/s", &[]).is_err());
+        assert!(backup(&env(Kind::Backup, &[]), &HERE, &[]).is_err());
+    }
+
+    #[test]
+    fn a_witness_inside_the_backup_daemon() {
+        let variables = [("REPLICATION_HOST", "a,b"), ("CRATON_WITNESS", "w")];
+        let e = env(Kind::Backup, &variables);
+        let plan = backup(&e, &HERE, &[]).unwrap();
+        let sources = crate::config::Sources {
+            file: "craton.toml".into(),
+            text: plan.text(),
+            environment: Vec::new(),
+            set: Vec::new(),
+        };
+        let read = sources.table_and_witness("backup");
+        let (_, witness): (
+            craton_backup::Config,
+            Option<craton_agent::witness::WitnessConfig>,
+        ) = read.unwrap();
+        let witness = witness.unwrap();
+        witness.validate().unwrap();
+        assert_eq!(
+            (witness.name.as_str(), witness.cluster.as_str()),
+            ("w", "c")
+        );
+        assert_eq!(witness.advertise.as_deref(), Some("h:7400"));
+        assert_eq!(witness.agents, ["a:9898", "b:9898"]);
+        let wrong = env(
+            Kind::Backup,
+            &[("REPLICATION_HOST", "a"), ("CRATON_WITNESS", "W_")],
+        );
+        assert!(backup(&wrong, &HERE, &[]).is_err());
     }
 }
