@@ -18,6 +18,9 @@ use crate::types::{Lsn, MemberId};
 
 /// A member that is not of use again after this long ends the plan: the rest is left as it is.
 const STEP_MAX: Duration = Duration::from_secs(180);
+/// Standbys that have just restarted are given so long to say that they could take over, before the leader
+/// restarts in place.
+const HAND_OVER_WAIT: Duration = Duration::from_secs(3);
 /// A standby that is nearer to the leader than this is of use again. Bytes.
 const CAUGHT_UP_BYTES: u64 = 1 << 20;
 
@@ -74,7 +77,7 @@ pub(super) fn rolling_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
         view.orders.contains_key(m) || life_of(mind, m) != plan.members.get(m).copied().flatten()
     });
     if !under_way && view.request.is_none() {
-        next_step(mind, view, l, plan, &left);
+        next_step(mind, view, l, plan, &left, now.since(since));
     }
 }
 
@@ -156,6 +159,7 @@ fn next_step(
     l: &Leadership,
     plan: &RestartPlan,
     left: &[MemberId],
+    waited: Duration,
 ) {
     let me = mind.o.me.id.clone();
     let leader_left = left.contains(&me);
@@ -197,6 +201,12 @@ fn next_step(
             puts: vec![Record::Request(request)],
             deletes: vec![],
         });
+    }
+    if !lowers && waited < HAND_OVER_WAIT && !l.sync.members.is_empty() {
+        return mind.because(
+            "rolling_waits",
+            "waiting for a standby that can take over from the leader",
+        );
     }
     order(mind, view, plan, me);
 }
