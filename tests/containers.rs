@@ -374,6 +374,8 @@ fn two_nodes_and_a_witness() {
     assert_eq!(rows(&stack), 2);
     stack.docker(&["start", &id]);
     stack.whole("pgslave1", &two, Duration::from_secs(120));
+    // It is taken down with the files that it was brought up with.
+    drop(stack);
     std::fs::remove_file(path).unwrap();
 }
 
