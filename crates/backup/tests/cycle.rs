@@ -55,6 +55,10 @@ fn server_with_tablespace(root: &Path) -> (Server, PathBuf) {
 /// Asks for a backup and waits for it.
 async fn ask_for_backup(daemon: &Daemon) -> BackupView {
     let api = daemon.config.listen.to_string();
+    // A backup is in the catalog a moment before its run has ended.
+    daemon
+        .until("no backup runs", |s| s.runs.running.is_none())
+        .await;
     let accepted: RunAcceptedView = client()
         .post_json(&api, "/v1/backup/run", &())
         .await
