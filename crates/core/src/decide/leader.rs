@@ -44,8 +44,10 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
         }
         ServerView::Down if !mind.lease_runs(l.term) && served => {
             // It lapsed: whoever is first opens the next election; the start is one as a standby.
+            let cause = gave_up(mind, l)
+                .unwrap_or_else(|| "the lease lapsed while PostgreSQL was down".into());
             mind.because("lapsed", "the lease lapsed while PostgreSQL was down");
-            step_aside(mind, view, l, "the lease lapsed while PostgreSQL was down");
+            step_aside(mind, view, l, &cause);
             mind.start(Task::StartStandby);
         }
         ServerView::Down => down_rule(mind, view, l, was_primary),

@@ -173,15 +173,20 @@ fn hung_storage_on_the_leader() {
         gone.clone(),
         "release 1, elect-after 1 : handing_over",
     );
-    let d = decide(&gone.o, &gone.memory);
-    let Some(Record::Leadership(l)) = d.open.as_ref().and_then(|o| o.change.puts.first()) else {
-        panic!("{d:?}");
-    };
-    assert!(
-        l.cause.starts_with("a gave up: a write in /d"),
-        "{}",
-        l.cause
-    );
+    // Also when they died only after the lease had run out.
+    let late = gone.clone().with(|o| o.lease = None);
+    for scene in [gone, late] {
+        let d = decide(&scene.o, &scene.memory);
+        let Some(Record::Leadership(l)) = d.open.as_ref().and_then(|o| o.change.puts.first())
+        else {
+            panic!("{d:?}");
+        };
+        assert!(
+            l.cause.starts_with("a gave up: a write in /d"),
+            "{}",
+            l.cause
+        );
+    }
 }
 
 #[test]
