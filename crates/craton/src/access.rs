@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use craton_console::views::StatusView;
+use craton_console::views::{HistoryView, StatusView};
 use craton_console::{Client, ClientError, Token};
 use craton_trust::authority::{BUNDLE_FILE, KEY_FILE};
 use craton_trust::{Guest, Role};
@@ -157,6 +157,19 @@ impl Access {
             }
         }
         Err(self.nobody(last))
+    }
+
+    /// What happened, by the agent that knows the newest state of the cluster: one that is cut off, or whose disk
+    /// hangs, would tell an old story.
+    pub async fn history(&self) -> anyhow::Result<HistoryView> {
+        const PATH: &str = "/v1/history";
+        if let Ok(status) = self.status().await
+            && let Some(newest) = status.members.iter().find(|m| m.id == status.answered_by)
+            && let Ok(view) = self.client.get_json(&newest.api, PATH).await
+        {
+            return Ok(view);
+        }
+        self.get(PATH).await
     }
 
     /// Sends a command: to `first` if given, else to any agent that can be reached. Another agent is

@@ -1,14 +1,12 @@
 //! `craton history`: changes of leadership, oldest first.
 
-use craton_console::views::HistoryView;
-
 use crate::access::Access;
 use crate::exit;
 use crate::output::{self, Colour, cell, plain};
 
 /// Runs the command.
 pub async fn run(access: &Access, json: bool) -> anyhow::Result<u8> {
-    let view: HistoryView = access.get("/v1/history").await?;
+    let view = access.history().await?;
     if json {
         output::json(&view)?;
         return Ok(exit::OK);

@@ -114,7 +114,7 @@ pub async fn gather(access: &Access, dir: &Path) -> anyhow::Result<Facts> {
     Ok(Facts {
         now_ms: now_ms(),
         agents,
-        history: access.get("/v1/history").await.unwrap_or_default(),
+        history: access.history().await.unwrap_or_default(),
         status,
         doors,
         local,
