@@ -91,11 +91,15 @@ pub async fn keep_say(coordinator: Arc<dyn Coordinator>, me: MemberId, wish: Vot
             return;
         };
         forget_removed(&coordinator).await;
-        if !should_vote(&members.members(), &me, wish) {
+        let config = members.members();
+        if !should_vote(&config, &me, wish) {
             continue;
         }
-        let member = me.clone();
-        match members.change(MembersChange::Promote { member }).await {
+        let promote = MembersChange::Promote {
+            member: me.clone(),
+            below: (wish == VoterWish::Auto).then(|| enough(&config)),
+        };
+        match members.change(promote).await {
             Ok(()) => tracing::info!("this member is a voter of the coordinator now"),
             Err(error) => tracing::debug!(%error, "this member is no voter yet"),
         }
@@ -148,17 +152,22 @@ async fn forget_removed(coordinator: &Arc<dyn Coordinator>) {
     }
 }
 
-/// An even number of voters survives no more losses than one less, and needs one more for a majority.
+/// How many voters are enough: an even number survives no more losses than one less, and needs one more for a
+/// majority.
+fn enough(config: &Configuration) -> usize {
+    let all = config.voters.len() + config.learners.len();
+    if all.is_multiple_of(2) { all - 1 } else { all }
+}
+
+/// Whether a member asks for a say.
 pub fn should_vote(config: &Configuration, me: &MemberId, wish: VoterWish) -> bool {
     if !config.learners.contains(me) {
         return false;
     }
-    let all = config.voters.len() + config.learners.len();
-    let odd = if all.is_multiple_of(2) { all - 1 } else { all };
     match wish {
         VoterWish::Never => false,
         VoterWish::Always => true,
-        VoterWish::Auto => config.voters.len() < odd,
+        VoterWish::Auto => config.voters.len() < enough(config),
     }
 }
 
@@ -339,7 +348,10 @@ async fn promote(
     Json(MemberRequest { member }): Json<MemberRequest>,
 ) -> Result<Response, Refusal> {
     let members = membership(&api)?;
-    let change = members.change(MembersChange::Promote { member });
+    let change = members.change(MembersChange::Promote {
+        member,
+        below: None,
+    });
     change.await.map_err(|e| not_changed(&e))?;
     list(State(Arc::clone(&api))).await
 }

@@ -75,6 +75,10 @@ pub enum Change {
     Promote {
         /// Who.
         member: MemberId,
+        /// Only while there are fewer voters than this. The leader decides it, whose count is never old: members
+        /// that join at one moment would all find room for one more.
+        #[serde(default)]
+        below: Option<usize>,
     },
     /// Take a voter's say away; it stays a member.
     Demote {
@@ -106,6 +110,9 @@ pub enum ChangeRefused {
     /// The member to be promoted is not there, or lacks entries.
     #[error("{0} has not caught up yet")]
     Behind(MemberId),
+    /// There are as many voters as were asked for.
+    #[error("there are {0} voters, and that is enough")]
+    Enough(usize),
     /// Nobody would be left who has a say.
     #[error("{0} is the last voter")]
     LastVoter(MemberId),
@@ -175,9 +182,12 @@ impl Configuration {
                 next.removed.remove(member);
                 next.addresses.insert(member.clone(), address.clone());
             }
-            Change::Promote { member } => {
+            Change::Promote { member, below } => {
                 if self.voters.contains_key(member) {
                     return Err(ChangeRefused::Nothing);
+                }
+                if below.is_some_and(|enough| self.voters.len() >= enough) {
+                    return Err(ChangeRefused::Enough(self.voters.len()));
                 }
                 if !next.learners.remove(member) {
                     return Err(ChangeRefused::Unknown(member.clone()));
@@ -212,7 +222,7 @@ impl Configuration {
         }
         if next.voters.is_empty() {
             let (Change::Admit { member, .. }
-            | Change::Promote { member }
+            | Change::Promote { member, .. }
             | Change::Demote { member }
             | Change::Remove { member }) = change;
             return Err(ChangeRefused::LastVoter(member.clone()));
@@ -234,7 +244,7 @@ impl Configuration {
         let mut next = self.clone();
         for change in changes {
             let birth = match change {
-                Change::Promote { member } => births.get(member).copied().unwrap_or(0),
+                Change::Promote { member, .. } => births.get(member).copied().unwrap_or(0),
                 _ => 0,
             };
             next = next.after(change, birth)?;
@@ -263,7 +273,7 @@ impl Raft {
             return Err(ChangeRefused::Pending);
         }
         let mut birth = 0;
-        if let Change::Promote { member } = change
+        if let Change::Promote { member, .. } = change
             && self.latest.learners.contains(member)
         {
             let patience = self.config.timings.election_timeout;

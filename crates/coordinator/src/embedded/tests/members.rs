@@ -33,7 +33,14 @@ async fn take_in(cluster: &mut Cluster, through: &MemberId, who: &MemberId) {
     change(&node, Change::Admit { member, address }).await;
     cluster.start_node(who).await;
     let member = who.clone();
-    change(&node, Change::Promote { member }).await;
+    change(
+        &node,
+        Change::Promote {
+            member,
+            below: None,
+        },
+    )
+    .await;
 }
 
 /// Renews until told to stop; the longest time without a renewal.

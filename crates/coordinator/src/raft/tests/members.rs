@@ -54,7 +54,13 @@ fn add(world: &mut World, who: &MemberId) {
     world.start(who);
     change(world, &admit(who));
     let member = who.clone();
-    change(world, &Change::Promote { member });
+    change(
+        world,
+        &Change::Promote {
+            member,
+            below: None,
+        },
+    );
 }
 
 fn leader_of_three(entries: Vec<Entry>) -> Raft {
@@ -224,7 +230,10 @@ fn nobody_is_promoted_before_it_has_caught_up() {
     let (mut world, leader) = settled(2, 3);
     world.add_node(&id(3));
     change(&mut world, &admit(&id(3)));
-    let promote = Change::Promote { member: id(3) };
+    let promote = Change::Promote {
+        member: id(3),
+        below: None,
+    };
     assert_eq!(
         world.change(&leader, &promote),
         Err(ChangeRefused::Behind(id(3)))
@@ -274,7 +283,13 @@ fn a_voter_that_lags_behind_elects_a_leader_that_it_does_not_know_to_be_a_voter(
     world.cut.insert((leader.clone(), other.clone()));
     world.cut.insert((other.clone(), leader.clone()));
     world
-        .change(&leader, &Change::Promote { member: id(2) })
+        .change(
+            &leader,
+            &Change::Promote {
+                member: id(2),
+                below: None,
+            },
+        )
         .unwrap();
     world.until("two of the three have it", 1, |w| w.config.1.epoch == 1);
     world.crash(&leader);
@@ -284,6 +299,32 @@ fn a_voter_that_lags_behind_elects_a_leader_that_it_does_not_know_to_be_a_voter(
     let before = world.completed;
     assert!(world.propose(&id(2)));
     world.until("it is done", 10, |w| w.completed > before);
+}
+
+/// Both asked while there was room for one; the leader counts.
+#[test]
+fn of_two_that_ask_for_the_last_say_one_gets_it() {
+    let (mut world, leader) = settled(4, 2);
+    for new in [id(2), id(3)] {
+        world.add_node(&new);
+        world.start(&new);
+        change(&mut world, &admit(&new));
+    }
+    let ask = |member| Change::Promote {
+        member,
+        below: Some(3),
+    };
+    change(&mut world, &ask(id(2)));
+    let refused = world.change(&leader, &ask(id(3))).unwrap_err();
+    assert_eq!(refused, ChangeRefused::Enough(3));
+    change(
+        &mut world,
+        &Change::Promote {
+            member: id(3),
+            below: None,
+        },
+    );
+    assert_eq!(raft(&mut world, &leader).latest().voters.len(), 4);
 }
 
 #[test]

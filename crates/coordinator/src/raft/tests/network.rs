@@ -105,7 +105,10 @@ fn change_something(world: &mut World) {
             address: format!("{member}:1"),
             member,
         },
-        _ => Change::Promote { member },
+        _ => Change::Promote {
+            member,
+            below: None,
+        },
     };
     let leaders: Vec<MemberId> = world
         .nodes
