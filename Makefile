@@ -48,7 +48,7 @@ setup-tests:
 	@scripts/setup.sh --tests
 
 test: setup-tests ## everything CI runs: all tests, on real PostgreSQL with PostGIS
-	$(CARGO) test --locked --workspace
+	$(CARGO) test --locked --workspace --no-fail-fast
 
 test-hosts: setup ## every real fault on hosts in network namespaces (root; LONG=1: rolling kills for 20 minutes)
 	CI=true CRATON_TEST_ROLLING_MINUTES=$(if $(LONG),20,2) $(CARGO) test --locked -p craton --test hosts -- --include-ignored --nocapture

@@ -309,9 +309,14 @@ fn pause_and_resume(c: &Cluster) {
     let before = c.json(&["status"]);
     let out = c.craton(&["pause", "--for", "1h", "--reason", "new switches"]);
     c.expect_ok(&out, "pause");
-    let paused = c.wait_status("a pause", LIMIT, |s| {
-        s["paused"]["reason"] == "new switches"
-    });
+    // Every agent knows of it when the command returns: one that did not would take over from a PostgreSQL that is
+    // stopped right after it.
+    for name in ["a", "b", "c"] {
+        let explained = text(&c.craton(&["explain", name]));
+        assert!(explained.contains("maintenance since"), "{explained}");
+    }
+    let paused = c.json(&["status"]);
+    assert_eq!(paused["paused"]["reason"], "new switches", "{paused}");
     assert!(
         paused["next"]
             .as_str()

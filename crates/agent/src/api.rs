@@ -262,6 +262,8 @@ impl AskedIn {
 
 /// So often a change is tried that loses its race against the agents' own.
 const RACES_MAX: usize = 5;
+/// For so long the answer to a change waits until this agent has seen the change itself.
+const SEEN_MAX: Duration = Duration::from_secs(2);
 
 impl Api {
     async fn read(&self) -> Result<ClusterView, Refusal> {
@@ -288,7 +290,10 @@ impl Api {
             let txn = store::txn(&change).map_err(|e| Refusal::unavailable(&e))?;
             let outcome = self.coordinator.txn(txn).await;
             match outcome.map_err(|e| Refusal::unavailable(&e))? {
-                TxnOutcome::Committed(revision) => return Ok((revision, value)),
+                TxnOutcome::Committed(revision) => {
+                    self.until_seen(revision).await;
+                    return Ok((revision, value));
+                }
                 TxnOutcome::Conflict => {}
             }
         }
@@ -296,6 +301,17 @@ impl Api {
             "the cluster's state changed again and again at this very moment",
             "look at craton status and ask again",
         ))
+    }
+
+    /// Waits until this agent acts by what was written: who is told that it is done finds it so in `craton status`.
+    async fn until_seen(&self, revision: u64) {
+        let mut seen = self.seen.clone();
+        let met = seen.wait_for(|s| {
+            let view = s.as_ref().and_then(|s| s.0.view.as_ref());
+            view.is_some_and(|v| v.revision >= revision)
+        });
+        // It is written in any case; an agent that is too slow to see it in time is only late.
+        let _ = tokio::time::timeout(SEEN_MAX, met).await;
     }
 
     /// As [`Self::transact`], for requests that are answered with a sentence.

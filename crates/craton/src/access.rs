@@ -90,9 +90,14 @@ impl Access {
 
     /// What every agent says that answers in time.
     pub async fn statuses(&self) -> Vec<Result<StatusView, ClientError>> {
+        self.statuses_of(&self.agents).await
+    }
+
+    /// What the agents at these addresses say that answer in time, in any order.
+    pub async fn statuses_of(&self, agents: &[String]) -> Vec<Result<StatusView, ClientError>> {
         let client = self.client.clone().with_timeout(LOOK_TIMEOUT);
         let mut asked = JoinSet::new();
-        for agent in self.agents.clone() {
+        for agent in agents.iter().cloned() {
             let client = client.clone();
             asked.spawn(async move { client.get_json::<StatusView>(&agent, "/v1/status").await });
         }

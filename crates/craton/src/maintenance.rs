@@ -18,6 +18,8 @@ use crate::output;
 
 /// How long an agent may take to write a wish down.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
+/// An agent that runs and reaches the coordinator hears of a pause within a fraction of this.
+const PAUSE_KNOWN_MAX: Duration = Duration::from_secs(5);
 /// How often something that goes on is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 /// A restart is followed for this long for each member; the cluster itself gives up before.
@@ -130,7 +132,38 @@ pub async fn pause(access: &Access, args: PauseArgs, json: bool) -> anyhow::Resu
         reason: args.reason,
         by: Some(ask::who()),
     };
-    report(&tell(access, "/v1/pause", &request).await?, json)
+    let done = tell(access, "/v1/pause", &request).await?;
+    for member in not_yet_paused(access).await {
+        output::note(format!(
+            "the agent of {member} has not said that it knows of the pause: until it hears of it, it acts as before"
+        ));
+    }
+    report(&done, json)
+}
+
+/// Waits until the agent of every member knows of the pause, for what is done by hand right after the command must
+/// find it in force: an agent that has not heard of it would still take over from a PostgreSQL that is stopped then.
+/// Returns the members whose agents did not say so in time. Those that are known to be down are not waited for.
+async fn not_yet_paused(access: &Access) -> Vec<MemberId> {
+    let deadline = Instant::now() + PAUSE_KNOWN_MAX;
+    loop {
+        let Ok(status) = access.status().await else {
+            return Vec::new();
+        };
+        let agents: Vec<String> = status.members.iter().map(|m| m.api.clone()).collect();
+        let answers = access.statuses_of(&agents).await;
+        let know: Vec<MemberId> = answers
+            .into_iter()
+            .flatten()
+            .filter(|s| s.paused.is_some())
+            .map(|s| s.answered_by)
+            .collect();
+        let left = || status.members.iter().filter(|m| !know.contains(&m.id));
+        if !left().any(|m| m.agent_alive) || Instant::now() >= deadline {
+            return left().map(|m| m.id.clone()).collect();
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 /// Runs `craton resume`.
