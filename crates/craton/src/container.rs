@@ -6,7 +6,7 @@
 //! * [`init`]: the first process: children, signals, the dead. [`leave`]: the handover before a stop.
 //! * [`daemon`]: waits for what must be there and becomes the daemon.
 //! * [`side`]: metrics and health in the clear, [`first_start`], the backups' [`schedule`].
-//! * [`names`]: links to the program; [`repmgr`], [`pcp`], [`barman`]: what they do.
+//! * [`names`]: links to the program; [`repmgr`], [`pcp`], [`barman`]: what they do; [`shown`]: files that are looked at.
 
 use clap::Subcommand;
 
@@ -27,6 +27,7 @@ pub mod pcp;
 pub mod plan;
 pub mod repmgr;
 pub mod schedule;
+pub mod shown;
 pub mod side;
 pub mod ssh;
 

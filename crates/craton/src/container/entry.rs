@@ -13,10 +13,10 @@ use craton_console::front::AboutView;
 use craton_core::MemberId;
 use serde::{Deserialize, Serialize};
 
-use super::adopt;
 use super::environment::{Environment, Kind, is_secret};
 use super::keys::{self, Holder};
 use super::plan::{self, CLUSTER_DEFAULT, FRONT_PORT, Here, NODE_DIR, NodeNames};
+use super::{adopt, shown};
 use crate::cli::wait_for;
 use crate::exit::{Problem, USAGE};
 use crate::owner::{self, Account};
@@ -152,6 +152,16 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
     let node = (kind == Kind::Node)
         .then(|| node_names(&env, &hostname))
         .transpose()?;
+    if kind == Kind::Proxy {
+        if env.get("BACKENDS").is_none() {
+            tracing::warn!(
+                "BACKENDS is not set: {} is asked for the cluster",
+                plan::BACKENDS_DEFAULT
+            );
+        }
+        // Before anything is waited for: people look here when nothing comes up.
+        shown::write_pool_conf(&env).map_err(|e| usage(e.to_string()))?;
+    }
     let cluster = cluster_name(kind, &env)?;
     let facts = Facts {
         kind,

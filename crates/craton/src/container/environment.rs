@@ -320,7 +320,7 @@ pub const VARIABLES: &[Variable] = &[
     used(
         PROXY,
         "BACKENDS",
-        "",
+        super::plan::BACKENDS_DEFAULT,
         "The nodes: `num:host:port:weight:data_directory:flag[,…]`. One that is reached is enough: the others are learnt from it. num, host and weight are shown by `show pool_nodes`",
     ),
     used(

@@ -310,6 +310,9 @@ fn renamed(name: String, value: String, notes: &mut Vec<String>) -> (String, Str
     (new.to_owned(), new_value)
 }
 
+/// The first node of the compose file, which names the others.
+pub const BACKENDS_DEFAULT: &str = "0:pgmaster";
+
 /// One of `BACKENDS`.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Backend {
@@ -326,7 +329,11 @@ pub struct Backend {
 /// Reads `BACKENDS`: `num:host:port:weight:data_directory:flag`, where all after the host may be left out.
 pub fn backends(env: &Environment) -> Result<Vec<Backend>, String> {
     let mut found = Vec::new();
-    for entry in env.list("BACKENDS") {
+    let mut entries = env.list("BACKENDS");
+    if entries.is_empty() {
+        entries.push(BACKENDS_DEFAULT.to_owned());
+    }
+    for entry in entries {
         let mut fields = entry.split(':').map(str::trim);
         let mut next = || fields.next().unwrap_or_default();
         let (id, host, port, weight) = (next(), next(), next(), next());
@@ -366,12 +373,6 @@ pub fn proxy(env: &Environment, here: &Here<'_>) -> Result<Plan, String> {
     let secrets = here.secrets;
     let mut plan = Plan::new("proxy");
     let nodes = backends(env)?;
-    if nodes.is_empty() {
-        return Err(
-            "BACKENDS is not set: name at least one node, for example BACKENDS=0:pgmaster:5432"
-                .to_owned(),
-        );
-    }
     let apis: Vec<String> = nodes
         .iter()
         .map(|b| format!("{}:{API_PORT}", b.host))
@@ -723,7 +724,8 @@ mod tests {
                 "{wrong}"
             );
         }
-        assert!(proxy(&env(Kind::Proxy, &[]), &HERE).is_err());
+        let alone = backends(&env(Kind::Proxy, &[])).unwrap();
+        assert_eq!((alone.len(), alone[0].host.as_str()), (1, "pgmaster"));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use super::entry::Facts;
 use super::environment::Kind;
 use super::plan::{API_PORT, FRONT_PORT, PROXY_HTTP};
 use super::schedule::Schedule;
-use super::{barman, daemon, first_start};
+use super::{barman, daemon, first_start, shown};
 use crate::certificates;
 use crate::cli::wait_for;
 
@@ -46,6 +46,7 @@ pub fn run() -> anyhow::Result<u8> {
         match facts.kind {
             Kind::Node => {
                 tasks.spawn(first_start::run(Arc::clone(&facts)));
+                tasks.spawn(shown::keep_postgresql_conf(Arc::clone(&facts)));
             }
             Kind::Proxy => {}
             Kind::Backup => {
