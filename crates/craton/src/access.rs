@@ -97,8 +97,8 @@ impl Access {
     pub async fn statuses_of(&self, agents: &[String]) -> Vec<Result<StatusView, ClientError>> {
         let client = self.client.clone().with_timeout(LOOK_TIMEOUT);
         let mut asked = JoinSet::new();
-        for agent in agents.iter().cloned() {
-            let client = client.clone();
+        for agent in agents {
+            let (client, agent) = (client.clone(), agent.clone());
             asked.spawn(async move { client.get_json::<StatusView>(&agent, "/v1/status").await });
         }
         asked.join_all().await

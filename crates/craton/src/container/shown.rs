@@ -148,7 +148,7 @@ mod tests {
             ("CONFIGS_ASSIGNMENT_SYMBOL", ")"),
         ]
         .map(|(k, v)| (k.to_owned(), v.to_owned()));
-        let env = Environment::gather(Kind::Proxy, all.into_iter(), |_| Err("no".into())).unwrap();
+        let env = Environment::gather(Kind::Proxy, all, |_| Err("no".into())).unwrap();
         let text = pool_conf(&env).unwrap();
         let lines: Vec<&str> = text.lines().filter(|l| !l.starts_with('#')).collect();
         assert_eq!(
