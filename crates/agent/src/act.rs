@@ -281,6 +281,7 @@ impl Actor {
         self.end_strays(KILL_MAX).await?;
         match task {
             Task::InitDb => self.init_db().await,
+            Task::Adopt => self.adopt().await,
             Task::StartStandby => self.start_standby().await,
             Task::StartPrimary { sync } => self.start_primary(sync).await,
             Task::Stop { how, why } => self.stop(how, &why).await,

@@ -12,6 +12,7 @@ use craton_core::observe::{
     TaskView,
 };
 use craton_core::records::ClusterView;
+use craton_core::settings::Settings;
 use craton_core::topology::{MemberRole, Topology};
 use craton_core::{BootTime, MemberId};
 use tokio::sync::watch;
@@ -322,7 +323,7 @@ impl Agent {
             now: clock::now(),
             wall_ms: clock::wall_ms(),
             cluster_name: self.config.cluster.clone(),
-            initial_settings: self.config.initial.clone(),
+            initial_settings: self.initial_settings(),
             me: Me {
                 id: self.config.member.clone(),
                 incarnation: state.incarnation,
@@ -333,6 +334,7 @@ impl Agent {
                 priority: self.config.effective_priority(),
                 noload: self.config.noload,
                 upstream: self.config.upstream.clone(),
+                first_start: self.config.first_start,
             },
             view,
             lease: self.lease.get(),
@@ -364,6 +366,15 @@ impl Agent {
             task: self.task.as_ref().map(|(view, _)| view.clone()),
             failures: self.failures.values().cloned().collect(),
         }
+    }
+
+    /// What a new cluster starts with; the operator's word goes over what a database brings along.
+    fn initial_settings(&self) -> Settings {
+        let mut settings = self.config.initial.clone();
+        for (key, value) in self.server.carried() {
+            settings.postgresql.entry(key).or_insert(value);
+        }
+        settings
     }
 
     fn host(&self) -> Host {

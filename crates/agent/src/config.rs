@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use craton_coordinator::place::Place;
 use craton_core::MemberId;
+pub use craton_core::observe::FirstStart;
 use craton_core::settings::Settings;
 use craton_trust::TlsSettings;
 use serde::{Deserialize, Serialize};
@@ -117,6 +118,15 @@ pub struct AgentConfig {
     /// from the leader, this member does. Such a member is not waited for by commits, and so never elected by itself.
     #[serde(default, alias = "replicatefrom")]
     pub upstream: Option<MemberId>,
+    /// What this member does while there is no cluster: `make` (one of the members makes an empty database), `adopt`
+    /// (the PostgreSQL data directory that stands in `data` below `dir` becomes the cluster's database), `wait` (nothing:
+    /// another member founds the cluster).
+    #[serde(default, skip_serializing_if = "is_make")]
+    pub first_start: FirstStart,
+    /// Take logins whose passwords are stored as MD5, too (an adopted database may have such). SCRAM is asked for
+    /// wherever a role has it. Set it alike on all members.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub md5_passwords: bool,
     /// The directory of PostgreSQL's programs; the newest installed version if not given.
     #[serde(default)]
     pub bin_dir: Option<PathBuf>,
@@ -153,6 +163,11 @@ pub struct AgentConfig {
     /// The watchdog device.
     #[serde(default = "watchdog_device")]
     pub watchdog_device: PathBuf,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_make(first: &FirstStart) -> bool {
+    *first == FirstStart::Make
 }
 
 fn is_default(tls: &TlsSettings) -> bool {

@@ -11,6 +11,7 @@
 //! * [`api`], [`views`], [`metrics`], [`hooks`]: what others see. [`run()`] wires it all.
 
 pub mod act;
+mod adopting;
 pub mod agent;
 pub mod api;
 mod catch_up;
@@ -39,7 +40,7 @@ pub mod views;
 pub mod witness;
 
 pub use api::coordinator::{MoveRequest, ProbeRequest};
-pub use config::{AgentConfig, CloneConfig, Peer, Secrets, VoterWish, WatchdogMode};
+pub use config::{AgentConfig, CloneConfig, FirstStart, Peer, Secrets, VoterWish, WatchdogMode};
 pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};
 pub use craton_coordinator::etcd;
 pub use craton_coordinator::place::{Backend, Place};

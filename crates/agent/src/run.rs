@@ -162,6 +162,7 @@ pub async fn run_with(
     let others = admission.others.clone();
     make_dir(&config.dir)?;
     let server = local_server(&config, &secrets, trust.as_deref())?;
+    refuse_strange_server(&config, &server).await?;
     let fencing = Fencing::start(&config).map_err(io("cannot start the fence"))?;
     let adopted = adopt(&server).await?;
     let lease = start_lease(&config, &coordinator, &fencing, lease_runtime, &others);
@@ -225,6 +226,25 @@ pub async fn run_with(
     stop(&server, &lease, &coordinator, &fencing).await;
     say_stopped(hooks, &coordinator).await;
     Ok(())
+}
+
+/// A PostgreSQL that runs here and that no agent has started is somebody else's: it is neither taken over nor stopped.
+async fn refuse_strange_server(
+    config: &AgentConfig,
+    server: &LocalServer,
+) -> Result<(), AgentError> {
+    let state = StateFile::open(&config.dir).map_err(io("cannot read the member's state"))?;
+    if state.get().incarnation.is_some() || server.instance.is_marked().await {
+        return Ok(());
+    }
+    let Some(process) = server.instance.adopt().await? else {
+        return Ok(());
+    };
+    Err(AgentError::Config(format!(
+        "a PostgreSQL that Craton did not start runs in {} (pid {}): stop it first, with pg_ctl stop -m fast or its service, and see that nothing starts it again",
+        server.instance.data_dir().display(),
+        process.pid()
+    )))
 }
 
 /// Takes over a PostgreSQL that runs.
@@ -419,7 +439,7 @@ fn local_server(
         instance,
         passfile,
         config.postgresql.clone(),
-        config.networks.clone(),
+        (config.networks.clone(), config.md5_passwords),
         trust.map(trust::for_postgres),
     ))
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use craton_core::health::{CRASH_WINDOW, Host};
-use craton_core::observe::{DataView, Server, ServerView};
+use craton_core::observe::{DataView, Origin, Server, ServerView};
 use craton_core::records::Seal;
 use craton_core::sync::{StandbyView, SyncSet, parse_application_name};
 use craton_core::{BootTime, Lsn, MemberId, Term};
@@ -37,6 +37,8 @@ struct Known {
     process: Option<Postmaster>,
     sample: Option<(ServerSample, BootTime)>,
     data: Option<DataView>,
+    /// See [`LocalServer::carried`].
+    carried: BTreeMap<String, String>,
     maybe_primary: bool,
     upstream: Option<(MemberId, Term)>,
     in_force: Option<SyncSet>,
@@ -129,6 +131,8 @@ pub struct LocalServer {
     pub libraries: LibrariesHere,
     /// Who may log in from where.
     pub networks: Vec<String>,
+    /// Logins by MD5 are taken, too.
+    pub md5: bool,
     /// PostgreSQL's certificate: the agent's own.
     pub tls: Option<PgTls>,
     /// Wakes the agent's loop.
@@ -146,7 +150,7 @@ impl LocalServer {
         instance: Instance,
         passfile: PathBuf,
         settings: BTreeMap<String, String>,
-        networks: Vec<String>,
+        (networks, md5): (Vec<String>, bool),
         tls: Option<PgTls>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -156,6 +160,7 @@ impl LocalServer {
             parameters: Parameters::new(settings),
             libraries: LibrariesHere::default(),
             networks,
+            md5,
             tls,
             changed: Notify::new(),
             look: Notify::new(),
@@ -440,10 +445,35 @@ impl LocalServer {
             Ok(DataDir::Cluster { control, .. }) => DataView::Present {
                 system_id: control.system_identifier.to_string(),
                 timeline: control.timeline,
+                origin: self.origin().await,
             },
             Err(error) => return (DataView::Foreign(error.to_string()), false),
         };
         (view, true)
+    }
+
+    /// Whose the data directory is.
+    async fn origin(&self) -> Origin {
+        if self.process().is_some() || self.instance.is_marked().await {
+            return Origin::Own;
+        }
+        let (refused, carried) = match self.instance.inspect().await {
+            Ok(Ok(found)) => {
+                for note in &found.notes {
+                    tracing::debug!("the data directory is not Craton's: {note}");
+                }
+                (None, found.carried)
+            }
+            Ok(Err(why)) => (Some(why), BTreeMap::new()),
+            Err(error) => (Some(error.to_string()), BTreeMap::new()),
+        };
+        self.known().carried = carried;
+        Origin::Strange { refused }
+    }
+
+    /// Parameters of a data directory that may be adopted, which a cluster founded with it goes on with.
+    pub fn carried(&self) -> BTreeMap<String, String> {
+        self.known().carried.clone()
     }
 
     /// The server for a decision.
@@ -613,12 +643,17 @@ impl LocalServer {
     /// The configuration for a role.
     pub fn managed(&self, upstream: Option<Upstream>, sync: SyncNames) -> ManagedConfig {
         let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
+        let hba = HbaRule::standard(&networks, self.tls.is_some());
         ManagedConfig {
             upstream,
             restore_command: None,
             sync,
             settings: self.parameters.to_write(),
-            hba: HbaRule::standard(&networks, self.tls.is_some()),
+            hba: if self.md5 {
+                HbaRule::with_md5(hba)
+            } else {
+                hba
+            },
             tls: self.tls.clone(),
         }
     }

@@ -112,6 +112,7 @@ pub fn txn(change: &Change) -> Result<Txn, StoreError> {
 
 #[cfg(test)]
 mod tests {
+    use craton_core::observe::FirstStart;
     use craton_core::records::ClusterRecord;
 
     use super::*;
@@ -123,6 +124,7 @@ mod tests {
             initializer: MemberId::new("a").unwrap(),
             system_id: None,
             bootstrapped: false,
+            founding: FirstStart::Make,
         };
         let change = Change {
             expect: vec![(Key::Cluster, 0)],

@@ -21,7 +21,7 @@ pub use vote::next_sync;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::observe::{DataView, Observation, ServerView};
+use crate::observe::{DataView, Observation, Origin, ServerView};
 use crate::promise::PromiseNeed;
 use crate::records::{
     Change, ClusterView, Event, Key, Leadership, MemberRecord, Record, Timelines,
@@ -44,6 +44,8 @@ pub enum StopHow {
 pub enum Task {
     /// Make the cluster's one database.
     InitDb,
+    /// Prepare the data directory that stands here to be the cluster's one database.
+    Adopt,
     /// Start PostgreSQL as a standby that streams from nobody, so that its end of WAL can be known.
     StartStandby,
     /// Start PostgreSQL in place as the primary it was, with this sync set.
@@ -134,6 +136,7 @@ pub enum Task {
 #[allow(missing_docs, reason = "each is named after its task")]
 pub enum TaskKind {
     InitDb,
+    Adopt,
     StartStandby,
     StartPrimary,
     Stop,
@@ -155,6 +158,7 @@ impl Task {
     pub fn kind(&self) -> TaskKind {
         match self {
             Self::InitDb => TaskKind::InitDb,
+            Self::Adopt => TaskKind::Adopt,
             Self::StartStandby => TaskKind::StartStandby,
             Self::StartPrimary { .. } => TaskKind::StartPrimary,
             Self::Stop { .. } => TaskKind::Stop,
@@ -564,17 +568,11 @@ fn with_leadership(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, fenc
             return mind.because("foreign", text);
         }
         DataView::Empty => return standby::clone_rule(mind, view, l),
-        DataView::Present { system_id, .. } => {
-            let expected = view
-                .cluster
-                .as_ref()
-                .and_then(|c| c.value.system_id.as_ref());
-            if expected != Some(system_id) {
-                let text = format!(
-                    "the data directory has system identifier {system_id}, the cluster {}: this member does not join; move the directory away to have it cloned",
-                    expected.map_or("none yet", String::as_str)
-                );
-                return mind.because("wrong_system_id", text);
+        DataView::Present {
+            system_id, origin, ..
+        } => {
+            if is_stranger(mind, view, l, system_id, origin) {
+                return;
             }
         }
     }
@@ -588,6 +586,41 @@ fn with_leadership(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, fenc
     } else {
         standby::standby_rule(mind, view, l, fenced);
     }
+}
+
+/// Data that do not belong to this cluster, or that nobody can tell how they came to belong to it. They are not
+/// touched unless an operator says so.
+fn is_stranger(
+    mind: &mut Mind<'_>,
+    view: &ClusterView,
+    l: &Leadership,
+    system_id: &str,
+    origin: &Origin,
+) -> bool {
+    let expected = view.cluster.as_ref();
+    let expected = expected.and_then(|c| c.value.system_id.as_deref());
+    let me = &mind.o.me.id;
+    let way = format!("`craton reinit {me}` throws it away and clones; or move it away");
+    if expected != Some(system_id) {
+        let text = format!(
+            "the data directory has system identifier {system_id}, the cluster {}: this member does not join; {way}",
+            expected.unwrap_or("none yet")
+        );
+        mind.because("wrong_system_id", text);
+    } else if mind.o.me.incarnation.is_none() && matches!(origin, Origin::Strange { .. }) {
+        // On the leader's timeline it could be ahead of the leader, and PostgreSQL would not notice once the leader
+        // has passed that point.
+        let text = format!(
+            "the data directory is a copy of the cluster's database that Craton did not make: whether it is part of the leader's history cannot be known, so it does not join; {way}"
+        );
+        mind.because("strange_copy", text);
+    } else {
+        return false;
+    }
+    if expected.is_some() && matches!(mind.o.server, ServerView::Down) {
+        order::reinit_of_stranger(mind, view, l);
+    }
+    true
 }
 
 #[cfg(test)]

@@ -32,6 +32,21 @@ pub struct Me {
     pub noload: bool,
     /// The standby that it streams from while that one streams from the leader itself; none: from the leader.
     pub upstream: Option<MemberId>,
+    /// What it does while there is no cluster.
+    pub first_start: FirstStart,
+}
+
+/// What a member does while there is no cluster yet, or how a cluster came to its database.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FirstStart {
+    /// One of the members makes an empty database.
+    #[default]
+    Make,
+    /// The data directory that stands here already becomes the cluster's database.
+    Adopt,
+    /// Nothing: another member founds the cluster.
+    Wait,
 }
 
 impl Me {
@@ -79,6 +94,20 @@ pub enum DataView {
         system_id: String,
         /// The timeline of its last checkpoint.
         timeline: TimelineId,
+        /// Whose it is.
+        origin: Origin,
+    },
+}
+
+/// Who made a data directory, as far as its files tell.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Origin {
+    /// Craton made it or has run it. Without its records nobody can know whether it is the newest copy.
+    Own,
+    /// Craton has never touched it.
+    Strange {
+        /// Why it cannot be taken over as it is, and what to do about that.
+        refused: Option<String>,
     },
 }
 

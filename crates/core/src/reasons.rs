@@ -18,6 +18,21 @@ const fn m(code: &'static str, means: &'static str, todo: &'static str) -> Meani
 /// All of them, in alphabetical order.
 pub const MEANINGS: &[Meaning] = &[
     m(
+        "adopted_data_missing",
+        "The cluster was claimed for a data directory of this member that is not there any more.",
+        "Bring it back to where it was. To begin with another database instead, empty the coordinator directories of all members and start anew.",
+    ),
+    m(
+        "adopter_silent",
+        "The member that founds this cluster with an existing data directory is silent, and nobody makes an empty database in its place.",
+        "Start that member.",
+    ),
+    m(
+        "adopting",
+        "The data directory that was here before the cluster is being prepared to be its database.",
+        "",
+    ),
+    m(
         "back_off",
         "The last try failed; the next one waits a moment, longer after every failure.",
         "Mend what the error names; nothing else is needed.",
@@ -36,6 +51,11 @@ pub const MEANINGS: &[Meaning] = &[
         "busy",
         "A long action is in progress, and there is only ever one at a time.",
         "",
+    ),
+    m(
+        "cannot_adopt",
+        "The data directory was to found the cluster and cannot as it is; nothing in it was changed.",
+        "Do what the text says; craton adopt check DIRECTORY looks at it once more.",
     ),
     m(
         "cannot_start",
@@ -215,6 +235,11 @@ pub const MEANINGS: &[Meaning] = &[
         "If it stays so, read pg.log of this member.",
     ),
     m(
+        "nothing_to_adopt",
+        "This member is to found the cluster with an existing data directory, and has none.",
+        "Move the data directory to data in node.dir, or set first_start = \"make\".",
+    ),
+    m(
         "on_promises",
         "The coordinator is away, and standbys promise not to elect anybody: the leader goes on, and the sync set stays as it is.",
         "Bring a majority of the voters back, or the etcd that keeps the records.",
@@ -367,6 +392,16 @@ pub const MEANINGS: &[Meaning] = &[
         "craton restart MEMBER starts it; craton resume lets the cluster decide.",
     ),
     m(
+        "strange_copy",
+        "This member's data directory is of the cluster's database, but Craton did not make the copy, so nobody knows whether it is part of the leader's history.",
+        "craton reinit MEMBER throws it away and clones; or move it away.",
+    ),
+    m(
+        "strange_data",
+        "There is a database here that Craton did not make, and there is no cluster yet. It is not touched.",
+        "To found the cluster with it set first_start = \"adopt\" in [node]; else start with an empty directory.",
+    ),
+    m(
         "stuck",
         "This member could not stream for long: it is rewound or cloned anew.",
         "",
@@ -420,6 +455,11 @@ pub const MEANINGS: &[Meaning] = &[
         "waiting_for_checkpoint",
         "pg_rewind needs the new leader's first checkpoint.",
         "",
+    ),
+    m(
+        "waiting_for_founder",
+        "There is no cluster yet, and this member is set to wait for another that founds it.",
+        "Start that member, or set first_start = \"make\".",
     ),
     m(
         "waiting_for_initdb",

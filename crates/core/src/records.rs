@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::observe::FirstStart;
 use crate::settings::{Durability, Settings};
 use crate::sync::SyncSet;
 use crate::types::{Incarnation, Lsn, MemberId, Term, TimelineId};
@@ -74,6 +75,9 @@ pub struct ClusterRecord {
     /// True once roles and functions exist, so that other members and proxies can log in.
     #[serde(default)]
     pub bootstrapped: bool,
+    /// How the initializer comes to the database. Only for an empty one may another member take its place.
+    #[serde(default)]
+    pub founding: FirstStart,
 }
 
 /// A member in one of its incarnations.

@@ -10,9 +10,9 @@ use craton_core::MemberId;
 
 use crate::access::Access;
 use crate::{
-    backup, ca, change, configure, container, coordinator, daemons, divergence, doctor, down,
-    drill, explain, history, join, layout, maintenance, member, psql, recover, restore, status,
-    supervise, up,
+    adopt, backup, ca, change, configure, container, coordinator, daemons, divergence, doctor,
+    down, drill, explain, history, join, layout, maintenance, member, psql, recover, restore,
+    status, supervise, up,
 };
 
 /// High availability for PostgreSQL and PostGIS: failover, pooling proxy and backup in one program.
@@ -122,6 +122,9 @@ pub enum Command {
     /// Where the cluster's records are (in the members, or in an etcd), and moving them
     #[command(subcommand)]
     Coordinator(coordinator::CoordinatorCommand),
+    /// Data directories that were there before the cluster
+    #[command(subcommand)]
+    Adopt(adopt::AdoptCommand),
     /// On a surviving member whose agent is stopped: go on alone when the majority of the voters is lost for good
     Recover(recover::RecoverArgs),
     /// WAL that members kept because the cluster does not have it
@@ -216,6 +219,9 @@ pub struct UpArgs {
     /// Leave the sample map out
     #[arg(long)]
     pub no_sample: bool,
+    /// Found the cluster with a copy of this PostgreSQL data directory, whose server is stopped
+    #[arg(long, value_name = "DIRECTORY")]
+    pub adopt: Option<PathBuf>,
     /// First of the ports: the proxy gets this + 2 for writes and + 3 for reads
     #[arg(long, default_value_t = BASE_PORT_DEFAULT, value_name = "PORT", value_parser = clap::value_parser!(u16).range(1024..=65000))]
     pub base_port: u16,
@@ -326,6 +332,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
             wait_for(coordinator::run(&access()?, &dir, command, json))
         }
         Command::Divergence(command) => wait_for(divergence::run(&access()?, command, json)),
+        Command::Adopt(command) => adopt::run(&command, json),
         Command::Recover(args) => recover::run(&args),
         Command::Psql(args) => psql::run(&dir, args),
         Command::Backup(command) => backup::run(&dir, command, json),

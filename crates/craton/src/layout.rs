@@ -61,6 +61,9 @@ pub struct ClusterFile {
     /// There is a witness.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub witness: bool,
+    /// Its database was there before it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub adopted: bool,
     /// Whether the sample map is (to be) loaded.
     pub sample: bool,
     /// PostgreSQL's programs.
@@ -390,6 +393,7 @@ mod tests {
             durability: "quorum".into(),
             synchronous_backup: false,
             witness: true,
+            adopted: false,
             sample: true,
             postgres_bin: "/usr/lib/postgresql/15/bin".into(),
             coordinator: Place::default(),

@@ -16,6 +16,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 pub mod access;
+pub mod adopt;
 pub mod ask;
 pub mod backup;
 pub mod ca;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use craton_agent::witness::WitnessConfig;
-use craton_agent::{AgentConfig, CloneConfig, Peer};
+use craton_agent::{AgentConfig, CloneConfig, FirstStart, Peer};
 use craton_core::MemberId;
 use craton_core::settings::{Durability, Settings};
 use craton_trust::TlsSettings;
@@ -122,6 +122,15 @@ fn witness(layout: &Layout) -> anyhow::Result<WitnessConfig> {
     })
 }
 
+/// An adopted database stands with the first member.
+fn first_start(layout: &Layout, member: &MemberId) -> FirstStart {
+    match layout.cluster.adopted {
+        false => FirstStart::Make,
+        true if layout.cluster.members.first() == Some(member) => FirstStart::Adopt,
+        true => FirstStart::Wait,
+    }
+}
+
 /// The `[node]` table of a member.
 fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
     let postgresql: BTreeMap<_, _> = POSTGRESQL
@@ -147,6 +156,8 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         nofailover: false,
         noload: false,
         upstream: None,
+        first_start: first_start(layout, member),
+        md5_passwords: layout.cluster.adopted,
         bin_dir: Some(layout.cluster.postgres_bin.clone()),
         secrets: layout.secrets(),
         networks: vec![format!("{HOST}/32")],

@@ -16,7 +16,7 @@ use crate::exit::{self, NOT_IN_TIME, Problem};
 use crate::layout::{CLUSTER_FILE, ClusterFile, FORMAT, Layout, member_names};
 use crate::output::{self, Colour, paint};
 use crate::{
-    down, owner, preflight, processes, ready, sample, secrets, settings, status, supervise,
+    adopt, down, owner, preflight, processes, ready, sample, secrets, settings, status, supervise,
 };
 
 /// The name of a local cluster.
@@ -40,7 +40,10 @@ pub fn run(dir: &Path, args: &UpArgs) -> anyhow::Result<u8> {
         let new = !dir.exists();
         if new {
             // Before anything is made: what is missing is said without leaving a trace.
-            preflight::postgres(!args.no_sample)?;
+            match &args.adopt {
+                Some(source) => adopt::programs_for(source).map(|_| ())?,
+                None => preflight::postgres(!args.no_sample).map(|_| ())?,
+            }
         }
         let made = owner::prepare_directory(dir, &account)?;
         let typed: Vec<_> = std::env::args_os().collect();
@@ -197,6 +200,7 @@ fn again(layout: &Layout, args: &UpArgs) -> anyhow::Result<()> {
         args.base_port != BASE_PORT_DEFAULT && args.base_port != cluster.base_port,
         args.synchronous_backup && !cluster.synchronous_backup,
         args.witness && !cluster.witness,
+        args.adopt.is_some(),
         args.coordinator != Kind::Embedded
             && !args
                 .etcd
@@ -240,7 +244,11 @@ async fn place_of_new(args: &UpArgs) -> anyhow::Result<Place> {
 }
 
 fn new_cluster(dir: &Path, args: &UpArgs, coordinator: Place) -> anyhow::Result<Layout> {
-    let postgres_bin = preflight::postgres(!args.no_sample)?;
+    let sample = !args.no_sample && args.adopt.is_none();
+    let postgres_bin = match &args.adopt {
+        Some(source) => adopt::programs_for(source)?,
+        None => preflight::postgres(sample)?,
+    };
     let existed = dir.exists();
     let checked = (|| {
         preflight::directory(dir)?;
@@ -254,7 +262,8 @@ fn new_cluster(dir: &Path, args: &UpArgs, coordinator: Place) -> anyhow::Result<
             durability: args.durability.as_str().to_owned(),
             synchronous_backup: args.synchronous_backup,
             witness: args.witness,
-            sample: !args.no_sample,
+            adopted: args.adopt.is_some(),
+            sample,
             postgres_bin,
             coordinator,
         };
@@ -273,7 +282,9 @@ fn new_cluster(dir: &Path, args: &UpArgs, coordinator: Place) -> anyhow::Result<
     let made = (|| {
         // First of all: from here on the directory is known as ours, and can be purged.
         secrets::write_private(&dir.join(CLUSTER_FILE), &toml::to_string(&layout.cluster)?)?;
-        write_files(&layout)
+        write_files(&layout)?;
+        let source = args.adopt.as_deref();
+        source.map_or(Ok(()), |source| adopt::copy(&layout, source))
     })();
     made.inspect_err(|_| {
         let _ = down::purge(&layout);
@@ -336,6 +347,9 @@ async fn bring_up(layout: &Layout) -> anyhow::Result<()> {
         layout.root.display()
     ));
     start_supervisor(layout).await?;
+    if layout.cluster.adopted {
+        adopt::let_superuser_in(layout).await?;
+    }
     ready::wait(layout).await?;
     if layout.cluster.sample
         && let Some(loaded) = sample::load(layout).await?

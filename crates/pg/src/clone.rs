@@ -95,7 +95,7 @@ impl Instance {
     }
 
     /// The directory in which a clone is made, empty.
-    async fn place_for_clone(&self) -> Result<PathBuf> {
+    pub(crate) async fn place_for_clone(&self) -> Result<PathBuf> {
         let making = self.member_dir().join("data.clone");
         let (this, place) = (self.clone(), making.clone());
         blocking(move || {
@@ -106,7 +106,7 @@ impl Instance {
         Ok(making)
     }
 
-    async fn clone_with(
+    pub(crate) async fn clone_with(
         &self,
         command: tokio::process::Command,
         tool: &'static str,

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{PgError, Result};
 use crate::files;
-use crate::roles::{PROXY_ROLE, REPLICATION_ROLE, REWIND_ROLE};
+use crate::hba::{self, HbaRule};
 use crate::slots;
 use crate::sync::SyncNames;
 
@@ -67,7 +67,7 @@ const RESTART_KEYS: &[&str] = &[
 ];
 
 /// What every member has unless the operator's settings say otherwise, with the reason where it is odd.
-const DEFAULTS: &[(&str, &str)] = &[
+pub(crate) const DEFAULTS: &[(&str, &str)] = &[
     ("wal_level", "replica"),
     ("max_wal_senders", "16"),
     ("max_replication_slots", "16"),
@@ -95,6 +95,20 @@ const DEFAULTS: &[(&str, &str)] = &[
     ("log_line_prefix", "%m [%p] %q%u@%d %a "),
     ("log_checkpoints", "on"),
     ("log_lock_waits", "on"),
+];
+
+/// What the data directory's own configuration, which was perhaps another system's, must not say otherwise.
+const FIXED: [(&str, &str); 10] = [
+    ("archive_cleanup_command", ""),
+    ("external_pid_file", ""),
+    ("fsync", "on"),
+    ("full_page_writes", "on"),
+    ("recovery_min_apply_delay", "0"),
+    ("recovery_target", ""),
+    ("recovery_target_lsn", ""),
+    ("recovery_target_name", ""),
+    ("recovery_target_time", ""),
+    ("recovery_target_xid", ""),
 ];
 
 /// Settings that the agent owns: an operator's value for them is refused.
@@ -220,55 +234,6 @@ impl Upstream {
     }
 }
 
-/// A line of `pg_hba.conf` for TCP.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct HbaRule {
-    /// Database list, `all` or `replication`.
-    pub database: String,
-    /// Role list or `all`.
-    pub user: String,
-    /// CIDR network, or `all`, `samehost`, `samenet`.
-    pub address: String,
-    /// `scram-sha-256`, `reject`, …
-    pub method: String,
-    /// Only with TLS (`hostssl`).
-    pub tls: bool,
-    /// Only with a certificate of the cluster's authority, besides what the method asks for.
-    pub certificate: bool,
-}
-
-impl HbaRule {
-    /// What each of the cluster's own roles may reach, and nothing else; then SCRAM for everybody else from these
-    /// networks. With `tls` the own roles need TLS and a certificate of the authority besides their password: a
-    /// stolen password alone replicates nothing.
-    pub fn standard(networks: &[&str], tls: bool) -> Vec<Self> {
-        let rule = |database: &str, user: &str, address: &str, own: bool| Self {
-            database: database.to_owned(),
-            user: user.to_owned(),
-            address: address.to_owned(),
-            method: "scram-sha-256".to_owned(),
-            tls: tls && own,
-            certificate: tls && own,
-        };
-        let own = [
-            ("replication", REPLICATION_ROLE),
-            ("postgres", REWIND_ROLE),
-            ("postgres", PROXY_ROLE),
-        ];
-        let mut rules: Vec<Self> = networks
-            .iter()
-            .flat_map(|n| own.map(|(database, role)| rule(database, role, n, true)))
-            .collect();
-        // The first line that fits counts: past this one nothing matches the own roles.
-        rules.push(Self {
-            method: "reject".to_owned(),
-            ..rule("all", &own.map(|(_, role)| role).join(","), "all", false)
-        });
-        rules.extend(networks.iter().map(|n| rule("all", "all", n, false)));
-        rules
-    }
-}
-
 /// What changes while a member lives; the rest comes from [`crate::InstanceConfig`].
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct ManagedConfig {
@@ -343,8 +308,8 @@ pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<Config
         files::write_durably(&main, text.as_bytes())?;
     }
     for (name, text) in [
-        ("pg_hba.conf", hba(place, &managed.hba)?),
-        ("pg_ident.conf", ident(place)?),
+        ("pg_hba.conf", hba::hba(place, &managed.hba)?),
+        ("pg_ident.conf", hba::ident(place)?),
     ] {
         let path = place.conf_dir.join(name);
         if files::read_text(&path)?.as_deref() != Some(&text) {
@@ -403,10 +368,8 @@ pub(crate) fn sync_names(conf_dir: &Path) -> Result<Option<SyncNames>> {
 
 /// All settings of the managed section, by key.
 fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<String, String>> {
-    let mut all: BTreeMap<String, String> = DEFAULTS
-        .iter()
-        .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()))
-        .collect();
+    let owned = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
+    let mut all: BTreeMap<String, String> = DEFAULTS.iter().map(owned).collect();
     all.insert(
         "max_slot_wal_keep_size".to_owned(),
         slots::wal_bound(place.data_dir, place.conf_dir),
@@ -440,6 +403,7 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
     let upstream = managed.upstream.as_ref();
     let path = |p: &Path| p.display().to_string();
     let owned = [
+        ("data_directory", path(place.data_dir)),
         ("listen_addresses", place.listen_addresses.to_owned()),
         ("port", place.port.to_string()),
         ("cluster_name", place.cluster_name.to_owned()),
@@ -465,6 +429,7 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
         ),
         ("synchronous_standby_names", managed.sync.setting()),
     ];
+    let fixed = FIXED.iter().map(|(k, v)| (*k, (*v).to_owned()));
     let tls = managed.tls.as_ref().map(|tls| {
         [
             ("ssl", "on".to_owned()),
@@ -473,7 +438,8 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
             ("ssl_key_file", path(&tls.key)),
         ]
     });
-    for (key, value) in owned.into_iter().chain(tls.into_iter().flatten()) {
+    let owned = owned.into_iter().chain(fixed);
+    for (key, value) in owned.chain(tls.into_iter().flatten()) {
         all.insert(
             key.to_owned(),
             one_line("PostgreSQL setting", &value)?.to_owned(),
@@ -519,57 +485,6 @@ fn parse_settings(text: &str) -> BTreeMap<String, String> {
         .filter_map(|(k, v)| Some((k, v.strip_prefix('\'')?.strip_suffix('\'')?)))
         .map(|(k, v)| (k.to_owned(), v.replace("''", "'").replace("\\\\", "\\")))
         .collect()
-}
-
-fn hba(place: &Place<'_>, rules: &[HbaRule]) -> Result<String> {
-    let mut text = String::from("# Written by the craton agent: changes are overwritten.\n");
-    let _ = writeln!(
-        text,
-        "local all {} peer map=craton",
-        hba_token(place.superuser)?
-    );
-    let _ = writeln!(text, "local all all scram-sha-256");
-    for rule in rules {
-        let [database, user, address, method] =
-            [&rule.database, &rule.user, &rule.address, &rule.method].map(|t| hba_token(t));
-        let kind = if rule.tls { "hostssl" } else { "host" };
-        let certificate = if rule.certificate {
-            " clientcert=verify-ca"
-        } else {
-            ""
-        };
-        let _ = writeln!(
-            text,
-            "{kind} {} {} {} {}{certificate}",
-            database?, user?, address?, method?
-        );
-    }
-    Ok(text)
-}
-
-fn ident(place: &Place<'_>) -> Result<String> {
-    Ok(format!(
-        "# Written by the craton agent: the owner of the server's processes is its superuser.\n\
-         craton {} {}\n",
-        hba_token(place.os_user)?,
-        hba_token(place.superuser)?
-    ))
-}
-
-/// One column of `pg_hba.conf` or `pg_ident.conf`: no white space, no quotes, no comment.
-fn hba_token(token: &str) -> Result<&str> {
-    let fits = !token.is_empty()
-        && !token
-            .chars()
-            .any(|c| c.is_whitespace() || c.is_control() || c == '"' || c == '#');
-    if fits {
-        Ok(token)
-    } else {
-        Err(PgError::Invalid {
-            what: "pg_hba.conf",
-            reason: format!("{token:?} cannot be a column"),
-        })
-    }
 }
 
 /// Takes our keys out of `postgresql.auto.conf`; returns the lines.

@@ -12,9 +12,11 @@ use craton_core::{Lsn, TimelineId};
 use tokio::time::Instant;
 
 use crate::Binaries;
+use crate::adopt;
 use crate::config::{self, ConfigChange, ManagedConfig, Upstream};
 use crate::control::Control;
 use crate::control_data::ControlData;
+use crate::data_dir::DataDir;
 use crate::disk::{self, DiskSpace};
 use crate::error::{PgError, Result};
 use crate::files::{self, blocking};
@@ -61,26 +63,6 @@ impl std::fmt::Debug for InitOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("InitOptions(…)")
     }
-}
-
-/// What a data directory holds.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum DataDir {
-    /// Nothing.
-    Empty,
-    /// Nothing yet; an unfinished clone or initdb of ours lies beside it and may be removed.
-    HalfClone,
-    /// A rewind of ours was cut off while it wrote: only a clone helps.
-    HalfRewind,
-    /// Something that is not ours to touch, and why.
-    Foreign(String),
-    /// A cluster.
-    Cluster {
-        /// PostgreSQL's major version.
-        version: u32,
-        /// Its control file.
-        control: Box<ControlData>,
-    },
 }
 
 #[derive(Debug)]
@@ -253,10 +235,10 @@ impl Instance {
             .ok()
             .filter(|v| *v == installed)
         else {
-            return Ok(DataDir::Foreign(format!(
-                "the cluster in {} is of PostgreSQL {}, installed is {installed}",
-                data.display(),
-                version.trim()
+            return Ok(DataDir::Foreign(adopt::other_version(
+                data,
+                version.trim(),
+                installed,
             )));
         };
         match self.read_control_data() {
@@ -372,6 +354,11 @@ impl Instance {
     }
 
     fn write_config_blocking(&self, managed: &ManagedConfig) -> Result<ConfigChange> {
+        self.mark_data_dir()?;
+        self.write_config_unmarked(managed)
+    }
+
+    pub(crate) fn write_config_unmarked(&self, managed: &ManagedConfig) -> Result<ConfigChange> {
         let mut managed = managed.clone();
         let passfile = self.upstream_passfile();
         match &mut managed.upstream {
@@ -715,25 +702,6 @@ impl Instance {
             ..upstream.clone()
         }
         .conninfo_within(SIDE_CONNECT_LIMIT_S, dbname)
-    }
-}
-
-/// Where a record starts that belongs to nobody else: used by callers that print.
-impl std::fmt::Display for DataDir {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Empty => f.write_str("empty"),
-            Self::HalfClone => f.write_str("an unfinished clone"),
-            Self::HalfRewind => f.write_str("an unfinished rewind"),
-            Self::Foreign(reason) => f.write_str(reason),
-            Self::Cluster { version, control } => {
-                write!(
-                    f,
-                    "PostgreSQL {version} cluster {}",
-                    control.system_identifier
-                )
-            }
-        }
     }
 }
 

@@ -4,7 +4,8 @@
 //! # Layout
 //! * [`binaries`]: which PostgreSQL is installed.
 //! * [`instance`]: the member's directory, [`Instance`] as the handle for everything about it.
-//! * [`config`]: `postgresql.conf`, `pg_hba.conf`, `pg_ident.conf`, outside the data directory.
+//! * [`config`], `hba`: `postgresql.conf`, `pg_hba.conf`, `pg_ident.conf`, outside the data directory; `conf_file`: those of others.
+//! * [`adopt`]: a data directory that Craton did not make; `follow`: a standby of a primary that is not Craton's.
 //! * [`control_data`]: `pg_controldata`, typed.
 //! * [`postmaster`], [`processes`]: start, adopt, watch, stop and kill, by pidfd.
 //! * [`control`]: the control connection; [`sample`]: one look at a running server; [`roles`], [`slots`].
@@ -20,16 +21,21 @@
 //! a cluster is being made: they are renamed to `data/` when complete, so that half a cluster is never
 //! taken for one.
 
+pub mod adopt;
 pub mod binaries;
 pub mod clone;
+mod conf_file;
 pub mod config;
 pub mod control;
 pub mod control_data;
+mod data_dir;
 pub mod disk;
 pub mod divergence;
 mod error;
 mod fetched;
 mod files;
+mod follow;
+mod hba;
 pub mod history;
 pub mod instance;
 pub mod libraries;
@@ -43,17 +49,20 @@ pub mod sample;
 pub mod slots;
 pub mod sync;
 
+pub use adopt::{AdoptOptions, Adoptable, Inspected};
 pub use binaries::{Binaries, PgVersion};
 pub use clone::CloneProgress;
-pub use config::{ConfigChange, HbaRule, ManagedConfig, PgTls, Upstream};
+pub use config::{ConfigChange, ManagedConfig, PgTls, Upstream};
 pub use control::Control;
 pub use control_data::{ClusterState, ControlData};
+pub use data_dir::DataDir;
 pub use disk::DiskSpace;
 pub use divergence::{DivergenceSummary, RelationNames};
 pub use error::{PgError, Result, RewindFailure};
 pub use fetched::{history_name, segment_name};
+pub use hba::HbaRule;
 pub use history::{HistoryEntry, KnownTimeline};
-pub use instance::{DataDir, InitOptions, Instance, InstanceConfig};
+pub use instance::{InitOptions, Instance, InstanceConfig};
 pub use parameters::Parameter;
 pub use postmaster::{ExitReason, Postmaster, StartMode, StopMode};
 pub use roles::RolePasswords;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use craton_core::decide::{Decision, LeaseWish, Memory, decide};
 use craton_core::health::{CRASH_WINDOW, Disk, Host, StuckWrite, assess};
 use craton_core::observe::{
-    DataView, Lease, LeaseSeen, Me, MemberStatus, Observation, PeerView, PromiseView, Server,
-    ServerView, TaskView,
+    DataView, FirstStart, Lease, LeaseSeen, Me, MemberStatus, Observation, Origin, PeerView,
+    PromiseView, Server, ServerView, TaskView,
 };
 use craton_core::promise::{Book, Ledger};
 use craton_core::records::{Change, ClusterView};
@@ -45,7 +45,6 @@ impl World {
         } else {
             member.promise_note
         };
-        let port = u16::try_from(m).unwrap_or(0);
         let obs = Observation {
             now,
             wall_ms: 0,
@@ -53,7 +52,7 @@ impl World {
             initial_settings: self.settings.clone(),
             me: Me {
                 host: "127.0.0.1".into(),
-                port,
+                port: u16::try_from(m).unwrap_or(0),
                 api: format!("{id}:1"),
                 id,
                 incarnation: member.incarnation,
@@ -61,6 +60,7 @@ impl World {
                 priority: member.priority,
                 noload: false,
                 upstream: None,
+                first_start: FirstStart::Make,
             },
             view: None,
             lease,
@@ -238,6 +238,7 @@ impl World {
             .map_or(DataView::Empty, |d| DataView::Present {
                 system_id: d.system_id.to_string(),
                 timeline: d.checkpoint,
+                origin: Origin::Own,
             });
         let clock = member.clock;
         let Some(agent) = &mut member.agent else {

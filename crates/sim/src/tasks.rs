@@ -105,6 +105,8 @@ impl World {
     fn do_step(&mut self, m: usize, r: &Running) -> Step {
         match &r.task {
             Task::InitDb => self.init_db(m, r.stage),
+            // Every simulated database is Craton's.
+            Task::Adopt => Step::Failed("there is nothing to adopt"),
             Task::StartStandby => self.start_standby(m, r, None),
             Task::StartPrimary { sync } => {
                 if r.stage == 0 {

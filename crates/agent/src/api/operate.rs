@@ -6,6 +6,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use craton_console::views::{AskRequest, DoneView, PauseRequest, ReinitRequest, RestartRequest};
 use craton_core::MemberId;
+use craton_core::observe::DataView;
 use craton_core::records::{
     Change, ClusterView, Key, Leadership, MemberRef, Order, OrderKind, Pause, Record, RestartPlan,
     Schedule,
@@ -175,6 +176,19 @@ fn open_leadership(view: &ClusterView) -> Result<(&Leadership, &MemberRef), Refu
         })
 }
 
+/// True if there is a database in the member's data directory, whosever it is.
+fn has_database(api: &Api, member: &MemberId) -> bool {
+    let Some(seen) = api.seen.borrow().clone() else {
+        return false;
+    };
+    let o = &seen.0;
+    if *member == o.me.id {
+        return matches!(o.data, DataView::Present { .. });
+    }
+    let peer = o.peers.get(member);
+    peer.is_some_and(|p| p.status.checkpoint_timeline.is_some())
+}
+
 /// What this agent last heard of a member: the life of its PostgreSQL, and whether anything waits for a restart.
 fn heard(api: &Api, member: &MemberId) -> Option<(Option<u64>, bool)> {
     let seen = api.seen.borrow().clone()?;
@@ -283,16 +297,18 @@ pub(super) async fn reinit(State(api): State<Api>, Json(body): Json<ReinitReques
                 "hand over first: craton switchover",
             ));
         }
-        let Some(incarnation) = record.value.incarnation else {
-            return Err(Refusal::conflict(
-                format!("{member} has no data directory yet"),
-                "it is being cloned; see craton explain",
-            ));
-        };
         if heard(&api, &member).is_none() {
             return Err(Refusal::conflict(
                 format!("the agent of {member} is silent: it cannot be told to begin anew"),
                 "bring its host back first",
+            ));
+        }
+        let incarnation = record.value.incarnation;
+        // A database without a life is one that Craton did not make.
+        if incarnation.is_none() && !has_database(&api, &member) {
+            return Err(Refusal::conflict(
+                format!("{member} has no data directory yet"),
+                "it is being cloned; see craton explain",
             ));
         }
         if let Some(order) = view.orders.get(&member) {
@@ -301,12 +317,14 @@ pub(super) async fn reinit(State(api): State<Api>, Json(body): Json<ReinitReques
                 "wait until it is done; see craton status",
             ));
         }
-        needed(l, &member, incarnation)?;
+        if let Some(incarnation) = incarnation {
+            needed(l, &member, incarnation)?;
+        }
         let order = Order {
             id: view.revision,
             kind: OrderKind::Reinit,
             process: None,
-            incarnation: Some(incarnation),
+            incarnation,
             by: by.clone(),
         };
         let text = format!("reinit of {member} asked by {by}");

@@ -13,7 +13,9 @@ use crate::error::{BackupError, Result};
 use crate::store::{ChunkReader, Repository};
 
 /// Files that belong to the old server's role, not to its data.
-const LEFT_OUT: [&str; 4] = [
+const LEFT_OUT: [&str; 5] = [
+    // A restored directory may found a cluster of its own; a member's agent marks it anew.
+    "craton.mark",
     "standby.signal",
     "recovery.signal",
     "postmaster.pid",

@@ -119,8 +119,31 @@ pub(super) fn in_place_rule(mind: &mut Mind<'_>, view: &ClusterView, s: &crate::
 }
 
 /// Throws the data directory away, once no promise to a client rests on it.
+/// The order to throw away data that do not belong to the cluster: no election needs them.
+pub(super) fn reinit_of_stranger(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    let order = view.orders.get(&mind.o.me.id).map(|o| &o.value);
+    let order =
+        order.filter(|o| o.kind == OrderKind::Reinit && o.incarnation == mind.o.me.incarnation);
+    let Some(order) = order else { return };
+    if l.leader.is_none() || !l.open || l.leader == mind.o.me.reference() {
+        return mind.because(
+            "order_waits",
+            "the data directory is kept until a leader is open to clone from",
+        );
+    }
+    mind.because(
+        "reinit",
+        format!("throwing the data directory away, asked by {}", order.by),
+    );
+    mind.start(Task::Reinit {
+        incarnation: order.incarnation,
+        term: l.term,
+    });
+}
+
 fn reinit_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, order: &Order) -> bool {
-    if order.incarnation.is_none() {
+    // A data directory that Craton did not make has no life that could be named.
+    if order.incarnation.is_none() && mind.o.me.incarnation.is_none() {
         let text = format!(
             "reinit of {}, asked by {}, refused: it does not say which life of the data directory is meant",
             mind.o.me.id, order.by

@@ -15,7 +15,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::observe::{
-    Lease, LeaseSeen, Me, MemberStatus, PeerView, PromiseView, Server, TaskFailure, TaskView,
+    FirstStart, Lease, LeaseSeen, Me, MemberStatus, Origin, PeerView, PromiseView, Server,
+    TaskFailure, TaskView,
 };
 use crate::records::{
     At, ClusterRecord, MemberRecord, MemberRef, Request, RequestKind, RequestPhase, Seal,
@@ -134,6 +135,7 @@ impl Scene {
                 priority: 100,
                 noload: false,
                 upstream: None,
+                first_start: FirstStart::Make,
             },
             view: Some(ClusterView::default()),
             lease: None,
@@ -171,6 +173,7 @@ impl Scene {
         s.o.data = DataView::Present {
             system_id: "77".into(),
             timeline: TimelineId(1),
+            origin: Origin::Own,
         };
         for other in ["a", "b", "c"].into_iter().filter(|n| *n != me) {
             let peer = PeerView {
@@ -186,6 +189,7 @@ impl Scene {
             initializer: id("a"),
             system_id: Some("77".into()),
             bootstrapped: true,
+            founding: FirstStart::Make,
         });
         v.settings = at(Settings::default());
         v.leadership = at(Leadership {

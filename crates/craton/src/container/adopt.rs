@@ -1,6 +1,8 @@
 //! A volume of the official image, of the old node image, or of a server of one's own: its data directory stood at the
-//! volume's top, Craton's stands one below. It is moved, within the file system, and nothing is copied.
+//! volume's top, Craton's stands one below. It is moved, within the file system, and nothing is copied. Whether a server
+//! of another container still runs on it cannot be seen from here.
 
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -31,34 +33,66 @@ const LEFTOVERS: [&str; 4] = [
     "postmaster.pid",
 ];
 
-/// Moves a data directory at the top of `volume` to where Craton has it, if there is one. What an earlier try has not
-/// finished is finished.
-pub fn take_over(volume: &Path, major: &str) -> anyhow::Result<()> {
+/// Looks at a data directory at the top of `volume` before anything is done there, and changes nothing. True if it is
+/// to be moved to where Craton has it: only a node that may found the cluster brings its data.
+pub fn look(volume: &Path, major: &str, founds: bool) -> anyhow::Result<bool> {
+    if volume.join("adopting").exists() {
+        return Ok(true);
+    }
+    let Ok(found) = std::fs::read_to_string(volume.join("PG_VERSION")) else {
+        return Ok(false);
+    };
+    let found = found.trim();
+    if found != major {
+        let what = format!(
+            "the volume holds a database of PostgreSQL {found}, this image runs {major}; nothing was changed"
+        );
+        let hint = format!(
+            "run pg_upgrade, or dump it with its own version ({found}) and restore the dump into a new cluster; an image for another version is built with --build-arg PG_MAJOR={found}, where Debian has it"
+        );
+        return Err(Problem::machine(what, hint).into());
+    }
+    let was_standby = ["standby.signal", "recovery.conf"]
+        .iter()
+        .any(|name| volume.join(name).exists());
+    if !founds && was_standby {
+        tracing::warn!(
+            "the volume holds a standby's data directory of before, which is not used: this node clones into \"data\" beside it. Once the cluster is whole, remove the old one from the top of the volume: everything but data, run, conf, coordinator, craton-member, agent.json and reserve"
+        );
+        return Ok(false);
+    }
+    if !founds {
+        let what = "the volume holds a primary's data directory, and this node is to follow another (REPLICATION_PRIMARY_HOST); nothing was changed";
+        let hint = "if it is the database that the cluster should have, unset REPLICATION_PRIMARY_HOST on this node, set it on the others, and start this one first; else move the files out of the volume";
+        return Err(Problem::machine(what, hint).into());
+    }
+    let programs = format!("/usr/lib/postgresql/{major}/bin");
+    let binaries = craton_pg::Binaries::find(Some(Path::new(&programs)))?;
+    match craton_pg::adopt::inspect(volume, &binaries)? {
+        Ok(_) => Ok(true),
+        Err(why) => {
+            let hint =
+                "nothing was changed; docs/guide/adoption.md says which volume founds the cluster";
+            Err(Problem::machine(why, hint).into())
+        }
+    }
+}
+
+/// Moves a data directory at the top of `volume` to where Craton has it. What an earlier try has not finished is
+/// finished.
+pub fn take_over(volume: &Path) -> anyhow::Result<()> {
     let marker = volume.join("adopting");
     let version = volume.join("PG_VERSION");
     if !marker.exists() {
-        let Ok(found) = std::fs::read_to_string(&version) else {
-            return Ok(());
-        };
-        let found = found.trim();
-        if found != major {
-            let what = format!(
-                "the volume holds a database of PostgreSQL {found}, this image runs {major}; nothing was changed"
-            );
-            let hint = format!(
-                "run pg_upgrade, or dump it with its own version ({found}) and restore the dump into a new cluster; an image for another version is built with --build-arg PG_MAJOR={found}, where Debian has it"
-            );
-            return Err(Problem::machine(what, hint).into());
-        }
-        refuse_running(volume)?;
-        tracing::info!(
-            "the volume holds a data directory of PostgreSQL {found}: it becomes this member's"
-        );
+        tracing::info!("the volume holds a data directory: it becomes this member's");
         std::fs::write(&marker, "")?;
     }
     let data = volume.join("data");
-    std::fs::create_dir_all(&data).with_context(|| format!("cannot make {}", data.display()))?;
-    std::os::unix::fs::chown(&data, None, None).ok();
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&data)
+        .with_context(|| format!("cannot make {}", data.display()))?;
     let failed = || format!("cannot move the data directory in {}", volume.display());
     for entry in std::fs::read_dir(volume).with_context(failed)? {
         let entry = entry?;
@@ -80,20 +114,6 @@ pub fn take_over(volume: &Path, major: &str) -> anyhow::Result<()> {
     std::fs::File::open(&data)?.sync_all()?;
     std::fs::remove_file(&marker).with_context(failed)?;
     std::fs::File::open(volume)?.sync_all()?;
-    Ok(())
-}
-
-/// A postmaster of another container may still have it: its pid means nothing here, so the lock file's age decides.
-fn refuse_running(volume: &Path) -> anyhow::Result<()> {
-    let Ok(meta) = std::fs::metadata(volume.join("postmaster.pid")) else {
-        return Ok(());
-    };
-    // The postmaster looks at the file and rewrites its status line while it runs; a stopped one removes it.
-    let touched = meta.modified().ok().and_then(|t| t.elapsed().ok());
-    if touched.is_some_and(|t| t.as_secs() < 5) {
-        let what = "the volume's postmaster.pid was written just now: another container may be running on it";
-        return Err(Problem::machine(what, "stop that one first").into());
-    }
     Ok(())
 }
 
@@ -120,7 +140,8 @@ mod tests {
         std::fs::create_dir(at("data")).unwrap();
         std::fs::write(at("adopting"), "").unwrap();
         std::fs::rename(at("postgresql.conf"), at("data/postgresql.conf")).unwrap();
-        take_over(dir.path(), "17").unwrap();
+        assert!(look(dir.path(), "17", true).unwrap());
+        take_over(dir.path()).unwrap();
         for there in [
             "data/PG_VERSION",
             "data/postgresql.conf",
@@ -139,18 +160,28 @@ mod tests {
             assert!(!at(gone).exists(), "{gone}");
         }
         // Nothing more to do.
-        take_over(dir.path(), "17").unwrap();
+        assert!(!look(dir.path(), "17", true).unwrap());
     }
 
     #[test]
     fn another_version_is_refused_and_left_alone() {
         let dir = volume("10");
-        let error = take_over(dir.path(), "17").unwrap_err().to_string();
+        let error = look(dir.path(), "17", true).unwrap_err().to_string();
         assert!(
             error.contains("PostgreSQL 10") && error.contains("17"),
             "{error}"
         );
         assert!(dir.path().join("base/1").exists());
         assert!(!dir.path().join("data").exists());
+    }
+
+    #[test]
+    fn a_node_that_follows_brings_nothing() {
+        let dir = volume("17");
+        let error = look(dir.path(), "17", false).unwrap_err().to_string();
+        assert!(error.contains("a primary's data directory"), "{error}");
+        std::fs::write(dir.path().join("standby.signal"), "").unwrap();
+        assert!(!look(dir.path(), "17", false).unwrap());
+        assert!(dir.path().join("base/1").exists());
     }
 }

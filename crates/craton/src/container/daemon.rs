@@ -37,6 +37,15 @@ pub fn is_fresh() -> bool {
     !Path::new(NODE_DIR).join("coordinator").exists()
 }
 
+/// In the marker where the database was there before the cluster.
+pub const BROUGHT: &str = "adopted\n";
+
+/// A database that Craton has never run.
+fn has_strange_data() -> bool {
+    let data = Path::new(NODE_DIR).join("data");
+    data.join("PG_VERSION").exists() && !data.join(craton_pg::adopt::MARK).exists()
+}
+
 /// Hosts of the cluster that a backup daemon has met.
 pub fn known_hosts(facts: &Facts) -> PathBuf {
     Path::new(facts.env.or("BACKUP_DIR", "/var/backups")).join(".craton-nodes")
@@ -105,6 +114,10 @@ fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
     let names = facts.node.as_ref().context("this is no node")?;
     let known = parameters();
     let mut plan = plan::node(&facts.env, names, secrets, known.as_ref()).map_err(wrong)?;
+    let brings = plan::may_found(&facts.env, &names.host) && has_strange_data();
+    if brings {
+        plan.set("first_start", "adopt", None);
+    }
     if is_fresh() && plan::may_found(&facts.env, &names.host) {
         let partners = plan::others(&facts.env, &names.host);
         if wait_for(cluster_is_known(&partners))? {
@@ -112,7 +125,7 @@ fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
         } else {
             tracing::info!("no partner knows a cluster: this node makes one");
             plan.settings.retain(|s| s.key != "join");
-            write_secret(&first_start_marker(), "")?;
+            write_secret(&first_start_marker(), if brings { BROUGHT } else { "" })?;
         }
     }
     Ok(plan)

@@ -144,11 +144,12 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
         tracing::info!("{note}");
     }
     let account = owner::is_root().then(owner::service_account).transpose()?;
-    directories(kind, &env, account.as_ref())?;
     let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname")
         .context("cannot read the host's name")?
         .trim()
         .to_owned();
+    let founds = plan::may_found(&env, env.or("CLUSTER_NODE_NETWORK_NAME", &hostname));
+    directories(kind, &env, founds, account.as_ref())?;
     let node = (kind == Kind::Node)
         .then(|| node_names(&env, &hostname))
         .transpose()?;
@@ -212,7 +213,19 @@ fn node_names(env: &Environment, hostname: &str) -> anyhow::Result<NodeNames> {
 }
 
 /// Makes the directories, for the user that everything runs as.
-fn directories(kind: Kind, env: &Environment, account: Option<&Account>) -> anyhow::Result<()> {
+fn directories(
+    kind: Kind,
+    env: &Environment,
+    founds: bool,
+    account: Option<&Account>,
+) -> anyhow::Result<()> {
+    let major = std::env::var("PG_MAJOR").unwrap_or_default();
+    // Before a file changes its owner.
+    let brings = kind == Kind::Node && adopt::look(Path::new(NODE_DIR), &major, founds)?;
+    // Before everything gets its owner: what is made on the way is root's.
+    if brings {
+        adopt::take_over(Path::new(NODE_DIR))?;
+    }
     let volume = match kind {
         Kind::Node => Some(PathBuf::from(NODE_DIR)),
         Kind::Backup => Some(PathBuf::from(env.or("BACKUP_DIR", "/var/backups"))),
@@ -227,10 +240,6 @@ fn directories(kind: Kind, env: &Environment, account: Option<&Account>) -> anyh
             std::fs::set_permissions(&dir, std::fs::Permissions::from_mode(0o700))
                 .with_context(|| format!("cannot make {} private", dir.display()))?;
         }
-    }
-    if kind == Kind::Node {
-        let major = std::env::var("PG_MAJOR").unwrap_or_default();
-        adopt::take_over(Path::new(NODE_DIR), &major)?;
     }
     Ok(())
 }

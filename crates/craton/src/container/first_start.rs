@@ -13,7 +13,7 @@ use craton_console::views::StatusView;
 use craton_trust::Role;
 use tokio_postgres::NoTls;
 
-use super::daemon::{first_start_marker, is_fresh};
+use super::daemon::{BROUGHT, first_start_marker, is_fresh};
 use super::entry::Facts;
 use super::environment::{Environment, Kind};
 use super::plan::{NODE_DIR, POSTGRES_PORT};
@@ -58,8 +58,12 @@ async fn once(facts: &Facts) -> anyhow::Result<bool> {
     if !leads().await {
         return Ok(false);
     }
-    make(&facts.env).await?;
-    scripts(&facts.env).await?;
+    let brought = std::fs::read_to_string(first_start_marker()).is_ok_and(|t| t == BROUGHT);
+    make(&facts.env, brought).await?;
+    // As in the official image: they are for a database that was just made.
+    if !brought {
+        scripts(&facts.env).await?;
+    }
     std::fs::remove_file(first_start_marker())?;
     tracing::info!("the roles and databases of the environment are made");
     Ok(true)
@@ -128,14 +132,19 @@ fn role_sql(role: &Wanted<'_>) -> String {
 }
 
 /// Makes it if it is not there. The one that initdb made gets its password.
-async fn role(client: &tokio_postgres::Client, role: &Wanted<'_>) -> anyhow::Result<()> {
+async fn role(
+    client: &tokio_postgres::Client,
+    role: &Wanted<'_>,
+    brought: bool,
+) -> anyhow::Result<()> {
     let there = client
         .query_opt(
             "SELECT FROM pg_catalog.pg_roles WHERE rolname = $1",
             &[&role.name],
         )
         .await?;
-    if there.is_some() && role.name != "postgres" {
+    // A database that was there before keeps its passwords.
+    if there.is_some() && (brought || role.name != "postgres") {
         return Ok(());
     }
     client
@@ -144,7 +153,7 @@ async fn role(client: &tokio_postgres::Client, role: &Wanted<'_>) -> anyhow::Res
         .with_context(|| format!("cannot make the role \"{}\"", role.name))
 }
 
-async fn make(env: &Environment) -> anyhow::Result<()> {
+async fn make(env: &Environment, brought: bool) -> anyhow::Result<()> {
     let client = session("postgres").await?;
     // Roles with their verifiers must not stand in a log that somebody made talkative.
     client
@@ -162,7 +171,7 @@ async fn make(env: &Environment) -> anyhow::Result<()> {
             password: env.get("POSTGRES_PASSWORD"),
             attributes: "SUPERUSER",
         };
-        role(&client, &wanted).await?;
+        role(&client, &wanted, brought).await?;
     }
     database(&client, env.or("POSTGRES_DB", user), user).await?;
     let replication = Wanted {
@@ -170,7 +179,7 @@ async fn make(env: &Environment) -> anyhow::Result<()> {
         password: Some(env.or("REPLICATION_PASSWORD", "replication_pass")),
         attributes: "REPLICATION NOSUPERUSER",
     };
-    role(&client, &replication).await?;
+    role(&client, &replication, brought).await?;
     let grant = format!("GRANT pg_monitor TO {}", identifier(replication.name));
     client.batch_execute(&grant).await?;
     database(

@@ -54,7 +54,8 @@ impl Plan {
         }
     }
 
-    fn set(&mut self, key: &str, value: impl Into<toml::Value>, from: Option<&'static str>) {
+    /// Adds a setting.
+    pub fn set(&mut self, key: &str, value: impl Into<toml::Value>, from: Option<&'static str>) {
         self.settings.push(Setting {
             key: key.to_owned(),
             value: value.into(),
@@ -210,6 +211,9 @@ pub fn node(
         own.insert("member".into(), names.member.as_str().into());
         own.insert("address".into(), format!("{host}:{PEER_PORT}").into());
         plan.set("peers", vec![toml::Value::Table(own)], None);
+    } else {
+        // Not even while the one that may is at odds with the data that it is to bring.
+        plan.set("first_start", "wait", Some("REPLICATION_PRIMARY_HOST"));
     }
     if !others.is_empty() {
         let apis: Vec<String> = others.iter().map(|h| format!("{h}:{API_PORT}")).collect();

@@ -1,6 +1,7 @@
 //! First start, cloning, following, coming back.
 
 use super::*;
+use crate::records::{Order, OrderKind};
 
 #[test]
 fn first_start() {
@@ -16,6 +17,7 @@ fn first_start() {
             initializer: id("a"),
             system_id: None,
             bootstrapped: false,
+            founding: FirstStart::Make,
         });
         s
     };
@@ -52,6 +54,7 @@ fn first_start() {
         o.data = DataView::Present {
             system_id: "77".into(),
             timeline: TimelineId(1),
+            origin: Origin::Own,
         };
     });
     check(
@@ -63,9 +66,181 @@ fn first_start() {
         o.data = DataView::Present {
             system_id: "77".into(),
             timeline: TimelineId(1),
+            origin: Origin::Own,
         };
     });
     check("a database, but no cluster", stranger, " : unknown_data");
+}
+
+/// A member whose data directory Craton did not make.
+fn stranger(me: &str, wish: FirstStart, refused: Option<&str>) -> Scene {
+    Scene::blank(me).with(|o| {
+        o.me.first_start = wish;
+        o.data = DataView::Present {
+            system_id: "77".into(),
+            timeline: TimelineId(5),
+            origin: Origin::Strange {
+                refused: refused.map(ToOwned::to_owned),
+            },
+        };
+    })
+}
+
+/// The cluster as `a` claimed it for its data directory.
+fn for_adoption(mut s: Scene) -> Scene {
+    s.view().cluster = at(ClusterRecord {
+        name: "test".into(),
+        initializer: id("a"),
+        system_id: None,
+        bootstrapped: false,
+        founding: FirstStart::Adopt,
+    });
+    s
+}
+
+#[test]
+fn a_data_directory_that_was_there_before() {
+    let wished = || stranger("a", FirstStart::Adopt, None);
+    check("on demand", wished(), "write cluster+settings : claiming");
+    for wish in [FirstStart::Make, FirstStart::Wait] {
+        let s = stranger("a", wish, None);
+        check("never without being asked", s, " : strange_data");
+    }
+    let refused = stranger("a", FirstStart::Adopt, Some("it is a standby"));
+    check("not every one", refused.clone(), " : cannot_adopt");
+    check(
+        "nor after the claim",
+        for_adoption(refused),
+        "write member/a : cannot_adopt",
+    );
+    check(
+        "the claim comes first",
+        for_adoption(wished()),
+        "write member/a, Adopt : adopting",
+    );
+    let prepared = for_adoption(wished()).with(|o| o.me.incarnation = Some(life("a")));
+    let d = decide(&prepared.o, &prepared.memory);
+    assert_eq!(
+        line(&d),
+        "write cluster+leadership+timelines+history, write member/a : initialized"
+    );
+    let Some(Record::Leadership(l)) = d.changes[0].puts.get(1) else {
+        panic!("{d:?}")
+    };
+    assert_eq!(
+        (l.timeline, l.open),
+        (TimelineId(5), false),
+        "it goes on with the timeline that it has"
+    );
+}
+
+#[test]
+fn nothing_empty_comes_in_the_place_of_an_adopted_one() {
+    let empty = |wish| Scene::blank("a").with(|o| o.me.first_start = wish);
+    check(
+        "nothing is there to adopt",
+        empty(FirstStart::Adopt),
+        " : nothing_to_adopt",
+    );
+    check(
+        "another is to found it",
+        empty(FirstStart::Wait),
+        " : waiting_for_founder",
+    );
+    check(
+        "it was claimed, and is gone",
+        for_adoption(empty(FirstStart::Adopt)),
+        "write member/a : adopted_data_missing",
+    );
+    check(
+        "the adopter is silent for long",
+        for_adoption(Scene::blank("b")).after(60_000),
+        "write member/b : adopter_silent",
+    );
+    check(
+        "a second adopter waits",
+        for_adoption(stranger("b", FirstStart::Adopt, None)).after(60_000),
+        "write member/b : adopter_silent",
+    );
+    let mut wait = Scene::blank("b").with(|o| o.me.first_start = FirstStart::Wait);
+    wait.view().cluster = for_adoption(Scene::blank("b")).view().cluster.clone();
+    wait.view().cluster.as_mut().unwrap().value.founding = FirstStart::Make;
+    check(
+        "who waits takes no initializer's place",
+        wait.after(60_000),
+        "write member/b : initializer_silent",
+    );
+}
+
+/// Losing the coordinator must not let any member claim to have the newest copy.
+#[test]
+fn what_craton_made_is_never_adopted() {
+    let own = |life: Option<Incarnation>, origin| {
+        Scene::blank("a").with(|o| {
+            o.me.first_start = FirstStart::Adopt;
+            o.me.incarnation = life;
+            o.data = DataView::Present {
+                system_id: "77".into(),
+                timeline: TimelineId(1),
+                origin,
+            };
+        })
+    };
+    let strange = || Origin::Strange { refused: None };
+    check("marked", own(None, Origin::Own), " : unknown_data");
+    check(
+        "remembered",
+        own(Some(life("a")), strange()),
+        " : unknown_data",
+    );
+    check(
+        "marked, and claimed meanwhile",
+        for_adoption(own(None, Origin::Own)),
+        "write member/a : unknown_data",
+    );
+}
+
+#[test]
+fn a_copy_that_craton_did_not_make_does_not_join() {
+    let strange = |system: &str| {
+        Scene::cluster("b").with(|o| {
+            o.me.incarnation = None;
+            o.data = DataView::Present {
+                system_id: system.into(),
+                timeline: TimelineId(1),
+                origin: Origin::Strange { refused: None },
+            };
+        })
+    };
+    let ordered = |mut s: Scene| {
+        let order = Order {
+            id: 1,
+            kind: OrderKind::Reinit,
+            process: None,
+            incarnation: None,
+            by: "op".into(),
+        };
+        let value = at(order).unwrap();
+        s.view().orders.insert(id("b"), value);
+        s
+    };
+    for (system, code) in [("77", "strange_copy"), ("78", "wrong_system_id")] {
+        check(
+            "is left alone",
+            strange(system),
+            &format!("write member/b : {code}"),
+        );
+        check(
+            "until it is asked for",
+            ordered(strange(system)),
+            &format!("write member/b, Reinit : {code} reinit"),
+        );
+        check(
+            "and a leader is open",
+            ordered(strange(system)).leadership(|l| l.open = false),
+            &format!("write member/b : {code} order_waits"),
+        );
+    }
 }
 
 #[test]
@@ -151,6 +326,7 @@ fn what_does_not_belong_here_is_left_alone() {
         o.data = DataView::Present {
             system_id: "78".into(),
             timeline: TimelineId(1),
+            origin: Origin::Own,
         };
     });
     check("another cluster's database", other, " : wrong_system_id");

@@ -54,6 +54,7 @@ fn the_elected() {
         o.data = DataView::Present {
             system_id: "77".into(),
             timeline: TimelineId(2),
+            origin: Origin::Own,
         };
         o.server = ServerView::Running(Server {
             timeline: TimelineId(2),

@@ -206,8 +206,23 @@ impl Dice {
             n => DataView::Present {
                 system_id: if n == 2 { "78" } else { "77" }.into(),
                 timeline: TimelineId(u32::try_from(self.roll(4)).unwrap()),
+                origin: match self.roll(6) {
+                    0 => Origin::Strange { refused: None },
+                    1 => Origin::Strange {
+                        refused: Some("running".into()),
+                    },
+                    _ => Origin::Own,
+                },
             },
         };
+        o.me.first_start = match self.roll(4) {
+            0 => FirstStart::Adopt,
+            1 => FirstStart::Wait,
+            _ => FirstStart::Make,
+        };
+        if let Some(cluster) = o.view.as_mut().and_then(|v| v.cluster.as_mut()) {
+            cluster.value.founding = o.me.first_start;
+        }
         o.server = self.server();
         o.process = self.maybe(|d| d.roll(3));
         o.config_stale = self.yes();
@@ -227,6 +242,32 @@ impl Dice {
             None
         };
         scene.o
+    }
+}
+
+/// No empty database in the place of an existing one, and nothing adopted that is Craton's.
+fn founds_as_claimed(o: &Observation, task: &Task) {
+    if *task == Task::InitDb {
+        let cluster = o.view.as_ref().and_then(|v| v.cluster.as_ref());
+        assert_ne!(
+            cluster.map(|c| c.value.founding),
+            Some(FirstStart::Adopt),
+            "an empty database where an existing one was meant"
+        );
+    }
+    let led = o.view.as_ref().is_some_and(|v| v.leadership.is_some());
+    if *task == Task::Adopt {
+        let strange = matches!(
+            &o.data,
+            DataView::Present {
+                origin: Origin::Strange { refused: None },
+                ..
+            }
+        );
+        assert!(
+            strange && o.me.incarnation.is_none() && !led,
+            "adopts what is Craton's or cannot be adopted"
+        );
     }
 }
 
@@ -251,17 +292,20 @@ fn never_wrong(o: &Observation, d: &Decision) {
         if matches!(task, Task::InitDb | Task::Clone { .. }) {
             assert_eq!(o.data, DataView::Empty, "{task:?} over data");
         }
+        founds_as_claimed(o, task);
         if let Task::Reinit { incarnation, .. } = task {
             let l = &o.view.as_ref().unwrap().leadership.as_ref().unwrap().value;
-            let me = o.me.reference().unwrap();
             assert!(
                 l.open && l.leader.is_some() && !leads,
                 "thrown away when it may be needed"
             );
-            assert!(
-                !l.sync.holds(&me.member, me.incarnation),
-                "commits rest on it"
-            );
+            let ours = matches!(&o.data, DataView::Present { system_id, .. } if system_id == "77");
+            if let Some(me) = o.me.reference().filter(|_| ours) {
+                assert!(
+                    !l.sync.holds(&me.member, me.incarnation),
+                    "commits rest on it"
+                );
+            }
             assert_eq!(
                 *incarnation, o.me.incarnation,
                 "another life than the one meant"
