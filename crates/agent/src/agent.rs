@@ -334,7 +334,7 @@ impl Agent {
                 priority: self.config.effective_priority(),
                 noload: self.config.noload,
                 upstream: self.config.upstream.clone(),
-                first_start: self.config.first_start,
+                first_start: self.config.effective_first_start(),
             },
             view,
             lease: self.lease.get(),

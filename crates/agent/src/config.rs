@@ -120,7 +120,7 @@ pub struct AgentConfig {
     pub upstream: Option<MemberId>,
     /// What this member does while there is no cluster: `make` (one of the members makes an empty database), `adopt`
     /// (the PostgreSQL data directory that stands in `data` below `dir` becomes the cluster's database), `wait` (nothing:
-    /// another member founds the cluster).
+    /// another member founds the cluster). A member that `peers` does not list waits in any case.
     #[serde(default, skip_serializing_if = "is_make")]
     pub first_start: FirstStart,
     /// Take logins whose passwords are stored as MD5, too (an adopted database may have such). SCRAM is asked for
@@ -213,6 +213,16 @@ impl AgentConfig {
         self.api_advertise
             .clone()
             .unwrap_or_else(|| self.api_listen.clone())
+    }
+
+    /// What it does while there is no cluster. One that only joins founds none: those that it joins may be at odds with
+    /// the data directory that they are to bring, and an empty database must not come in its place.
+    pub fn effective_first_start(&self) -> FirstStart {
+        let listed = self.peers.iter().any(|p| p.member == self.member);
+        match self.first_start {
+            FirstStart::Make if !listed => FirstStart::Wait,
+            wish => wish,
+        }
     }
 
     /// Preference in elections: 0 with `nofailover`.

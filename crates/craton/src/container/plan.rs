@@ -659,6 +659,14 @@ mod tests {
         assert_eq!(config.member.as_str(), "pg-slave");
         assert!(config.peers.is_empty());
         assert_eq!(config.join, ["pgmaster:9898"]);
+        assert_eq!(config.first_start, craton_agent::FirstStart::Wait);
+        // Who only joins founds nothing, whatever is said or left out.
+        let unsaid = craton_agent::AgentConfig {
+            first_start: craton_agent::FirstStart::Make,
+            ..config.clone()
+        };
+        let wish = unsaid.effective_first_start();
+        assert_eq!(wish, craton_agent::FirstStart::Wait);
         assert_eq!(config.priority, 0);
         assert_eq!(config.initial.ttl_ms, 6000);
         let e = env(Kind::Node, &variables);
