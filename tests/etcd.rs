@@ -9,6 +9,7 @@
     reason = "a test may fail at any line, and waits on the clock of the outside world"
 )]
 
+use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -27,7 +28,7 @@ mod harness;
 mod servers;
 
 use harness::{Cluster, directory, text, whole};
-use servers::Etcd;
+use servers::{Certificates, Etcd};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -177,6 +178,61 @@ fn a_cluster_on_etcd() {
     c.wait_status("a whole cluster after down and up", PATIENCE, whole);
     wait_all_in(&c, "etcd", 3);
 
+    let keys = ["get", "--prefix", "/craton/local/", "--keys-only"];
+    assert!(etcd.ctl(&keys).0.contains("/craton/local/data/leadership"));
+    drop(c);
+    assert_eq!(etcd.ctl(&keys).0.trim(), "", "a purge takes its keys along");
+}
+
+/// TLS with client certificates, and a user who may read and write the cluster's keys alone: the same failovers.
+#[test]
+fn a_cluster_on_an_etcd_that_asks_who_it_is() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = tempfile::tempdir().unwrap();
+    let ours = Certificates::make(dir.path(), "ours");
+    std::fs::write(dir.path().join("password"), "open sesame\n").unwrap();
+    // The cluster's user must be able to read them.
+    let open = |path: &Path, mode| {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(mode);
+        std::fs::set_permissions(path, mode).unwrap();
+    };
+    open(dir.path(), 0o755);
+    for file in std::fs::read_dir(dir.path()).unwrap().flatten() {
+        open(&file.path(), 0o644);
+    }
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let (ca, cert, key) = (file("ours-ca.pem"), file("ours.pem"), file("ours.key"));
+    let password = file("password");
+    let mut etcd = Etcd::start_in(dir, 3, &["--auth-token-ttl", "30"], Some(&ours));
+    etcd.ask_for_users("/craton/local/");
+    let endpoints = etcd.endpoints();
+    let there = [
+        "--no-sample",
+        "--coordinator",
+        "etcd",
+        "--endpoints",
+        &endpoints,
+        "--etcd-user",
+        "craton",
+        "--etcd-password-file",
+        &password,
+        "--etcd-ca",
+        &ca,
+        "--etcd-cert",
+        &cert,
+        "--etcd-key",
+        &key,
+    ];
+    let c = Cluster::up("etcd-tls", &there);
+    c.wait_status("a whole cluster", PATIENCE, whole);
+    wait_all_in(&c, "etcd", 3);
+    let status = ok(&c, &["status"]);
+    assert!(status.contains("records in etcd at https://"), "{status}");
+    drills(&c);
+    one_server_is_lost(&c, &mut etcd);
+    etcd_is_away(&c, &etcd);
+    // Longer than a token lasts.
+    c.wait_status("a whole cluster", PATIENCE, whole);
     let keys = ["get", "--prefix", "/craton/local/", "--keys-only"];
     assert!(etcd.ctl(&keys).0.contains("/craton/local/data/leadership"));
     drop(c);

@@ -144,10 +144,10 @@ fn slots_keep_a_part_of_the_disk(c: &Cluster) {
     assert_eq!(c.sql(&["-Atc", sql]), part.to_string());
 }
 
-/// A program that writes down what it is told.
+/// A program that writes down what it is told. In a directory that a purge takes along.
 fn listener(c: &Cluster) -> String {
-    let path = c.dir.join("listener");
-    let log = c.dir.join("heard");
+    let path = c.dir.join("run/listener");
+    let log = c.dir.join("run/heard");
     std::fs::write(
         &path,
         format!(
@@ -215,7 +215,7 @@ fn reads_go_elsewhere(c: &Cluster, mid: &str, end: &str) {
 
 /// Each member's program heard of what became of it, with the term.
 fn heard(c: &Cluster, (old, new, end): (&str, &str, &str), term: u64) {
-    let lines = || std::fs::read_to_string(c.dir.join("heard")).unwrap_or_default();
+    let lines = || std::fs::read_to_string(c.dir.join("run/heard")).unwrap_or_default();
     let expected = [
         format!("leader {} {old} local leader", term - 1),
         format!("standby {} {new} local standby", term - 1),

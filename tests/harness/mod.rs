@@ -125,6 +125,11 @@ impl Drop for Cluster {
         if !out.status.success() && !std::thread::panicking() {
             panic!("craton down --purge: {}", text(&out));
         }
+        if self.dir.exists() && !std::thread::panicking() {
+            let mut left = Vec::new();
+            files_below(&self.dir, &mut left);
+            panic!("craton down --purge left {left:?}");
+        }
     }
 }
 

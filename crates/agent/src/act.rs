@@ -4,10 +4,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use craton_console::Client;
 use craton_coordinator::api::PresenceMap;
 use craton_core::decide::{StopHow, Task};
 use craton_core::promise::{Answer, Ask, Book, Facts};
 use craton_core::records::{At, MemberRecord, Seal, Timelines};
+use craton_core::slots::Notes;
 use craton_core::sync::{SyncSet, application_name};
 use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
@@ -94,6 +96,8 @@ pub struct Actor {
     pub progress: watch::Sender<CloneProgress>,
     /// What the members say of themselves.
     pub presence: watch::Receiver<PresenceMap>,
+    /// A client for the other members' control APIs.
+    pub others: Client,
     /// How a data directory is filled.
     pub clone: CloneConfig,
     /// The program that restores out of the repository, and that PostgreSQL calls for WAL.
@@ -125,6 +129,7 @@ impl Actor {
                 version: 1,
                 incarnation: Some(incarnation),
                 floor,
+                slots: Notes::default().following(file.get().slots.followed),
                 ..file.get().clone()
             })
         };
@@ -316,6 +321,7 @@ impl Actor {
                 Some(api) => self.catch_up_by_files(&api, term, (timeline, lsn)).await,
                 None => self.catch_up(&from, term, (timeline, lsn), members).await,
             },
+            Task::TakeSlots { from, term } => self.take_slots(&from, term, members).await,
             Task::SetSync(set) => self.set_sync(set).await,
             Task::Checkpoint => Ok(self.server.control.checkpoint(CHECKPOINT_MAX).await?),
             Task::Configure => self.configure().await,
@@ -362,7 +368,20 @@ impl Actor {
         self.start_following(None).await
     }
 
-    async fn start_following(
+    /// WAL of whichever leader was last may come: what was known of copies of logical slots holds no more.
+    pub(crate) async fn note_foreign_wal(&self, election: Term) -> Result<(), ActError> {
+        let last = Term(election.0.saturating_sub(1));
+        let change = move |file: &mut StateFile| {
+            let slots = file.get().slots.following(last);
+            file.set(MemberState {
+                slots,
+                ..file.get().clone()
+            })
+        };
+        Ok(self.state.change(change).await?)
+    }
+
+    pub(crate) async fn start_following(
         &self,
         upstream: Option<(Upstream, MemberId, Term)>,
     ) -> Result<(), ActError> {
@@ -370,6 +389,17 @@ impl Actor {
         let mut config = self
             .server
             .managed(upstream.map(|(u, _, _)| u), SyncNames::Nobody);
+        if let Some((_, term)) = whom.clone() {
+            self.state.change(move |file| file.follow(term)).await?;
+        }
+        if !config.decodes() {
+            for slot in self.server.instance.discard_logical_slots().await? {
+                tracing::warn!(
+                    slot,
+                    "wal_level is not logical: the copy of a logical slot is dropped, or PostgreSQL would not start"
+                );
+            }
+        }
         let needs = self.server.instance.control_data().await?.standby_needs;
         if parameters::raise_to(&mut config.settings, &needs) {
             // The settings themselves go into the file once it runs, and are then marked as waiting for a restart.
@@ -458,7 +488,7 @@ impl Actor {
         self.ensure_incarnation(term).await?;
         let upstream = self.upstream(from, members, "craton_replication")?;
         // Never again a lower term: durable before the first byte can come from this one.
-        self.raise_floor(term).await?;
+        self.state.change(move |file| file.follow(term)).await?;
         let config = self.server.managed(Some(upstream), SyncNames::Nobody);
         self.server.instance.write_config(&config).await?;
         process.reload()?;
@@ -521,6 +551,7 @@ impl Actor {
         if self.state().floor > term {
             return Err(ActError::Stale("sealed for a later term".into()));
         }
+        self.note_foreign_wal(term).await?;
         // Until it is sealed again it holds more than it said.
         self.server.set_sealed(None);
         let mut upstream = self.upstream(from, members, "craton_replication")?;
@@ -583,6 +614,7 @@ impl Actor {
             })
             .collect();
         self.server.instance.write_history_files(&taken).await?;
+        self.drop_broken_slots().await;
         self.server.set_maybe_primary();
         self.server.look_often_for(LIVELY);
         self.fencing.guard(&process);
@@ -592,6 +624,7 @@ impl Actor {
             .map_err(ActError::Unguarded)?;
         let got = self.server.control.promote(PROMOTE_MAX).await?;
         tracing::info!(%term, timeline = %got, "promoted");
+        self.leave_room_for_consumers().await;
         self.checkpoint_soon();
         // The others stream only from a server that has their slots; on a young cluster they may be missing.
         let slots: Vec<String> = slots::of_others(&self.me, members.keys());

@@ -24,6 +24,7 @@ use crate::cloning;
 use crate::config::AgentConfig;
 use crate::fencing::Fencing;
 use crate::lease::{LeaseKeeper, LeaseTiming};
+use crate::logical;
 use crate::members;
 use crate::promises::Plan;
 use crate::receivers::Receivers;
@@ -318,6 +319,7 @@ impl Agent {
             self.server
                 .parameters
                 .set_cluster(view.settings().postgresql);
+            self.server.set_members(view.members.keys());
         }
         Observation {
             now: clock::now(),
@@ -361,6 +363,7 @@ impl Agent {
             host: self.host(),
             libraries: self.server.libraries.get(),
             bootstrap_done: self.bootstrap_done,
+            logical: logical::told(&self.server, &state.slots),
             clone_repository: self.config.clone.repository.is_some(),
             sealed: self.server.sealed(),
             task: self.task.as_ref().map(|(view, _)| view.clone()),
@@ -570,6 +573,7 @@ impl Agent {
             lsn: None,
             replay_lsn: None,
             slots: BTreeMap::new(),
+            logical: s.logical.in_substance(),
             health: views::in_substance(&s.health),
             ..s.clone()
         };

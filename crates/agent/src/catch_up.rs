@@ -20,6 +20,7 @@ impl Actor {
         let Some(own) = own.filter(|_| self.state().floor <= term) else {
             return Err(ActError::Stale("not sealed for that term".into()));
         };
+        self.note_foreign_wal(term).await?;
         let instance = &self.server.instance;
         let size = instance.control_data().await?.segment_size.max(1);
         tracing::info!(api, timeline = %end.0, lsn = %end.1, "getting the missing WAL out of the backup");

@@ -23,6 +23,7 @@ pub mod fencing;
 pub mod hooks;
 pub mod lease;
 pub mod libraries;
+pub mod logical;
 pub mod members;
 pub mod metrics;
 pub mod parameters;

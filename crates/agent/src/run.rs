@@ -36,7 +36,7 @@ use crate::receivers::{self, Receivers};
 use crate::server::LocalServer;
 use crate::state::{StateFile, StateKeeper};
 use crate::storage::Storage;
-use crate::{libraries, parameters, places, slots, trust};
+use crate::{libraries, logical, parameters, places, slots, trust};
 
 /// How often the metrics are brought up to date.
 const METRICS_INTERVAL: Duration = Duration::from_secs(1);
@@ -174,7 +174,8 @@ pub async fn run_with(
     let receivers = client_of(&config, trust.as_ref(), Role::Backup)?;
     let receivers = Receivers::new(receivers, Arc::clone(&server));
     let presence = coordinator.presence();
-    let actor = actor(&config, &server, &fencing, secrets, presence, &receivers)?;
+    let reached = (presence, others.clone());
+    let actor = actor(&config, &server, &fencing, secrets, reached, &receivers)?;
     actor.end_strays_soon().await;
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
@@ -197,7 +198,7 @@ pub async fn run_with(
         config.voter,
     ));
     background.spawn(slots::keep(
-        Arc::clone(&server),
+        Arc::clone(&actor),
         seen.clone(),
         Arc::clone(&coordinator),
     ));
@@ -287,7 +288,7 @@ fn actor(
     server: &Arc<LocalServer>,
     fencing: &Arc<Fencing>,
     secrets: Secrets,
-    presence: watch::Receiver<PresenceMap>,
+    (presence, others): (watch::Receiver<PresenceMap>, Client),
     receivers: &Arc<Receivers>,
 ) -> Result<Arc<Actor>, AgentError> {
     let (progress, _) = watch::channel(CloneProgress::default());
@@ -301,6 +302,7 @@ fn actor(
         state: StateKeeper::new(state),
         noting: Arc::default(),
         presence,
+        others,
         strays_ended: tokio::sync::OnceCell::new(),
         clone: config.clone.clone(),
         program: match &config.fence_program {
@@ -553,7 +555,8 @@ async fn serve_http(
     });
     let routes = routes
         .merge(members::routes(Arc::clone(coordinator)))
-        .merge(receivers::routes(Arc::clone(coordinator)));
+        .merge(receivers::routes(Arc::clone(coordinator)))
+        .merge(logical::routes(Arc::clone(&actor.server)));
     let enrolment = Enrolment {
         cluster: config.cluster.clone(),
         secrets: config.secrets.clone(),

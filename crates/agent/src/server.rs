@@ -18,6 +18,7 @@ use tokio::sync::Notify;
 
 use crate::clock;
 use crate::libraries::LibrariesHere;
+use crate::logical::LogicalHere;
 use crate::parameters::Parameters;
 
 /// A look at the server that takes longer counts as no answer.
@@ -66,6 +67,8 @@ struct Known {
     data_epoch: u64,
     /// PostgreSQL is being stopped by this agent: its end is no crash.
     ending: bool,
+    /// The physical slots of all members.
+    member_slots: BTreeSet<String>,
     /// When the flush position of a primary was last seen to move.
     wal_moved_at: Option<BootTime>,
     /// Since when processes wait for WAL to be written while it does not move.
@@ -129,6 +132,8 @@ pub struct LocalServer {
     pub parameters: Parameters,
     /// What PostgreSQL sorts and computes with.
     pub libraries: LibrariesHere,
+    /// Logical replication slots.
+    pub logical: LogicalHere,
     /// Who may log in from where.
     pub networks: Vec<String>,
     /// Logins by MD5 are taken, too.
@@ -159,6 +164,7 @@ impl LocalServer {
             passfile,
             parameters: Parameters::new(settings),
             libraries: LibrariesHere::default(),
+            logical: LogicalHere::default(),
             networks,
             md5,
             tls,
@@ -320,6 +326,11 @@ impl LocalServer {
     /// See [`Self::set_sealed`].
     pub fn sealed(&self) -> Option<Seal> {
         self.known().sealed.clone()
+    }
+
+    /// The members that there are.
+    pub fn set_members<'a>(&self, members: impl Iterator<Item = &'a MemberId>) {
+        self.known().member_slots = members.map(MemberId::slot_name).collect();
     }
 
     /// Look more often: a change of role is under way.
@@ -644,10 +655,12 @@ impl LocalServer {
     pub fn managed(&self, upstream: Option<Upstream>, sync: SyncNames) -> ManagedConfig {
         let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
         let hba = HbaRule::standard(&networks, self.tls.is_some());
+        let member_slots = self.known().member_slots.clone();
         ManagedConfig {
             upstream,
             restore_command: None,
             sync,
+            member_slots,
             settings: self.parameters.to_write(),
             hba: if self.md5 {
                 HbaRule::with_md5(hba)

@@ -10,7 +10,9 @@ use craton_core::observe::{Observation, ServerView};
 use craton_core::{Lsn, MemberId};
 use tokio::sync::watch;
 
+use crate::act::Actor;
 use crate::agent::Seen;
+use crate::logical;
 use crate::server::LocalServer;
 
 /// How often slots are looked after.
@@ -22,7 +24,7 @@ pub const BACKUP_SLOT: &str = "craton_backup";
 
 /// Runs until the agent ends.
 pub async fn keep(
-    server: Arc<LocalServer>,
+    actor: Arc<Actor>,
     seen: watch::Receiver<Option<Seen>>,
     coordinator: Arc<dyn Coordinator>,
 ) {
@@ -31,10 +33,12 @@ pub async fn keep(
         let newest = seen.borrow().clone();
         let members = coordinator.membership().map(Membership::members);
         let removed = members.map(|m| m.removed).unwrap_or_default();
-        if let Some(seen) = newest
-            && let Err(error) = once(&server, &seen.0, &removed).await
-        {
+        let Some(seen) = newest else { continue };
+        if let Err(error) = once(&actor.server, &seen.0, &removed).await {
             tracing::debug!(%error, "replication slots could not be looked after");
+        }
+        if let Err(error) = logical::once(&actor, &seen.0).await {
+            tracing::debug!(%error, "logical replication slots could not be looked after");
         }
     }
 }

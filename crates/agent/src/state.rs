@@ -7,6 +7,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use craton_core::slots::Notes;
 use craton_core::{Incarnation, Term};
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +24,9 @@ pub struct MemberState {
     /// whose agent restarts seals for nobody before that long has passed.
     #[serde(default)]
     pub promised_ms: u64,
+    /// Copies of logical slots.
+    #[serde(default)]
+    pub slots: Notes,
 }
 
 /// The file, as the agent's loop and its tasks share it: what is known is read without waiting for what is
@@ -129,6 +133,15 @@ impl StateFile {
             ..self.now.clone()
         })
     }
+
+    /// As [`Self::raise_floor`], before WAL comes from the leader of that term.
+    pub fn follow(&mut self, term: Term) -> io::Result<()> {
+        self.set(MemberState {
+            floor: self.now.floor.max(term),
+            slots: self.now.slots.following(term),
+            ..self.now.clone()
+        })
+    }
 }
 
 #[cfg(test)]
@@ -151,6 +164,17 @@ mod tests {
         fs::write(dir.path().join("agent.json"), old).unwrap();
         let file = StateFile::open(dir.path()).unwrap();
         assert_eq!((file.get().floor, file.get().promised_ms), (Term(3), 0));
+    }
+
+    #[test]
+    fn who_follows_a_leader_knows_nothing_of_its_copies() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut file = StateFile::open(dir.path()).unwrap();
+        file.follow(Term(7)).unwrap();
+        file.follow(Term(3)).unwrap();
+        let read = StateFile::open(dir.path()).unwrap();
+        assert_eq!(read.get().floor, Term(7));
+        assert_eq!(read.get().slots.followed, Term(7));
     }
 
     #[test]

@@ -17,6 +17,8 @@ use craton_core::{Lsn, MemberId};
 use craton_pg::DivergenceSummary;
 use serde::{Deserialize, Serialize};
 
+use crate::logical;
+
 /// A member is taken for away when it was not heard for this many heartbeats.
 const SILENT_HEARTBEATS: u64 = 7;
 
@@ -72,6 +74,7 @@ pub fn own_status(o: &Observation, decision: &Decision) -> MemberStatus {
         libraries: o.libraries.clone(),
         noload: o.me.noload,
         upstream: None,
+        logical: o.logical.clone(),
     };
     match &o.server {
         ServerView::Down => {}
@@ -202,6 +205,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
     let members = members(o, view, &own, leader.as_ref());
     let receivers = receivers(o, view, &members, leader.as_ref());
     let mut warnings = warnings(o, view, &members);
+    warnings.extend(logical::warnings(&logical::shown(o, &own)));
     let silent = receivers.iter().filter(|r| !r.alive);
     warnings
         .extend(silent.map(|r| format!("the backup receiver {} has not been heard of", r.name)));
@@ -234,6 +238,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         members,
         receivers,
         witnesses: Vec::new(),
+        slots: logical::shown(o, &own),
         reasons: decision.reasons.iter().map(|r| r.text.clone()).collect(),
         warnings,
         paused: paused(o, view),

@@ -23,7 +23,7 @@ const fn rule(prefix: &'static str, method: Option<Method>, roles: &'static [Rol
 }
 
 /// The first rule that fits counts.
-const RULES: [Rule; 9] = [
+const RULES: [Rule; 10] = [
     rule("/v1/topology", Some(Method::GET), &Role::ALL),
     rule("/v1/authority", Some(Method::GET), &Role::ALL),
     // Between agents alone: a promise of a member that another's leadership rests on.
@@ -35,6 +35,8 @@ const RULES: [Rule; 9] = [
         &[Role::Node, Role::Backup],
     ),
     rule("/v1/receiver/", None, &[Role::Node]),
+    // A standby copies the leader's logical slots.
+    rule("/v1/slots", None, &[Role::Node]),
     // A witness asks to be taken in.
     rule(
         "/v1/members/join",
@@ -95,6 +97,7 @@ mod tests {
             (&get, "/v1/receiver", "nbo"),
             (&post, "/v1/receiver/seal", "n"),
             (&get, "/v1/receiver/wal/000000010000000000000001", "n"),
+            (&get, "/v1/slots/dbz", "n"),
             (&post, "/v1/certificate", "npbwo"),
             (&get, "/v1/authority", "npbwo"),
             (&post, "/v1/join-tokens", "no"),

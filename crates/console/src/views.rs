@@ -37,6 +37,9 @@ pub struct StatusView {
     /// Voters without a database, ordered by name.
     #[serde(default)]
     pub witnesses: Vec<WitnessView>,
+    /// The leader's logical replication slots, and those that did not survive the last failover; ordered by name.
+    #[serde(default)]
+    pub slots: Vec<SlotView>,
     /// What would happen next, as a sentence ("if a fails, b or c takes over within 2.7 s").
     pub next: String,
     /// Why the answering agent does, or does not do, something; newest decision first.
@@ -239,6 +242,25 @@ pub struct MemberView {
     /// they are not known.
     #[serde(default)]
     pub libraries: craton_core::libraries::Libraries,
+}
+
+/// A logical replication slot of the leader.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SlotView {
+    /// Its name.
+    pub name: String,
+    /// The database that it decodes.
+    pub database: String,
+    /// Its output plugin.
+    pub plugin: String,
+    /// The members whose promotion it would survive.
+    pub survives_on: Vec<MemberId>,
+    /// From PostgreSQL 17: made with `failover = true`.
+    #[serde(default)]
+    pub failover: Option<bool>,
+    /// The slot of a former leader that could not be offered after a failover.
+    #[serde(default)]
+    pub lost: bool,
 }
 
 /// A voter of the coordinator without a database.

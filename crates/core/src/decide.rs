@@ -11,6 +11,7 @@ mod order;
 mod receivers;
 mod request;
 mod rolling;
+mod slots;
 mod standby;
 mod sync_set;
 mod vote;
@@ -116,6 +117,13 @@ pub enum Task {
         /// That end.
         lsn: Lsn,
     },
+    /// As a standby: get the leader's logical slots that have no copy here, and restart PostgreSQL with them.
+    TakeSlots {
+        /// The leader.
+        from: MemberId,
+        /// Its term.
+        term: Term,
+    },
     /// Put a sync set in force.
     SetSync(SyncSet),
     /// Write a checkpoint, so that the shutdown of a switchover has little to do.
@@ -147,6 +155,7 @@ pub enum TaskKind {
     Clone,
     Rewind,
     CatchUp,
+    TakeSlots,
     SetSync,
     Checkpoint,
     Configure,
@@ -169,6 +178,7 @@ impl Task {
             Self::Clone { .. } => TaskKind::Clone,
             Self::Rewind { .. } => TaskKind::Rewind,
             Self::CatchUp { .. } => TaskKind::CatchUp,
+            Self::TakeSlots { .. } => TaskKind::TakeSlots,
             Self::SetSync(_) => TaskKind::SetSync,
             Self::Checkpoint => TaskKind::Checkpoint,
             Self::Configure => TaskKind::Configure,
@@ -230,6 +240,8 @@ pub struct Memory {
     holding: Option<(u64, BootTime)>,
     /// Since when a configured upstream has not streamed.
     not_streaming_since: Option<BootTime>,
+    /// Since when the leader has logical slots of which there is no copy here.
+    slots_missing_since: Option<BootTime>,
     /// When the standby that this member should stream from was last given up.
     upstream_failed_at: Option<BootTime>,
     /// Since when that standby has not streamed from the leader.
@@ -334,6 +346,7 @@ impl Mind<'_> {
         let open = view.leadership.as_ref().is_some_and(|l| l.value.open);
         match kind {
             TaskKind::Clone | TaskKind::Rewind => !ordered,
+            TaskKind::TakeSlots => true,
             TaskKind::StartStandby | TaskKind::StartPrimary => {
                 open && !ordered && !self.out.memory.stopped_to_start
             }
@@ -365,7 +378,9 @@ impl Mind<'_> {
             return self.because("back_off", text);
         }
         if self.out.task.is_none() {
-            self.out.memory.stopped_to_start |= kind == TaskKind::Stop;
+            // A restart that ends halfway is one all the same.
+            self.out.memory.stopped_to_start |=
+                matches!(kind, TaskKind::Stop | TaskKind::TakeSlots);
             self.out.task = Some(task);
         }
     }

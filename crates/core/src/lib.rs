@@ -13,6 +13,7 @@ pub mod reasons;
 pub mod receiver;
 pub mod records;
 pub mod settings;
+pub mod slots;
 pub mod sync;
 pub mod timeline;
 pub mod topology;

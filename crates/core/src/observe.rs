@@ -8,6 +8,7 @@ use crate::health::{Health, Host};
 use crate::libraries::Libraries;
 use crate::records::{ClusterView, MemberRecord, MemberRef, Seal};
 use crate::settings::Settings;
+use crate::slots::Told;
 use crate::sync::{StandbyView, SyncSet};
 use crate::types::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
@@ -208,6 +209,9 @@ pub struct MemberStatus {
     /// As a standby: the member whose WAL it is configured to stream. An older agent does not say.
     #[serde(default)]
     pub upstream: Option<MemberId>,
+    /// Its logical replication slots.
+    #[serde(default)]
+    pub logical: Told,
 }
 
 /// A parameter of PostgreSQL whose value in the file is not yet the one in force.
@@ -324,6 +328,8 @@ pub struct Observation {
     pub libraries: Libraries,
     /// The bootstrap task has succeeded since the agent's start.
     pub bootstrap_done: bool,
+    /// The logical replication slots here.
+    pub logical: Told,
     /// This host sees the backup repository: an empty data directory can be filled from there.
     pub clone_repository: bool,
     /// What it sealed, since it last followed anybody.

@@ -190,6 +190,11 @@ pub const MEANINGS: &[Meaning] = &[
         "",
     ),
     m(
+        "leaving_room",
+        "There are logical replication slots: before clients write, new WAL begins behind every position that a consumer may have confirmed.",
+        "",
+    ),
+    m(
         "libraries_differ",
         "Libraries here differ from the leader's in version: indexes on text or geometry that one of the two wrote may be read wrongly by the other.",
         "Bring the packages of all members to the same versions, then restart PostgreSQL (craton restart) and see to the indexes: REINDEX what depends on collations that changed.",
@@ -371,6 +376,11 @@ pub const MEANINGS: &[Meaning] = &[
         "Raise max_slot_wal_keep_size if members are away for long.",
     ),
     m(
+        "slots_missing",
+        "The leader has logical replication slots of which this member has no copy: they would not survive its promotion.",
+        "If it stays so, the agent's log says why; see docs/guide/slots.md.",
+    ),
+    m(
         "stalled",
         "PostgreSQL has not answered for a whole ttl and another member can take over: it is killed.",
         "Look at the storage of this member.",
@@ -434,6 +444,11 @@ pub const MEANINGS: &[Meaning] = &[
     m(
         "sync_waiting",
         "A sync set counts only when its members have flushed all that was acknowledged before.",
+        "",
+    ),
+    m(
+        "taking_slots",
+        "This standby restarts its PostgreSQL with copies of the leader's logical replication slots, so that they survive a failover to it.",
         "",
     ),
     m(

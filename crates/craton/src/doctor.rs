@@ -4,6 +4,7 @@
 
 mod checks;
 mod facts;
+mod slots;
 mod store;
 
 use clap::Args;

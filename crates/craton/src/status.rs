@@ -49,6 +49,7 @@ pub fn render(view: &StatusView) -> String {
         String::new(),
         members(view),
     ];
+    lines.extend(slots(view));
     lines.extend(records(view));
     lines.extend(maintenance(view));
     if let Some(election) = &view.election {
@@ -76,6 +77,22 @@ pub fn render(view: &StatusView) -> String {
         lines.push(format!("{} {warning}", paint(Colour::Yellow, "warning:")));
     }
     lines.join("\n")
+}
+
+/// Which logical replication slots a failover leaves.
+fn slots(view: &StatusView) -> Vec<String> {
+    let there = view.slots.iter().filter(|s| !s.lost);
+    there
+        .map(|s| {
+            let to = if s.survives_on.is_empty() {
+                paint(Colour::Yellow, "would not survive a failover")
+            } else {
+                format!("survives a failover to {}", join(&s.survives_on))
+            };
+            let slot = paint(Colour::Dim, "slot");
+            format!("{slot} {} ({}, {})  {to}", s.name, s.database, s.plugin)
+        })
+        .collect()
 }
 
 /// Where the records are, if they are not where they usually are.

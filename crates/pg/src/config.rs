@@ -5,7 +5,9 @@
 //! `postgresql.auto.conf`, which PostgreSQL reads last of all; lines there that name one of our keys are
 //! taken out and reported.
 
-use std::collections::BTreeMap;
+mod logical;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -144,6 +146,7 @@ pub(crate) const OWNED_KEYS: &[&str] = &[
     "ssl_ca_file",
     "ssl_cert_file",
     "ssl_key_file",
+    "synchronized_standby_slots",
     "synchronous_standby_names",
     "unix_socket_directories",
     "unix_socket_permissions",
@@ -244,6 +247,8 @@ pub struct ManagedConfig {
     pub restore_command: Option<String>,
     /// Who must have flushed a commit before a client hears of it.
     pub sync: SyncNames,
+    /// The physical slots of the members, as far as they are known.
+    pub member_slots: BTreeSet<String>,
     /// The operator's settings for the whole cluster, over the defaults.
     pub settings: BTreeMap<String, String>,
     /// Who may connect over TCP.
@@ -285,17 +290,14 @@ pub(crate) struct Place<'a> {
 
 /// Writes the three files where they differ, durably.
 pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<ConfigChange> {
-    let wanted = settings(place, managed)?;
+    let mut wanted = settings(place, managed)?;
     let main = place.conf_dir.join("postgresql.conf");
     let before = files::read_text(&main)?
         .map(|t| parse_settings(&t))
         .unwrap_or_default();
+    wanted.extend(logical::waits_for(place, managed, &before));
     let mut change = ConfigChange::default();
-    for key in before
-        .keys()
-        .chain(wanted.keys())
-        .collect::<std::collections::BTreeSet<_>>()
-    {
+    for key in before.keys().chain(wanted.keys()).collect::<BTreeSet<_>>() {
         if before.get(key) != wanted.get(key) {
             change.changed.push(key.clone());
             if RESTART_KEYS.contains(&key.as_str()) {
@@ -308,7 +310,10 @@ pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<Config
         files::write_durably(&main, text.as_bytes())?;
     }
     for (name, text) in [
-        ("pg_hba.conf", hba::hba(place, &managed.hba)?),
+        (
+            "pg_hba.conf",
+            hba::hba(place, &logical::rules(place, managed))?,
+        ),
         ("pg_ident.conf", hba::ident(place)?),
     ] {
         let path = place.conf_dir.join(name);
@@ -322,13 +327,14 @@ pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<Config
 }
 
 /// What says which role the server plays: only a change of the role changes it.
-const ROLE_KEYS: [&str; 7] = [
+const ROLE_KEYS: [&str; 8] = [
     "primary_conninfo",
     "primary_slot_name",
     "ssl",
     "ssl_ca_file",
     "ssl_cert_file",
     "ssl_key_file",
+    logical::WAITS_FOR,
     "synchronous_standby_names",
 ];
 
@@ -378,6 +384,7 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
         // After a crash PostgreSQL first flushes all files, one by one: seconds in which nobody is served.
         all.insert("recovery_init_sync_method".to_owned(), "syncfs".to_owned());
     }
+    logical::defaults(place, managed, &mut all);
     for (key, value) in &managed.settings {
         let key = key.to_ascii_lowercase();
         if OWNED_KEYS.contains(&key.as_str()) {
@@ -401,6 +408,7 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
         all.insert(key, one_line("PostgreSQL setting", value)?.to_owned());
     }
     let upstream = managed.upstream.as_ref();
+    let conninfo = upstream.map(|u| u.conninfo(logical::database(place, managed)));
     let path = |p: &Path| p.display().to_string();
     let owned = [
         ("data_directory", path(place.data_dir)),
@@ -419,10 +427,7 @@ fn settings(place: &Place<'_>, managed: &ManagedConfig) -> Result<BTreeMap<Strin
             "restore_command",
             managed.restore_command.clone().unwrap_or_default(),
         ),
-        (
-            "primary_conninfo",
-            upstream.map(|u| u.conninfo(None)).unwrap_or_default(),
-        ),
+        ("primary_conninfo", conninfo.unwrap_or_default()),
         (
             "primary_slot_name",
             upstream.and_then(|u| u.slot.clone()).unwrap_or_default(),
@@ -532,7 +537,7 @@ mod tests {
         )
     }
 
-    fn upstream() -> Upstream {
+    pub(super) fn upstream() -> Upstream {
         Upstream {
             host: "10.0.0.1".into(),
             port: 6441,

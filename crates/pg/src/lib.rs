@@ -8,7 +8,8 @@
 //! * [`adopt`]: a data directory that Craton did not make; `follow`: a standby of a primary that is not Craton's.
 //! * [`control_data`]: `pg_controldata`, typed.
 //! * [`postmaster`], [`processes`]: start, adopt, watch, stop and kill, by pidfd.
-//! * [`control`]: the control connection; [`sample`]: one look at a running server; [`roles`], [`slots`].
+//! * [`control`]: the control connection; [`sample`]: one look at a running server; [`roles`], [`slots`];
+//!   `logical_slots`: copies of logical slots.
 //! * [`parameters`]: which of PostgreSQL's parameters may be set, and which wait for a restart.
 //! * [`sync`]: `synchronous_standby_names`, and the proof that a change of it is in force.
 //! * [`clone`], [`rewind`], [`divergence`]: ways to become a standby again.
@@ -39,6 +40,7 @@ mod hba;
 pub mod history;
 pub mod instance;
 pub mod libraries;
+mod logical_slots;
 pub mod parameters;
 pub mod postmaster;
 pub mod processes;
@@ -63,8 +65,9 @@ pub use fetched::{history_name, segment_name};
 pub use hba::HbaRule;
 pub use history::{HistoryEntry, KnownTimeline};
 pub use instance::{InitOptions, Instance, InstanceConfig};
+pub use logical_slots::{SLOT_FILE_MAX, SlotFile};
 pub use parameters::Parameter;
 pub use postmaster::{ExitReason, Postmaster, StartMode, StopMode};
 pub use roles::RolePasswords;
-pub use sample::{Receiver, ReplicationRow, ServerSample, Slot};
+pub use sample::{Logical, Receiver, ReplicationRow, ServerSample, Slot};
 pub use sync::SyncNames;

@@ -68,6 +68,53 @@ pub struct Slot {
     pub restart_lsn: Option<Lsn>,
     /// `reserved`, `extended`, `unreserved` or `lost`.
     pub wal_status: Option<String>,
+    /// The catalog's rows that were dead before this transaction are not kept for it.
+    #[serde(default, with = "xid")]
+    pub catalog_xmin: Option<u32>,
+    /// What a logical slot has besides.
+    #[serde(default)]
+    pub logical: Option<Logical>,
+}
+
+/// The rest of a logical slot.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Logical {
+    /// The database that it decodes.
+    pub database: String,
+    /// The output plugin.
+    pub plugin: String,
+    /// Ends with its session.
+    pub temporary: bool,
+    /// The consumer has everything before; none while the slot is being made.
+    pub confirmed: Option<Lsn>,
+    /// From PostgreSQL 14: decodes prepared transactions.
+    pub two_phase: Option<bool>,
+    /// From PostgreSQL 16: the rows that it needs are gone.
+    pub conflicting: Option<bool>,
+    /// From PostgreSQL 17: made to survive a failover.
+    pub failover: Option<bool>,
+    /// From PostgreSQL 17: a copy that PostgreSQL keeps.
+    pub synced: Option<bool>,
+}
+
+/// PostgreSQL writes transaction numbers as text.
+mod xid {
+    use serde::{Deserialize as _, Deserializer, Serialize as _, Serializer};
+
+    #[allow(
+        clippy::ref_option,
+        clippy::trivially_copy_pass_by_ref,
+        reason = "serde calls it so"
+    )]
+    pub(super) fn serialize<S: Serializer>(xid: &Option<u32>, to: S) -> Result<S::Ok, S::Error> {
+        xid.map(|x| x.to_string()).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<u32>, D::Error> {
+        let text: Option<String> = Option::deserialize(from)?;
+        text.map(|t| t.parse().map_err(serde::de::Error::custom))
+            .transpose()
+    }
 }
 
 /// One look at a running server.
@@ -188,8 +235,13 @@ fn sql() -> String {
       'reply_age_us', (extract(epoch FROM clock_timestamp() - reply_time) * 1000000)::bigint)), '[]')
       FROM pg_stat_replication),
   'slots', (SELECT coalesce(json_agg(json_build_object('name', slot_name, 'kind', slot_type,
-      'active', active, 'restart_lsn', restart_lsn, 'wal_status', wal_status)), '[]')
-      FROM pg_replication_slots),
+      'active', active, 'restart_lsn', restart_lsn, 'wal_status', wal_status,
+      'catalog_xmin', catalog_xmin::text, 'logical', CASE WHEN slot_type = 'logical' THEN
+        json_build_object('database', database, 'plugin', plugin, 'temporary', temporary,
+          'confirmed', confirmed_flush_lsn, 'two_phase', to_jsonb(s) -> 'two_phase',
+          'conflicting', to_jsonb(s) -> 'conflicting', 'failover', to_jsonb(s) -> 'failover',
+          'synced', to_jsonb(s) -> 'synced') END) ORDER BY slot_name), '[]')
+      FROM pg_replication_slots AS s),
   'synchronous_standby_names', current_setting('synchronous_standby_names'),
   'primary_conninfo', current_setting('primary_conninfo'),
   'system_identifier', (SELECT system_identifier FROM pg_control_system()),

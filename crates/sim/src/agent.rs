@@ -33,8 +33,7 @@ impl World {
         if self.members[m].agent.is_some() || !self.members[m].up {
             return;
         }
-        let life = self.id();
-        let now = self.clock(m);
+        let (life, now) = (self.id(), self.clock(m));
         let id = self.name(m);
         let forgets = self.options.flaw == Some(Flaw::StandbyPromiseForgotten);
         let member = &mut self.members[m];
@@ -80,6 +79,7 @@ impl World {
             config_stale: false,
             pending: Vec::new(),
             bootstrap_done: false,
+            logical: craton_core::slots::Told::default(),
             clone_repository: false,
             sealed: None,
             task: None,

@@ -46,5 +46,6 @@ pub fn announcement(own: Own) -> MemberStatus {
         libraries: std::collections::BTreeMap::new(),
         noload: false,
         upstream: None,
+        logical: craton_core::slots::Told::default(),
     }
 }

@@ -162,7 +162,8 @@ impl World {
                 }
                 Step::Done
             }
-            Task::Configure => Step::Done,
+            // No logical slots are simulated.
+            Task::Configure | Task::TakeSlots { .. } => Step::Done,
             Task::Reinit { term, .. } => {
                 if self.members[m].pg.is_some() {
                     self.pg_exit(m, false);

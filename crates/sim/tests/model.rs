@@ -46,6 +46,35 @@ fn leaders_that_go_on_by_promises() {
     assert!(seen.promised > 0 && seen.changes > 0);
 }
 
+#[test]
+fn a_backup_receiver_in_v() {
+    let seen = holds(5).seen;
+    assert!(seen.catch_ups > 0 && seen.changes > 0);
+}
+
+#[test]
+fn a_member_that_never_leads() {
+    let seen = holds(6).seen;
+    assert!(seen.catch_ups > 0 && seen.changes > 0);
+}
+
+#[test]
+fn between_async_and_quorum() {
+    let seen = holds(7).seen;
+    assert!(seen.modes > 0 && seen.async_losses > 0);
+}
+
+#[test]
+fn between_strict_and_quorum() {
+    assert!(holds(8).seen.modes > 0);
+}
+
+#[test]
+fn promises_in_every_mode() {
+    let seen = holds(9).seen;
+    assert!(seen.promised > 0 && seen.modes > 0);
+}
+
 /// The broken rule does this harm; with the rule whole, nothing happens within the same bounds.
 fn found_out(rule: Broken, harm: &str, events: usize) {
     let config = Config::for_broken(rule);
@@ -143,6 +172,31 @@ fn promises_for_the_known_set_alone() {
 #[test]
 fn a_proposal_that_promises_do_not_cover() {
     found_out(Broken::ProposesBeyondPromises, STILL_LED, 10);
+}
+
+#[test]
+fn the_mode_is_written_before_v_has_flushed() {
+    found_out(Broken::ModeBeforeFlush, LOST, 9);
+}
+
+#[test]
+fn postgres_goes_async_first() {
+    found_out(Broken::AsyncPostgresFirst, LOST, 7);
+}
+
+#[test]
+fn strict_with_fewer_than_k() {
+    found_out(Broken::StrictGoesAlone, "strict: a commit was", 5);
+}
+
+#[test]
+fn a_catch_up_that_is_only_claimed() {
+    found_out(Broken::CatchUpClaimed, LOST, 8);
+}
+
+#[test]
+fn a_receiver_that_forgets_what_it_sealed_for() {
+    found_out(Broken::ReceiverForgetsFloor, LOST, 9);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use craton_core::{BootTime, MemberId, Term};
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
@@ -32,6 +32,12 @@ const SILENCE_AFTER_LOSS: Duration = Duration::from_secs(4);
 /// How often a voter that lost its disk asks the others for their notes.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(500);
 
+/// A note by which a voter settles may take so long to come to the disk.
+const SETTLE_NOTE_MAX: Duration = Duration::from_secs(60);
+
+/// So many notes that are late are remembered; each holds all that those before it do.
+const LATE_MAX: usize = 16;
+
 /// How often a voter tries to settle after a change of the voters.
 const SETTLE_INTERVAL_SHORT: Duration = Duration::from_millis(50);
 
@@ -50,6 +56,8 @@ pub(super) struct Desk {
     settled: AtomicBool,
     /// It has never said anything.
     fresh: AtomicBool,
+    /// Notes that were on their way to the disk for longer than a call may take.
+    late: Mutex<Vec<(LeaseNote, oneshot::Receiver<()>)>>,
     status: watch::Receiver<Status>,
     disk: Disk,
     clock: Clock,
@@ -69,6 +77,7 @@ impl Desk {
             }),
             settled: AtomicBool::new(state.settled),
             fresh: AtomicBool::new(state.fresh),
+            late: Mutex::default(),
             status,
             disk,
             clock,
@@ -101,6 +110,7 @@ impl Desk {
         if let Err(why) = self.has_say() {
             return LeaseTold::Silent(why);
         }
+        self.take_late();
         let now = self.clock.now();
         if let LeaseAsk::Renew { epoch, .. } | LeaseAsk::Free { epoch, .. } = ask
             && let Err(why) = self.voter().voter.answers_for(epoch)
@@ -167,9 +177,14 @@ impl Desk {
         LeaseTold::State(self.state())
     }
 
-    /// Puts a note on disk, and only then into force.
+    /// Puts a note on disk, and only then into force. One that comes there later than a call may take is in force
+    /// from the next question on: on a disk that is slow all the time none would ever be otherwise.
     async fn note(&self, note: LeaseNote) -> bool {
-        let (note, on_disk) = {
+        self.note_within(note, CALL_TIMEOUT).await
+    }
+
+    async fn note_within(&self, note: LeaseNote, limit: Duration) -> bool {
+        let (note, mut on_disk) = {
             let mut voter = self.voter();
             voter.queued = voter.queued.join(note);
             let note = voter.queued;
@@ -182,13 +197,32 @@ impl Desk {
                 }),
             )
         };
-        let done = timeout(CALL_TIMEOUT, on_disk)
-            .await
-            .is_ok_and(|r| r.is_ok());
-        if done {
-            self.voter().voter.noted(note);
+        let done = timeout(limit, &mut on_disk).await;
+        match done {
+            Ok(Ok(())) => self.voter().voter.noted(note),
+            // Dropped by the disk: it never will be there.
+            Ok(Err(_)) => {}
+            Err(_) => {
+                let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+                if late.len() < LATE_MAX {
+                    late.push((note, on_disk));
+                }
+            }
         }
-        done
+        matches!(done, Ok(Ok(())))
+    }
+
+    /// Notes that have come to the disk meanwhile are in force.
+    fn take_late(&self) {
+        let mut late = self.late.lock().unwrap_or_else(PoisonError::into_inner);
+        late.retain_mut(|(note, on_disk)| match on_disk.try_recv() {
+            Ok(()) => {
+                self.voter().voter.noted(*note);
+                false
+            }
+            Err(oneshot::error::TryRecvError::Empty) => true,
+            Err(oneshot::error::TryRecvError::Closed) => false,
+        });
     }
 
     /// Ends the disk thread.
@@ -288,8 +322,9 @@ impl Desk {
         });
         let now = self.clock.now();
         let answer = self.voter().voter.settle(now, epoch, known);
+        // Nobody waits for this answer.
         if let Answer::AfterNote(note) = answer
-            && self.note(note).await
+            && self.note_within(note, SETTLE_NOTE_MAX).await
         {
             self.settled.store(true, Ordering::SeqCst);
             self.fresh.store(false, Ordering::SeqCst);
@@ -321,7 +356,7 @@ impl Desk {
             .into_iter()
             .fold(self.voter().voter.note(), LeaseNote::join);
         (note.epoch, note.left) = (config.epoch, config.epoch);
-        if self.note(note).await {
+        if self.note_within(note, SETTLE_NOTE_MAX).await {
             self.settled.store(true, Ordering::SeqCst);
             tracing::info!(closed_through = %note.closed_through, "this voter has its say in the lease again");
         }

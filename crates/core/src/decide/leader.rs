@@ -410,6 +410,16 @@ fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
         }
         return mind.start(Task::SetSync(names));
     }
+    // What a client writes before new WAL begins behind all that the consumer of a slot may have confirmed, that
+    // consumer would never see.
+    let slots = mind.o.logical.slots.as_ref().is_some_and(|s| !s.is_empty());
+    let promotes = mind.o.task.as_ref().map(|t| t.task.kind()) == Some(TaskKind::Promote);
+    if slots && promotes {
+        return mind.because(
+            "leaving_room",
+            "opens once new WAL begins behind all that consumers of logical slots may have seen",
+        );
+    }
     let restarted = view
         .history
         .as_ref()

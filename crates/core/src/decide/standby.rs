@@ -2,7 +2,7 @@
 
 use super::{
     Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind, UPSTREAM_AGAIN,
-    UPSTREAM_MAX, UPSTREAM_PATIENCE, receivers, request,
+    UPSTREAM_MAX, UPSTREAM_PATIENCE, receivers, request, slots,
 };
 use crate::observe::{LeaseSeen, Server, ServerView};
 use crate::records::{ClusterView, Leadership, MemberRef, Request, RequestKind, RequestPhase};
@@ -310,7 +310,7 @@ fn follow_rule(
 
 /// True if the leader itself said just now that it is one. Rewinding ends this incarnation, and with it a seal
 /// that an election may need: not for a leader on paper, whose PostgreSQL is down or whose disk is gone.
-fn serves(mind: &Mind<'_>, l: &Leadership, leader: &MemberId) -> bool {
+pub(super) fn serves(mind: &Mind<'_>, l: &Leadership, leader: &MemberId) -> bool {
     let status = mind.o.peers.get(leader).map(|p| &p.status);
     mind.is_alive(leader)
         && status.is_some_and(|s| s.role == MemberRole::Leader && s.term == l.term)
@@ -388,7 +388,8 @@ fn streaming_rule(
         } else {
             "waiting for"
         };
-        return mind.because("standby", format!("{what} {source} (term {})", l.term));
+        mind.because("standby", format!("{what} {source} (term {})", l.term));
+        return slots::take_rule(mind, view, l, (leader, source), s);
     }
     let now = mind.o.now;
     let since = *mind.out.memory.not_streaming_since.get_or_insert(now);

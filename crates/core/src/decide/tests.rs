@@ -8,6 +8,7 @@ mod leading;
 mod operating;
 mod random;
 mod receivers;
+mod slots;
 
 use std::collections::BTreeSet;
 
@@ -82,6 +83,7 @@ fn status(name: &str) -> MemberStatus {
         libraries: BTreeMap::new(),
         noload: false,
         upstream: Some(id("a")),
+        logical: crate::slots::Told::default(),
     }
 }
 
@@ -151,6 +153,7 @@ impl Scene {
             host: crate::health::Host::default(),
             libraries: BTreeMap::new(),
             bootstrap_done: false,
+            logical: crate::slots::Told::default(),
             clone_repository: false,
             sealed: None,
             task: None,

@@ -8,7 +8,7 @@ use craton_core::libraries::differences;
 use craton_core::topology::MemberRole;
 
 use super::facts::Facts;
-use super::{Finding, Severity, store};
+use super::{Finding, Severity, slots, store};
 use crate::output;
 
 /// A check.
@@ -60,6 +60,11 @@ pub const CHECKS: &[Check] = &[
         "receivers",
         "backup daemons that are synchronous copies and do not count",
         receivers,
+    ),
+    check(
+        "slots",
+        "logical replication slots that would not survive a failover, or did not",
+        slots::slots,
     ),
     check("hosts", "members that would be lost together", hosts),
     check(

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use craton_backup::views::BackupStatusView;
 use craton_console::views::{
     ConfigRow, ConfigView, CoordinatorView, EndpointView, HistoryEvent, HistoryView, PauseView,
-    ReceiverView, StatusView, WitnessView,
+    ReceiverView, SlotView, StatusView, WitnessView,
 };
 use craton_core::topology::MemberRole;
 use craton_core::{MemberId, Term};
@@ -161,13 +161,40 @@ fn row(value: &str) -> ConfigRow {
 #[test]
 fn nothing_is_wrong_with_a_healthy_cluster() {
     assert_eq!(examine(&healthy()), []);
+    let mut decoding = healthy();
+    decoding.status.slots = vec![slot(|_| ())];
+    assert_eq!(examine(&decoding), []);
     assert_eq!(code(&[]), exit::OK);
 }
 
 /// One thing goes wrong: what is found, how bad it is, and a word that the text must say.
 type Case = (&'static str, Severity, &'static str, fn(&mut Facts));
 
+/// A logical slot that survives a failover to both standbys.
+fn slot(change: fn(&mut SlotView)) -> SlotView {
+    let id = |name| MemberId::new(name).unwrap();
+    let mut slot = SlotView {
+        name: "dbz".into(),
+        database: "shop".into(),
+        plugin: "pgoutput".into(),
+        survives_on: vec![id("b"), id("c")],
+        failover: None,
+        lost: false,
+    };
+    change(&mut slot);
+    slot
+}
+
 const CASES: &[Case] = &[
+    ("slots", Severity::Warning, "failover to c", |f| {
+        f.status.slots = vec![slot(|s| s.survives_on.truncate(1))];
+    }),
+    ("slots", Severity::Warning, "without failover", |f| {
+        f.status.slots = vec![slot(|s| s.failover = Some(false))];
+    }),
+    ("slots", Severity::Critical, "did not survive", |f| {
+        f.status.slots = vec![slot(|s| s.lost = true)];
+    }),
     ("coordinator", Severity::Warning, "1 of 2 endpoints", |f| {
         in_etcd(f, 1, [None, Some("e2:1: refused")]);
     }),

@@ -1,6 +1,6 @@
 //! What can happen in the model, and how it reads in a trace.
 
-use super::state::{MEMBERS_MAX, Set, State};
+use super::state::{MEMBERS_MAX, Mode, Set, State};
 
 /// One event.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,6 +35,8 @@ pub enum Action {
     Open,
     /// A member seals, and the coordinator knows.
     Seal(usize),
+    /// A sealed member gets a record that a sealed holder has, which cannot lead.
+    CatchUp(usize, usize),
     /// A member wins.
     Win(usize),
     /// The winner promotes.
@@ -79,10 +81,16 @@ pub fn set_in_words(set: Set, names: &Names) -> String {
         .map(|m| format!("{}@{}", names[m], set.incarnation(m)))
         .collect();
     members.sort();
-    if members.is_empty() {
-        return "(nobody, 0)".into();
+    let mode = match set.mode() {
+        Mode::Quorum => "",
+        Mode::Strict => " strict",
+        Mode::Async => " async",
+    };
+    match set.k() {
+        Set::CLOSED => format!("(nobody that exists){mode}"),
+        0 if members.is_empty() => format!("(nobody, 0){mode}"),
+        k => format!("({{{}}}, {k}){mode}", members.join(" ")),
     }
-    format!("({{{}}}, {})", members.join(" "), set.k())
 }
 
 impl Action {
@@ -121,6 +129,9 @@ impl Action {
             Self::RestartAgent(p) => format!("{}'s agent restarts", n(p)),
             Self::Open => format!("the election of term {} is opened", after.term),
             Self::Seal(m) => format!("{} seals for term {}", n(m), after.term),
+            Self::CatchUp(m, from) => {
+                format!("{} gets record {} from {}", n(m), end(m), n(from))
+            }
             Self::Win(m) => format!(
                 "{} wins term {}; sync set {}",
                 n(m),

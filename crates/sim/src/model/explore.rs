@@ -42,6 +42,12 @@ pub struct Seen {
     pub promised: usize,
     /// Deposed leaders that wrote.
     pub deposed_writes: usize,
+    /// Records that were got from a sealed member that cannot lead.
+    pub catch_ups: usize,
+    /// Changes of the mode in force.
+    pub modes: usize,
+    /// Elections that were won and lost something in `async`.
+    pub async_losses: usize,
 }
 
 impl Seen {
@@ -55,6 +61,9 @@ impl Seen {
         self.clones += one(matches!(action, Action::EndClone(..)));
         self.promised += one(matches!(action, Action::LeaseEnds(p)
             if after.members[*p].lead.right == Right::Promises));
+        self.catch_ups += one(matches!(action, Action::CatchUp(..)));
+        self.modes += one(before.sync.mode() != after.sync.mode());
+        self.async_losses += one(before.acknowledged.len() > after.acknowledged.len());
         self.deposed_writes += one(matches!(action, Action::Write(p)
             if before.members[*p].lead.term < before.term));
     }

@@ -10,6 +10,7 @@
 //! See `docs/design/model.md`.
 
 mod action;
+mod elections;
 mod explore;
 mod fingerprint;
 mod promises;
@@ -18,6 +19,7 @@ mod state;
 mod world;
 
 pub use explore::{Report, Seen, explore};
+pub use state::Mode;
 
 /// A rule to break on purpose: the check must find the harm.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -52,11 +54,21 @@ pub enum Broken {
     PromisesForKnownSet,
     /// 2.7: a leader that goes on by promises proposes a sync set that they do not cover.
     ProposesBeyondPromises,
+    /// 3: the coordinator hears that `async` is over before k of V have flushed what was acknowledged in it.
+    ModeBeforeFlush,
+    /// 3: towards `async`, PostgreSQL waits for nobody before the coordinator has heard of it.
+    AsyncPostgresFirst,
+    /// 3: in `strict` k sinks with the standbys that are there, as in `quorum`.
+    StrictGoesAlone,
+    /// 3.1.4: a member that is to get the missing WAL says that it has it before it does.
+    CatchUpClaimed,
+    /// A backup receiver that has sealed follows the former leader again.
+    ReceiverForgetsFloor,
 }
 
 impl Broken {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 20] = [
         Self::NoWaitOnRemoval,
         Self::NoWaitOnRaise,
         Self::CoordinatorFirst,
@@ -72,6 +84,11 @@ impl Broken {
         Self::PromiseForgotten,
         Self::PromisesForKnownSet,
         Self::ProposesBeyondPromises,
+        Self::ModeBeforeFlush,
+        Self::AsyncPostgresFirst,
+        Self::StrictGoesAlone,
+        Self::CatchUpClaimed,
+        Self::ReceiverForgetsFloor,
     ];
 
     /// Its name on the command line.
@@ -92,6 +109,11 @@ impl Broken {
             Self::PromiseForgotten => "promise-forgotten",
             Self::PromisesForKnownSet => "promises-for-known-set",
             Self::ProposesBeyondPromises => "proposes-beyond-promises",
+            Self::ModeBeforeFlush => "mode-before-flush",
+            Self::AsyncPostgresFirst => "async-postgres-first",
+            Self::StrictGoesAlone => "strict-goes-alone",
+            Self::CatchUpClaimed => "catch-up-claimed",
+            Self::ReceiverForgetsFloor => "receiver-forgets-floor",
         }
     }
 }
@@ -101,6 +123,14 @@ impl Broken {
 pub struct Config {
     /// Members, 2 to 4.
     pub members: usize,
+    /// So many of them are backup receivers.
+    pub receivers: usize,
+    /// So many of them never lead.
+    pub never: usize,
+    /// The mode at the beginning.
+    pub mode: Mode,
+    /// The modes that may be wished.
+    pub wishes: Vec<Mode>,
     /// k at the beginning.
     pub k: u32,
     /// The k that may be wanted, from 0 to this.
@@ -131,6 +161,10 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             members: 3,
+            receivers: 0,
+            never: 0,
+            mode: Mode::Quorum,
+            wishes: vec![Mode::Quorum],
             k: 1,
             wanted_k_max: 1,
             promises: false,
@@ -151,6 +185,12 @@ impl Config {
     /// The correct rules, within bounds that grow with the level. Level 1 is what the tests explore to the end;
     /// above it some end at [`Config::states`].
     pub fn suite(level: u8) -> Vec<Self> {
+        let mut all = Self::of_quorum(level);
+        all.extend(Self::of_modes_and_copies(level));
+        all
+    }
+
+    fn of_quorum(level: u8) -> Vec<Self> {
         let more = level.saturating_sub(1);
         let three = Self {
             terms: 2,
@@ -198,6 +238,52 @@ impl Config {
         ]
     }
 
+    /// Members that count and cannot lead, and the other modes.
+    fn of_modes_and_copies(level: u8) -> Vec<Self> {
+        let more = level.saturating_sub(1);
+        let counting = Self {
+            terms: 2,
+            writes: level,
+            changes: 1,
+            losses: more,
+            ..Self::default()
+        };
+        let changing = Self {
+            changes: 1 + level,
+            crashes: more,
+            losses: 0,
+            ..counting.clone()
+        };
+        vec![
+            Self {
+                receivers: 1,
+                ..counting.clone()
+            },
+            Self {
+                never: 1,
+                ..counting
+            },
+            Self {
+                mode: Mode::Async,
+                wishes: vec![Mode::Async, Mode::Quorum],
+                ..changing.clone()
+            },
+            Self {
+                mode: Mode::Strict,
+                wishes: vec![Mode::Quorum, Mode::Strict],
+                ..changing.clone()
+            },
+            Self {
+                mode: Mode::Async,
+                wishes: vec![Mode::Async, Mode::Quorum, Mode::Strict],
+                promises: true,
+                changes: level,
+                crashes: 0,
+                ..changing
+            },
+        ]
+    }
+
     /// The smallest bounds, or nearly, in which a broken rule does harm.
     pub fn for_broken(rule: Broken) -> Self {
         let promises = matches!(
@@ -210,7 +296,17 @@ impl Config {
                 | Broken::ProposesBeyondPromises
         );
         let twice = rule == Broken::OldLeaderLeftOut;
+        let (mode, wishes) = match rule {
+            Broken::ModeBeforeFlush => (Mode::Async, vec![Mode::Quorum]),
+            Broken::AsyncPostgresFirst => (Mode::Quorum, vec![Mode::Async]),
+            Broken::StrictGoesAlone => (Mode::Strict, vec![Mode::Strict]),
+            _ => (Mode::Quorum, vec![Mode::Quorum]),
+        };
         Self {
+            mode,
+            wishes,
+            receivers: usize::from(rule == Broken::ReceiverForgetsFloor),
+            never: usize::from(rule == Broken::CatchUpClaimed),
             terms: if twice { 3 } else { 2 },
             crashes: u8::from(rule == Broken::Unsettled),
             changes: if twice { 0 } else { 2 },
@@ -225,8 +321,20 @@ impl Config {
     /// A sentence on the bounds.
     pub fn bounds(&self) -> String {
         format!(
-            "{} members, k {} (wanted up to {}), {} terms, {} writes, {} crashes, {} lost disks, {} agent restarts, {} changes{}",
+            "{} members{}{}, {:?} (wished {:?}), k {} (wanted up to {}), {} terms, {} writes, {} crashes, {} lost disks, {} agent restarts, {} changes{}",
             self.members,
+            if self.receivers > 0 {
+                ", one a receiver"
+            } else {
+                ""
+            },
+            if self.never > 0 {
+                ", one never leads"
+            } else {
+                ""
+            },
+            self.mode,
+            self.wishes,
             self.k,
             self.wanted_k_max,
             self.terms,

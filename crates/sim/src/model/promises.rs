@@ -6,7 +6,7 @@
 use super::Broken;
 use super::action::Action;
 use super::real::PromiseQuestion;
-use super::state::{Lead, MEMBERS_MAX, Right, Role, Set, State};
+use super::state::{Kind, Lead, MEMBERS_MAX, Right, Role, Set, State};
 use super::world::{Next, World, end_postgres, remember, small};
 
 /// May a leader with these promises go on? In every sync set that the coordinator may hold, the promises must
@@ -109,7 +109,9 @@ fn promise(world: &World, s: &State, p: usize, m: usize, out: &mut Vec<Next>) {
     let sealed = me.role == Role::Standby && me.floor > leader.lead.term;
     let listed = leader.lead.known.holds(m, me.incarnation);
     let may = world.rules.promises(asked) || (after_seal && sealed && listed);
-    if m != p && me.role == Role::Standby && may && !me.promised {
+    // A receiver is in no election, and gives no promises.
+    let member = m != p && me.kind != Kind::Receiver;
+    if member && me.role == Role::Standby && may && !me.promised {
         let mut next = *s;
         next.members[m].promised = true;
         out.push((Action::Promise(m, p), next, None));

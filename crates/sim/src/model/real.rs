@@ -7,15 +7,16 @@ use std::hash::BuildHasherDefault;
 use std::time::Duration;
 
 use craton_core::decide::next_sync;
-use craton_core::election::Ballot;
+use craton_core::election::{Ballot, Tally};
 use craton_core::promise::{Answer, Ask, Book, Facts, Ledger, PromiseNeed};
 use craton_core::records::{At, Leadership, MemberRecord, MemberRef, Seal as SealRecord};
 use craton_core::settings::Durability;
-use craton_core::sync::{StandbyView, SyncInput, SyncSet, SyncStep, next_step};
+use craton_core::sync::mode::{Modes, next_step, strict_names};
+use craton_core::sync::{StandbyView, SyncInput, SyncSet, SyncStep};
 use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
 use super::fingerprint::Fingerprint;
-use super::state::{MEMBERS_MAX, Seal, Set};
+use super::state::{Kind, MEMBERS_MAX, Mode, Seal, Set};
 
 /// Keeps answers without a random seed: the same run explores in the same order.
 type Kept<K, V> = HashMap<K, V, BuildHasherDefault<Fingerprint>>;
@@ -38,6 +39,8 @@ pub struct Question {
     pub coordinator: Set,
     /// (Vp, kp), proven in force.
     pub postgres: Set,
+    /// The mode that is wished.
+    pub wish: Mode,
     /// The members that should be in V, and k.
     pub wanted: Set,
     /// The flush position at which the proof was made.
@@ -57,6 +60,8 @@ pub struct Election {
     pub seals: [Seal; MEMBERS_MAX],
     /// The candidate.
     pub candidate: u8,
+    /// What the members can be.
+    pub kinds: [Kind; MEMBERS_MAX],
 }
 
 /// A leader asks a member for a promise.
@@ -90,7 +95,9 @@ pub struct Rules {
     ids: Vec<MemberId>,
     steps: Kept<Question, Step>,
     wins: Kept<Election, bool>,
+    catches_up: Kept<(Election, usize), bool>,
     next: Kept<(Set, (u8, u8), u8), Set>,
+    begins: Kept<(Set, u32), Set>,
     covers: Kept<(Set, Set), bool>,
     suffices: RefCell<Kept<Given, bool>>,
     promises: RefCell<Kept<PromiseQuestion, bool>>,
@@ -104,7 +111,9 @@ impl Default for Rules {
             ids: ids.into(),
             steps: Kept::default(),
             wins: Kept::default(),
+            catches_up: Kept::default(),
             next: Kept::default(),
+            begins: Kept::default(),
             covers: Kept::default(),
             suffices: RefCell::default(),
             promises: RefCell::default(),
@@ -122,10 +131,11 @@ impl Rules {
             .filter(|(_, i)| *i != 0)
             .map(|(id, i)| (id.clone(), Incarnation(u64::from(i))))
             .collect();
-        SyncSet {
-            members,
-            k: set.k(),
-        }
+        let k = match set.k() {
+            Set::CLOSED => u32::MAX,
+            k => k,
+        };
+        SyncSet { members, k }
     }
 
     fn packed(&self, set: &SyncSet) -> Set {
@@ -135,7 +145,7 @@ impl Rules {
                 out = out.with(m, u8::try_from(i.0).unwrap_or(0xF));
             }
         }
-        out.with_k(set.k)
+        out.with_k(set.k.min(Set::CLOSED))
     }
 
     fn reference(&self, number: u8, incarnation: u8) -> Option<MemberRef> {
@@ -152,13 +162,29 @@ impl Rules {
             leader: None,
             previous: self.reference(previous.0, previous.1),
             sync: self.unpacked(sync),
-            durability: Durability::Quorum,
+            durability: durability(sync.mode()),
             timeline: TimelineId(1),
             open: false,
             preferred: None,
             allow_data_loss: false,
             cause: String::new(),
         }
+    }
+
+    /// What PostgreSQL waits for from its first write on, as `decide` has it.
+    pub fn begins(&mut self, known: Set, wanted_k: u32) -> Set {
+        if let Some(set) = self.begins.get(&(known, wanted_k)) {
+            return *set;
+        }
+        let sync = self.unpacked(known);
+        let set = match known.mode() {
+            Mode::Quorum => sync,
+            Mode::Strict => strict_names(&sync.members, wanted_k.max(sync.k)),
+            Mode::Async => SyncSet::default(),
+        };
+        let set = self.packed(&set);
+        self.begins.insert((known, wanted_k), set);
+        set
     }
 
     /// [`next_step`].
@@ -175,18 +201,25 @@ impl Rules {
                 flush_lsn: Lsn(u64::from(q.senders[m].1)),
             })
             .collect();
-        let step = next_step(&SyncInput {
+        let modes = Modes {
+            in_force: durability(q.coordinator.mode()),
+            wish: durability(q.wish),
+        };
+        let input = SyncInput {
             coordinator: &self.unpacked(q.coordinator),
             postgres: &self.unpacked(q.postgres),
             wanted: &self.unpacked(q.wanted).members,
             wanted_k: q.wanted.k(),
             barrier: Lsn(u64::from(q.barrier)),
             standbys: &standbys,
-        });
+        };
+        let (step, mode) = next_step(modes, &input);
         let step = match step {
             SyncStep::Done | SyncStep::WaitFlushed(_) => Step::Nothing,
             SyncStep::SetPostgres(set) => Step::SetPostgres(self.packed(&set)),
-            SyncStep::SetCoordinator(set) => Step::SetCoordinator(self.packed(&set)),
+            SyncStep::SetCoordinator(set) => {
+                Step::SetCoordinator(self.packed(&set).with_mode(packed_mode(mode)))
+            }
         };
         self.steps.insert(*q, step);
         step
@@ -197,6 +230,27 @@ impl Rules {
         if let Some(known) = self.wins.get(e) {
             return *known;
         }
+        let candidate = &self.ids[usize::from(e.candidate)];
+        let won = self.tally(e, &[candidate]).winner.as_ref() == Some(candidate);
+        self.wins.insert(*e, won);
+        won
+    }
+
+    /// [`Ballot::tally`]: is the candidate to get the WAL of `from` first, if these two are alive?
+    pub fn catches_up(&mut self, e: &Election, from: usize) -> bool {
+        if let Some(known) = self.catches_up.get(&(*e, from)) {
+            return *known;
+        }
+        let (candidate, holder) = (&self.ids[usize::from(e.candidate)], &self.ids[from]);
+        let tally = self.tally(e, &[candidate, holder]);
+        let gets = tally
+            .catch_up
+            .is_some_and(|c| c.from == *holder && c.followers.contains(candidate));
+        self.catches_up.insert((*e, from), gets);
+        gets
+    }
+
+    fn tally(&self, e: &Election, alive: &[&MemberId]) -> Tally {
         let leadership = self.election(e.sync, e.previous);
         let seal = |s: &Seal| SealRecord {
             term: leadership.term,
@@ -211,34 +265,30 @@ impl Rules {
         let members = self
             .ids
             .iter()
-            .map(|id| {
+            .zip(e.kinds)
+            .filter(|(_, kind)| *kind != Kind::Receiver)
+            .map(|(id, kind)| {
                 let record = MemberRecord {
                     host: String::new(),
                     port: 0,
                     api: String::new(),
-                    priority: 1,
+                    priority: u32::from(kind == Kind::Full),
                     incarnation: None,
                     leaving: false,
                 };
                 (id.clone(), at(record))
             })
             .collect();
-        let candidate = &self.ids[usize::from(e.candidate)];
-        let won = Ballot {
+        Ballot {
             leadership: &leadership,
             seals: &seals,
             members: &members,
-            alive: &[candidate.clone()].into(),
+            alive: &alive.iter().map(|m| (*m).clone()).collect(),
             unfit: &[].into(),
             leader_lsn: None,
             max_lag_bytes: 0,
         }
         .tally()
-        .winner
-        .as_ref()
-            == Some(candidate);
-        self.wins.insert(*e, won);
-        won
     }
 
     /// [`next_sync`]: V' and k'.
@@ -249,7 +299,8 @@ impl Rules {
         let l = self.election(sync, previous);
         let set = self
             .reference(winner.0, winner.1)
-            .map_or(Set::default(), |w| self.packed(&next_sync(&l, &w)));
+            .map_or(Set::default(), |w| self.packed(&next_sync(&l, &w)))
+            .with_mode(sync.mode());
         self.next.insert((sync, previous, winner.0), set);
         set
     }
@@ -283,7 +334,7 @@ impl Rules {
         {
             ledger.promised(term, id, Incarnation(u64::from(given)), until);
         }
-        let mut need = PromiseNeed::of(&self.unpacked(set), Durability::Quorum);
+        let mut need = PromiseNeed::of(&self.unpacked(set), durability(set.mode()));
         let enough = if fewer && need.needed == 1 {
             true
         } else {
@@ -343,6 +394,22 @@ impl Rules {
         };
         let promised = book.ask(NOW, &ask, &facts) == Answer::Yes;
         promised && book.begin_seal(NOW, Term(u64::from(term))).is_ok()
+    }
+}
+
+fn durability(mode: Mode) -> Durability {
+    match mode {
+        Mode::Quorum => Durability::Quorum,
+        Mode::Strict => Durability::Strict,
+        Mode::Async => Durability::Async,
+    }
+}
+
+fn packed_mode(durability: Durability) -> Mode {
+    match durability {
+        Durability::Quorum => Mode::Quorum,
+        Durability::Strict => Mode::Strict,
+        Durability::Async => Mode::Async,
     }
 }
 

@@ -6,12 +6,46 @@ pub const MEMBERS_MAX: usize = 4;
 /// Records that a log can hold.
 const RECORDS_MAX: usize = 8;
 
-/// A sync set, packed: the incarnation of each member in it (0: not in it), and k.
+/// A durability mode, as the coordinator's record says it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub enum Mode {
+    /// `quorum`
+    #[default]
+    Quorum,
+    /// `strict`
+    Strict,
+    /// `async`
+    Async,
+}
+
+impl Mode {
+    /// An election keeps what was acknowledged.
+    pub fn keeps(self) -> bool {
+        self != Self::Async
+    }
+}
+
+/// What a member can be.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
+pub enum Kind {
+    /// It may lead.
+    #[default]
+    Full,
+    /// Its priority is 0: it counts and gives WAL, and never leads.
+    NeverLeads,
+    /// A backup receiver: WAL without a database.
+    Receiver,
+}
+
+/// A sync set, packed: the incarnation of each member in it (0: not in it), k, and in the coordinator the mode.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
 pub struct Set(pub u32);
 
 impl Set {
     const K_SHIFT: u32 = 16;
+    const MODE_SHIFT: u32 = 20;
+    /// A k that no members can fulfil: nothing is acknowledged.
+    pub const CLOSED: u32 = 0xF;
 
     /// k.
     pub fn k(self) -> u32 {
@@ -20,7 +54,21 @@ impl Set {
 
     /// The same members with another k.
     pub fn with_k(self, k: u32) -> Self {
-        Self((self.0 & 0xFFFF) | (k << Self::K_SHIFT))
+        Self((self.0 & !(0xF << Self::K_SHIFT)) | (k << Self::K_SHIFT))
+    }
+
+    /// The mode that is written with it.
+    pub fn mode(self) -> Mode {
+        match self.0 >> Self::MODE_SHIFT {
+            0 => Mode::Quorum,
+            1 => Mode::Strict,
+            _ => Mode::Async,
+        }
+    }
+
+    /// With this mode.
+    pub fn with_mode(self, mode: Mode) -> Self {
+        Self((self.0 & ((1 << Self::MODE_SHIFT) - 1)) | ((mode as u32) << Self::MODE_SHIFT))
     }
 
     /// The incarnation of a member in it, 0 if it is not in it.
@@ -44,7 +92,7 @@ impl Set {
         for (new, old) in order.into_iter().enumerate() {
             out = out.with(new, self.incarnation(usize::from(old)));
         }
-        out.with_k(k)
+        out.with_k(k).with_mode(self.mode())
     }
 }
 
@@ -88,6 +136,13 @@ impl Log {
             return self;
         }
         Self(self.0 & ((1u32 << (4 * n)) - 1))
+    }
+
+    /// What the two have in common from the beginning.
+    pub fn common(self, other: Self) -> Self {
+        let all = self.len().min(other.len());
+        let same = (0..all).take_while(|i| self.at(*i) == other.at(*i)).count();
+        self.prefix(same)
     }
 
     /// All of it is the beginning of `other`.
@@ -186,6 +241,8 @@ pub struct Lead {
 /// A member.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Debug)]
 pub struct Member {
+    /// What it can be.
+    pub kind: Kind,
     /// Its flushed WAL.
     pub log: Log,
     /// The life of its data directory, 0 before the first.
@@ -251,6 +308,8 @@ pub struct State {
     pub acknowledged: Log,
     /// The log with which the highest term so far was won.
     pub line: Log,
+    /// By term, a bit each: the mode in which the election of that term was won keeps what was acknowledged.
+    pub kept: u8,
     /// What has happened.
     pub used: Used,
 }
@@ -290,7 +349,7 @@ impl State {
             u8::from(self.previous == number),
             self.sync.incarnation(m),
             self.seals[m].incarnation,
-            u8::from(member.upstream != 0) + 2 * u8::from(member.promised),
+            u8::from(member.upstream != 0) + 2 * u8::from(member.promised) + 4 * member.kind as u8,
         ]);
         let mut out = mix(own, u64::from(member.log.0));
         for p in &self.members {

@@ -2,8 +2,10 @@
 
 use super::action::Action;
 use super::promises;
-use super::real::{Election, Question, Rules, Step};
-use super::state::{Lead, Log, MEMBERS_MAX, Member, Proof, Right, Role, Seal, Sender, Set, State};
+use super::real::{Question, Rules, Step};
+use super::state::{
+    Kind, Lead, Log, MEMBERS_MAX, Member, Mode, Proof, Right, Role, Sender, Set, State,
+};
 use super::{Broken, Config};
 
 /// An event, the state after it, and the property that it broke.
@@ -36,16 +38,17 @@ impl World {
         }
     }
 
-    fn is_broken(&self, rule: Broken) -> bool {
+    pub(super) fn is_broken(&self, rule: Broken) -> bool {
         self.config.broken == Some(rule)
     }
 
-    fn members(&self) -> std::ops::Range<usize> {
+    pub(super) fn members(&self) -> std::ops::Range<usize> {
         0..self.config.members
     }
 
     /// A whole cluster: one leads the first term, all others stream and are in V.
-    pub fn initial(&self) -> State {
+    pub fn initial(&mut self) -> State {
+        let mode = self.config.mode;
         let mut s = State {
             term: FIRST,
             leader: 1,
@@ -57,9 +60,12 @@ impl World {
         for m in self.members().skip(1) {
             s.sync = s.sync.with(m, BORN);
         }
-        s.sync = s.sync.with_k(self.config.k);
+        let k = if mode.keeps() { self.config.k } else { 0 };
+        s.sync = s.sync.with_k(k).with_mode(mode);
+        let configured = self.begins(s.sync);
         for m in self.members() {
             s.members[m] = Member {
+                kind: self.kind(m),
                 log,
                 incarnation: BORN,
                 floor: FIRST,
@@ -72,8 +78,8 @@ impl World {
             term: FIRST,
             known: s.sync,
             fresh: true,
-            configured: s.sync,
-            waits: self.config.k > 0,
+            configured,
+            waits: configured.k() > 0,
             proof: Proof::Done,
             barrier: 1,
             right: if self.config.promises {
@@ -85,7 +91,7 @@ impl World {
         };
         for m in self.members().skip(1) {
             s.members[0].senders[m] = Sender {
-                config: s.sync,
+                config: configured,
                 incarnation: BORN,
                 flush: 1,
                 reported: 1,
@@ -93,6 +99,23 @@ impl World {
             };
         }
         s
+    }
+
+    /// The last ones are receivers, those before them never lead.
+    fn kind(&self, m: usize) -> Kind {
+        let from_the_end = self.config.members - 1 - m;
+        if from_the_end < self.config.receivers {
+            Kind::Receiver
+        } else if from_the_end < self.config.receivers + self.config.never {
+            Kind::NeverLeads
+        } else {
+            Kind::Full
+        }
+    }
+
+    /// What PostgreSQL waits for from its first write on.
+    pub(super) fn begins(&mut self, known: Set) -> Set {
+        self.rules.begins(known, self.config.wanted_k_max)
     }
 
     /// Everything that can happen next.
@@ -133,7 +156,7 @@ impl World {
             let broken = if me.lead.waits {
                 None
             } else {
-                release(&mut next, p, usize::MAX)
+                self.release(&mut next, p, usize::MAX)
             };
             out.push((Action::Write(p), next, broken));
         }
@@ -145,13 +168,13 @@ impl World {
             if sender.reported > sender.flush {
                 let mut next = *s;
                 next.members[p].senders[m].flush = sender.reported;
-                let broken = release_by(&mut next, p, m);
+                let broken = self.release_by(&mut next, p, m);
                 out.push((Action::Ack(p, m), next, broken));
             }
             if sender.config != me.lead.configured {
                 let mut next = *s;
                 next.members[p].senders[m].config = me.lead.configured;
-                let broken = release_by(&mut next, p, m);
+                let broken = self.release_by(&mut next, p, m);
                 prove(&mut next.members[p]);
                 out.push((Action::Reread(p, m), next, broken));
             }
@@ -167,7 +190,7 @@ impl World {
             next.members[p].lead.waits = !me.lead.waits;
             // Switched off, it wakes everybody who waits.
             let broken = if me.lead.waits {
-                release(&mut next, p, usize::MAX)
+                self.release(&mut next, p, usize::MAX)
             } else {
                 None
             };
@@ -197,21 +220,34 @@ impl World {
             let free = up.senders[m].incarnation == 0;
             // A sealed member never streams from a leader of a lower term; one that streams leaves its
             // upstream for a leader of a higher term only.
-            let floor = me.floor + u8::from(me.upstream != 0);
+            let forgets = me.kind == Kind::Receiver && self.is_broken(Broken::ReceiverForgetsFloor);
+            let floor = if forgets {
+                0
+            } else {
+                me.floor + u8::from(me.upstream != 0)
+            };
             if up.role != Role::Primary || !free || up.lead.term < floor {
                 continue;
             }
-            if continues(me.log, up.log) {
+            // A receiver keeps WAL of every timeline: what it holds of the leader's is what they have in common.
+            let receiver = me.kind == Kind::Receiver;
+            if receiver || continues(me.log, up.log) {
                 let mut next = *s;
                 end_receiver(&mut next, m);
                 let mine = &mut next.members[m];
+                mine.log = if receiver {
+                    me.log.common(up.log)
+                } else {
+                    me.log
+                };
+                let held = small(mine.log.len());
                 mine.floor = up.lead.term;
                 mine.upstream = small(p + 1);
                 next.members[p].senders[m] = Sender {
                     config: up.lead.configured,
                     incarnation: me.incarnation,
                     flush: 0,
-                    reported: small(me.log.len()),
+                    reported: held,
                     closed: false,
                 };
                 out.push((Action::Connect(m, p), next, None));
@@ -247,9 +283,10 @@ impl World {
         if leads && was_primary && lease && self.settled(&lead, lead.known) {
             let mut next = *s;
             cut_off_from(&mut next, m);
+            let begins = self.begins(lead.known);
             let me = &mut next.members[m];
             me.role = Role::Primary;
-            in_force_from_the_start(me);
+            in_force_from_the_start(me, begins);
             out.push((Action::StartInPlace(m), next, None));
         } else if leads && was_primary && lease {
             settle(s, m, out);
@@ -267,7 +304,11 @@ impl World {
             return;
         }
         for from in self.members() {
-            if matches!(s.members[from].role, Role::Standby | Role::Primary) {
+            let source = &s.members[from];
+            // A receiver has no database to copy, and begins with what the leader has.
+            let role = source.role == Role::Primary
+                || source.role == Role::Standby && me.kind != Kind::Receiver;
+            if role && source.kind != Kind::Receiver {
                 let mut next = *s;
                 let me = &mut next.members[m];
                 me.log = s.members[from].log;
@@ -292,6 +333,7 @@ impl World {
             end_postgres(&mut next, m);
             cut_off_from(&mut next, m);
             next.members[m] = Member {
+                kind: me.kind,
                 incarnation: me.incarnation,
                 ..Member::default()
             };
@@ -346,10 +388,12 @@ impl World {
             }
         }
         if lead.proof == Proof::None {
-            let set = if self.rules.covers(lead.configured, lead.known) {
+            let names = self.begins(lead.known);
+            let closed = lead.configured.k() == Set::CLOSED;
+            let set = if !closed && self.rules.covers(lead.configured, names) {
                 lead.configured
             } else {
-                lead.known
+                names
             };
             if self.settled(&lead, set) {
                 let mut next = *s;
@@ -371,10 +415,9 @@ impl World {
         }
         let me = s.members[p];
         let mut steps: Vec<Step> = Vec::new();
-        for chosen in 0..1usize << self.config.members {
-            if chosen & (1 << p) != 0 {
-                continue;
-            }
+        let wishes = self.config.wishes.clone();
+        let choices = (0..1usize << self.config.members).filter(|c| c & (1 << p) == 0);
+        for (chosen, wish) in choices.flat_map(|c| wishes.iter().map(move |w| (c, *w))) {
             let mut wanted = Set::default();
             let mut possible = true;
             for m in self.members().filter(|m| chosen & (1 << m) != 0) {
@@ -382,13 +425,16 @@ impl World {
                     0 => me.lead.known.incarnation(m),
                     streams => streams,
                 };
-                possible &= incarnation != 0;
+                // In `async` a receiver could neither follow nor promise.
+                let counts = wish.keeps() || s.members[m].kind != Kind::Receiver;
+                possible &= incarnation != 0 && counts;
                 wanted = wanted.with(m, incarnation);
             }
             for k in self.config.wanted_k_max.min(1)..=self.config.wanted_k_max {
                 let question = Question {
                     coordinator: me.lead.known,
                     postgres: me.lead.configured,
+                    wish,
                     wanted: wanted.with_k(k),
                     barrier: me.lead.barrier,
                     senders: me.senders.map(|b| (b.incarnation, b.flush)),
@@ -420,14 +466,29 @@ impl World {
 
     fn step(&mut self, question: Question, me: &Member) -> Step {
         let raise = question.wanted.k() > question.coordinator.k();
+        let from_async = !question.coordinator.mode().keeps() && question.wish.keeps();
         let skip = match self.config.broken {
             Some(Broken::NoWaitOnRemoval) => !raise,
             Some(Broken::NoWaitOnRaise) => raise,
+            Some(Broken::ModeBeforeFlush) => from_async,
             _ => false,
         };
         let mut question = question;
         if skip {
             question.barrier = 0;
+        }
+        let strict = question.coordinator.mode() == Mode::Strict;
+        if strict && question.wish == Mode::Strict && self.is_broken(Broken::StrictGoesAlone) {
+            question.coordinator = question.coordinator.with_mode(Mode::Quorum);
+            question.wish = Mode::Quorum;
+            return match self.rules.step(&question) {
+                Step::SetCoordinator(set) => Step::SetCoordinator(set.with_mode(Mode::Strict)),
+                step => step,
+            };
+        }
+        let to_async = question.coordinator.mode().keeps() && !question.wish.keeps();
+        if to_async && self.is_broken(Broken::AsyncPostgresFirst) {
+            return Step::SetPostgres(Set::default());
         }
         let step = self.rules.step(&question);
         match step {
@@ -440,125 +501,53 @@ impl World {
         }
     }
 
-    // --- elections
-
-    fn election(&mut self, s: &State, out: &mut Vec<Next>) {
-        if s.leader != 0 {
-            let held = s
-                .members
-                .iter()
-                .any(|m| m.lead.right == Right::Lease && m.lead.term == s.term);
-            if s.term < self.config.terms && !held {
-                let mut next = *s;
-                next.term += 1;
-                next.previous = s.leader;
-                next.previous_incarnation = s.leader_incarnation;
-                next.leader = 0;
-                next.leader_incarnation = 0;
-                next.seals = [Seal::default(); MEMBERS_MAX];
-                stale(&mut next);
-                out.push((Action::Open, next, None));
+    /// Everything up to `upto` is acknowledged by `p`; a later leader must have it.
+    fn release(&self, s: &mut State, p: usize, upto: usize) -> Option<String> {
+        let me = &s.members[p];
+        let done = me.log.prefix(upto.min(me.log.len()));
+        let term = me.lead.term;
+        if term < s.won() {
+            // From an election in `async` on, what a former leader acknowledges may be lost.
+            let all_kept = (term + 1..=s.won()).all(|t| s.kept & (1 << t) != 0);
+            if !all_kept {
+                return None;
             }
-            for m in self.members().filter(|m| s.leader == small(m + 1)) {
-                self.promote(s, m, out);
-            }
-            return;
-        }
-        for m in self.members() {
-            let me = &s.members[m];
-            if me.role != Role::Standby || me.floor > s.term {
-                continue;
-            }
-            let position = me.log.position();
-            let seal = Seal {
-                incarnation: me.incarnation,
-                position,
-            };
-            if s.seals[m] != seal {
-                let free = !me.promised || self.rules.may_seal(me.floor, s.term);
-                if free || self.is_broken(Broken::SealWhilePromised) {
-                    let mut next = *s;
-                    next.members[m].floor = s.term;
-                    if !self.is_broken(Broken::SealKeepsStreaming) {
-                        end_receiver(&mut next, m);
-                    }
-                    next.seals[m] = seal;
-                    out.push((Action::Seal(m), next, None));
-                }
-            }
-            if s.seals[m].incarnation == me.incarnation {
-                self.win(s, m, out);
+            if !done.begins(s.line) {
+                return Some(format!(
+                    "LOST: the leader of term {term} acknowledges what the leader of term {} does not have",
+                    s.won()
+                ));
             }
         }
+        if done.len() > s.acknowledged.len() {
+            s.acknowledged = done;
+            let strict = s.sync.mode() == Mode::Strict && term == s.term;
+            let copies = self.members().filter(|m| *m != p);
+            let copies = copies.filter(|m| done.begins(s.members[*m].log)).count();
+            if strict && copies < self.config.wanted_k_max as usize {
+                return Some(format!(
+                    "strict: a commit was acknowledged on {copies} others"
+                ));
+            }
+        }
+        None
     }
 
-    fn win(&mut self, s: &State, m: usize, out: &mut Vec<Next>) {
-        let previous = (s.previous, s.previous_incarnation);
-        let mut sync = s.sync;
-        if self.is_broken(Broken::OneSealTooFew) && sync.k() > 0 {
-            sync = sync.with_k(sync.k() + 1);
+    /// A WAL sender releases what k of the set that *it* has read have flushed (`SyncRepReleaseWaiters`).
+    fn release_by(&self, s: &mut State, p: usize, sender: usize) -> Option<String> {
+        let me = &s.members[p];
+        let own = me.senders[sender];
+        let set = own.config;
+        if !set.holds(sender, own.incarnation) || set.k() == 0 {
+            return None;
         }
-        let election = Election {
-            sync,
-            previous,
-            seals: s.seals,
-            candidate: small(m),
-        };
-        if !self.rules.wins(&election) {
-            return;
-        }
-        let me = s.members[m];
-        let left_out = self.is_broken(Broken::OldLeaderLeftOut);
-        let before = if left_out { (0, 0) } else { previous };
-        let winner = (small(m + 1), me.incarnation);
-        let mut next = *s;
-        next.sync = self.rules.next_sync(s.sync, before, winner);
-        (next.leader, next.leader_incarnation) = winner;
-        (next.previous, next.previous_incarnation) = (0, 0);
-        next.seals = [Seal::default(); MEMBERS_MAX];
-        next.line = me.log;
-        stale(&mut next);
-        next.members[m].lead = Lead {
-            term: s.term,
-            known: next.sync,
-            fresh: true,
-            ..Lead::default()
-        };
-        let lost = (!s.acknowledged.begins(me.log)).then(|| {
-            format!(
-                "LOST: the leader of term {} does not have all that was acknowledged",
-                s.term
-            )
-        });
-        let broken = lost.or_else(|| promises::still_led(s, m));
-        out.push((Action::Win(m), next, broken));
-    }
-
-    /// The sync set is in force before the first write.
-    fn promote(&self, s: &State, m: usize, out: &mut Vec<Next>) {
-        let me = &s.members[m];
-        let ready = me.role == Role::Standby
-            && me.lead.term == s.term
-            && me.floor == s.term
-            && me.incarnation == s.leader_incarnation
-            && me.log.last() < s.term
-            && me.log.has_room();
-        if !ready {
-            return;
-        }
-        let mut next = *s;
-        end_receiver(&mut next, m);
-        let me = &mut next.members[m];
-        me.role = Role::Primary;
-        me.log = me.log.push(s.term);
-        if self.config.promises {
-            me.lead.right = Right::Lease;
-        }
-        in_force_from_the_start(me);
-        let other = (self.members())
-            .any(|o| o != m && self.config.promises && s.members[o].lead.right != Right::None);
-        let broken = other.then(|| format!("two leaders may acknowledge in term {}", s.term));
-        out.push((Action::Promote(m), next, broken));
+        let mut flushed: Vec<u8> = (0..MEMBERS_MAX)
+            .filter(|m| set.holds(*m, me.senders[*m].incarnation))
+            .map(|m| me.senders[m].flush)
+            .collect();
+        flushed.sort_unstable_by(|a, b| b.cmp(a));
+        let upto = *flushed.get(set.k() as usize - 1)?;
+        self.release(s, p, usize::from(upto))
     }
 
     /// What must hold in every state: one primary a term, and one content of each timeline.
@@ -585,7 +574,7 @@ impl World {
 }
 
 /// By the numbers, as PostgreSQL looks: does `log` end on `other`'s history?
-fn continues(log: Log, other: Log) -> bool {
+pub(super) fn continues(log: Log, other: Log) -> bool {
     log.len() > 0 && log.len() <= other.len() && other.at(log.len() - 1) == log.last()
 }
 
@@ -614,16 +603,16 @@ fn prove(me: &mut Member) {
     }
 }
 
-fn in_force_from_the_start(me: &mut Member) {
+pub(super) fn in_force_from_the_start(me: &mut Member, set: Set) {
     me.senders = [Sender::default(); MEMBERS_MAX];
-    me.lead.configured = me.lead.known;
-    me.lead.waits = me.lead.known.k() > 0;
+    me.lead.configured = set;
+    me.lead.waits = set.k() > 0;
     me.lead.proof = Proof::Done;
     me.lead.barrier = small(me.log.len());
 }
 
 /// The leadership was written: whoever knew the newest knows it no longer.
-fn stale(s: &mut State) {
+pub(super) fn stale(s: &mut State) {
     for m in &mut s.members {
         m.lead.fresh = false;
     }
@@ -664,42 +653,8 @@ fn settle(s: &State, p: usize, out: &mut Vec<Next>) {
     out.push((Action::Settle(p), next, None));
 }
 
-/// Everything up to `upto` is acknowledged by `p`; a later leader must have it.
-fn release(s: &mut State, p: usize, upto: usize) -> Option<String> {
-    let me = &s.members[p];
-    let done = me.log.prefix(upto.min(me.log.len()));
-    if me.lead.term < s.won() && !done.begins(s.line) {
-        return Some(format!(
-            "LOST: the leader of term {} acknowledges what the leader of term {} does not have",
-            me.lead.term,
-            s.won()
-        ));
-    }
-    if done.len() > s.acknowledged.len() {
-        s.acknowledged = done;
-    }
-    None
-}
-
-/// A WAL sender releases what k of the set that *it* has read have flushed (`SyncRepReleaseWaiters`).
-fn release_by(s: &mut State, p: usize, sender: usize) -> Option<String> {
-    let me = &s.members[p];
-    let own = me.senders[sender];
-    let set = own.config;
-    if !set.holds(sender, own.incarnation) || set.k() == 0 {
-        return None;
-    }
-    let mut flushed: Vec<u8> = (0..MEMBERS_MAX)
-        .filter(|m| set.holds(*m, me.senders[*m].incarnation))
-        .map(|m| me.senders[m].flush)
-        .collect();
-    flushed.sort_unstable_by(|a, b| b.cmp(a));
-    let upto = *flushed.get(set.k() as usize - 1)?;
-    release(s, p, usize::from(upto))
-}
-
 /// The WAL receiver ends; what it has reported may still arrive.
-fn end_receiver(s: &mut State, m: usize) {
+pub(super) fn end_receiver(s: &mut State, m: usize) {
     let up = std::mem::take(&mut s.members[m].upstream);
     if let Some(p) = usize::from(up).checked_sub(1) {
         let sender = &mut s.members[p].senders[m];
@@ -732,6 +687,7 @@ fn begin_copy(s: &mut State, m: usize, incarnation: u8) {
     cut_off_from(s, m);
     let floor = s.term.max(s.members[m].floor);
     s.members[m] = Member {
+        kind: s.members[m].kind,
         incarnation,
         floor,
         role: Role::Cloning,

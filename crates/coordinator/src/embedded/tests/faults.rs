@@ -6,7 +6,7 @@ use craton_core::Term;
 use tokio::time::{Instant, sleep};
 
 use super::cluster::{Cluster, id, until};
-use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
+use crate::api::{CALL_TIMEOUT, Coordinator, CoordinatorError, LeaseHint, TxnOutcome};
 use crate::conformance::put;
 
 const TTL: Duration = Duration::from_secs(1);
@@ -48,6 +48,36 @@ async fn kill_and_restart_in_any_order() {
         cluster.start_node(&first).await;
         cluster.sees(&first, &key, "x").await;
     }
+    cluster.stop().await;
+}
+
+/// Every flush takes longer than a call may: what comes to the disk late is there all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_note_that_comes_late_to_the_disk_counts() {
+    let cluster = Cluster::start(3).await;
+    cluster.write(&id(0), "a", "1").await;
+    let (me, holder) = (id(0), Arc::clone(&cluster.nodes[&id(0)]));
+    let written = || std::fs::metadata(cluster.file(&me)).unwrap().len();
+    let stall = |on| cluster.faults[&me].stalled.store(on, SeqCst);
+    stall(true);
+    let before = written();
+    // The other two promise; the first promise of this voter waits for its note until the call gives up.
+    let began = Instant::now();
+    while began.elapsed() < CALL_TIMEOUT + Duration::from_millis(500) {
+        holder.renew(Term(1), TTL).await.unwrap();
+        sleep(Duration::from_millis(50)).await;
+    }
+    assert!(!matches!(holder.lease_hint(), LeaseHint::Held { .. }));
+    stall(false);
+    until("the note is on disk", || async { written() > before }).await;
+    // From here on no further note gets there.
+    stall(true);
+    until("its own promise", || async {
+        holder.renew(Term(1), TTL).await.unwrap();
+        matches!(holder.lease_hint(), LeaseHint::Held { term: Term(1), .. })
+    })
+    .await;
+    stall(false);
     cluster.stop().await;
 }
 

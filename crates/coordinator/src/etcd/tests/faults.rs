@@ -2,13 +2,13 @@ use std::sync::Arc;
 
 use tokio::time::{Instant, sleep};
 
-use super::server::{Members, PATIENCE, Servers, members, stop};
+use super::server::{Members, PATIENCE, Servers, members, place, stop};
 use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
 use crate::conformance::put;
 use crate::contest::{Contest, TTL};
 
 async fn contest(servers: &Servers) -> (Contest, Members) {
-    let members = members(&servers.place(), 3).await;
+    let members = members(&place(servers), 3).await;
     let contest = Contest::default();
     for (id, etcd) in &members.0 {
         contest.join(id.clone(), Arc::clone(etcd) as Arc<dyn Coordinator>);
@@ -20,10 +20,10 @@ async fn contest(servers: &Servers) -> (Contest, Members) {
 /// Leaders of etcd are paused for longer than the lease, and go on: what revokes etcd's own leases early.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_paused_etcd_leader_that_goes_on_takes_no_lease_away() {
-    let servers = Servers::start(3, &[]).await;
+    let servers = Servers::start(3);
     let (contest, members) = contest(&servers).await;
     for _ in 0..3 {
-        let leader = servers.leader().await;
+        let leader = servers.leader();
         servers.pause(leader);
         sleep(TTL * 3).await;
         contest.led_again("an etcd leader was paused").await;
@@ -37,12 +37,12 @@ async fn a_paused_etcd_leader_that_goes_on_takes_no_lease_away() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn killed_servers_and_a_lost_majority() {
-    let mut servers = Servers::start(3, &[]).await;
+    let mut servers = Servers::start(3);
     let (contest, members) = contest(&servers).await;
     for i in 0..3 {
         servers.kill(i);
         contest.led_again("one server was killed").await;
-        servers.restart(i).await;
+        servers.restart(i);
     }
     servers.kill(0);
     servers.kill(1);
@@ -52,8 +52,8 @@ async fn killed_servers_and_a_lost_majority() {
         matches!(unreachable, Err(CoordinatorError::Unavailable(_))),
         "{unreachable:?}"
     );
-    servers.restart(0).await;
-    servers.restart(1).await;
+    servers.restart(0);
+    servers.restart(1);
     contest.led_again("the majority came back").await;
     contest.end();
     stop(members).await;
@@ -62,8 +62,8 @@ async fn killed_servers_and_a_lost_majority() {
 /// The endpoint that a watch hangs on falls silent without closing anything.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_watch_leaves_an_endpoint_that_hangs() {
-    let servers = Servers::start(3, &[]).await;
-    let members = members(&servers.place(), 1).await;
+    let servers = Servers::start(3);
+    let members = members(&place(&servers), 1).await;
     let etcd = members.nth(0);
     for round in 0..3 {
         servers.pause(round);
@@ -87,8 +87,8 @@ async fn a_watch_leaves_an_endpoint_that_hangs() {
 /// Whoever was away while etcd compacted reads everything again, and deletions are seen.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compaction_while_away() {
-    let mut servers = Servers::start(1, &[]).await;
-    let members = members(&servers.place(), 2).await;
+    let mut servers = Servers::start(1);
+    let members = members(&place(&servers), 2).await;
     let (writer, watcher) = (members.nth(0), members.nth(1));
     let Ok(TxnOutcome::Committed(gone)) = writer.txn(put("gone", 0, "1")).await else {
         panic!("no write")
@@ -99,7 +99,7 @@ async fn compaction_while_away() {
     drop(watch);
     // The connections break; the server comes back with a history that begins later.
     servers.kill(0);
-    servers.restart(0).await;
+    servers.restart(0);
     let prefix = "/craton/test/data/";
     let (out, ok) = servers.ctl(&["del", &format!("{prefix}gone")]);
     assert!(ok, "{out}");
@@ -116,8 +116,8 @@ async fn compaction_while_away() {
 /// A transaction that was sent and not answered is "unknown", one that could not be sent "unavailable".
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn unknown_and_unavailable_are_told_apart() {
-    let mut servers = Servers::start(1, &[]).await;
-    let members = members(&servers.place(), 1).await;
+    let mut servers = Servers::start(1);
+    let members = members(&place(&servers), 1).await;
     let etcd = members.nth(0);
     servers.pause(0);
     let unanswered = etcd.txn(put("a", 0, "1")).await;
@@ -135,7 +135,7 @@ async fn unknown_and_unavailable_are_told_apart() {
             other => assert!(Instant::now() < due, "{other:?}"),
         }
     }
-    servers.restart(0).await;
+    servers.restart(0);
     let due = Instant::now() + PATIENCE;
     let seen = loop {
         match etcd.read().await {

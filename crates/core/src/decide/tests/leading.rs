@@ -19,7 +19,7 @@ fn elected() -> Scene {
 }
 
 /// The history's last event about how the leader came to be.
-fn event(kind: &str, term: u64) -> Option<At<crate::records::History>> {
+pub(super) fn event(kind: &str, term: u64) -> Option<At<crate::records::History>> {
     at(crate::records::History(vec![Event {
         at_ms: 0,
         term: Term(term),
