@@ -471,6 +471,27 @@ fn relative_links_are_alive() {
     fail_if_any(&problems);
 }
 
+/// What alert rules and dashboards ask for is served: every name is in the reference, which is made from the code.
+#[test]
+fn monitoring_asks_for_metrics_that_exist() {
+    let reference = read(&root().join("docs/reference/metrics.md"));
+    let mut problems = Vec::new();
+    for path in files(&[".yml", ".json"]) {
+        let name = relative(&path);
+        if !name.starts_with("docker-compose/monitoring/") {
+            continue;
+        }
+        let word = |c: char| !(c.is_ascii_alphanumeric() || c == '_');
+        for metric in read(&path).split(word) {
+            let ours = metric.starts_with("craton_") || metric.starts_with("barman_");
+            if ours && !reference.contains(&format!("`{metric}`")) {
+                problems.push(format!("{name}: there is no metric {metric}"));
+            }
+        }
+    }
+    fail_if_any(&problems);
+}
+
 /// Every dependency that is built may be given away under a licence on the list of deny.toml.
 #[test]
 fn licences_are_on_the_list() {

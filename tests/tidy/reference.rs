@@ -108,6 +108,10 @@ fn metrics() -> String {
     render_reference(&[
         ("Agent", agent.catalogue()),
         ("Backup", backup.catalogue()),
+        (
+            "Backup, in the container `craton/backup` besides",
+            &craton::container::barman::metrics_catalogue(),
+        ),
         ("Proxy", &craton_proxy::metrics_catalogue()),
         (
             "Witness",

@@ -7,6 +7,7 @@ use std::time::Duration;
 use craton_backup::views::{BackupStatusView, BackupView};
 use craton_backup::{Repository, catalog};
 use craton_console::Client;
+use craton_console::metrics::MetricDoc;
 use craton_repo::segment::SegmentId;
 use craton_trust::Role;
 use jiff::Timestamp;
@@ -516,69 +517,84 @@ pub async fn metrics(facts: &Facts) -> String {
     gauges(good, &backups, free_and_used(facts).ok())
 }
 
+/// Names and meanings, for the reference.
+const GAUGES: [(&str, &str); 12] = [
+    ("barman_check_is_ok", "1 if every check passes, else 0"),
+    ("barman_backups_amount", "Backups in the repository"),
+    (
+        "barman_last_backup_start_time_seconds",
+        "When the newest backup began, Unix time",
+    ),
+    (
+        "barman_last_backup_end_time_seconds",
+        "When the newest backup ended, Unix time",
+    ),
+    (
+        "barman_last_backup_size_bytes",
+        "Size of the newest backup's files",
+    ),
+    (
+        "barman_last_backup_duration_total_seconds",
+        "How long the newest backup took",
+    ),
+    (
+        "barman_last_backup_duration_copy_seconds",
+        "How long the newest backup took; reading and storing are one step",
+    ),
+    (
+        "barman_oldest_backup_end_time_seconds",
+        "When the oldest backup ended, Unix time",
+    ),
+    (
+        "barman_disk_free_bytes",
+        "Free, of the repository's file system",
+    ),
+    ("barman_backup_disk_free_bytes", "The same"),
+    (
+        "barman_disk_used_bytes",
+        "Used, of the repository's file system",
+    ),
+    ("barman_backup_disk_used_bytes", "The same"),
+];
+
+/// The old exporter's metrics, for the reference.
+pub fn metrics_catalogue() -> Vec<MetricDoc> {
+    let doc = |(name, help): &(&str, &'static str)| MetricDoc {
+        name: (*name).to_owned(),
+        kind: "gauge",
+        help,
+    };
+    GAUGES.iter().map(doc).collect()
+}
+
 /// As [`metrics`], from what is known.
 fn gauges(good: bool, backups: &[BackupView], space: Option<(u64, u64)>) -> String {
-    let mut text = String::new();
-    let mut gauge = |name: &str, help: &str, value: String| {
-        let _ = writeln!(
-            text,
-            "# HELP {name} {help}.\n# TYPE {name} gauge\n{name} {value}"
-        );
-    };
-    gauge(
-        "barman_check_is_ok",
-        "1 if every check passes, else 0",
-        u8::from(good).to_string(),
-    );
-    gauge(
-        "barman_backups_amount",
-        "Backups in the repository",
-        backups.len().to_string(),
-    );
-    if let (Some(last), Some(oldest)) = (backups.last(), backups.first()) {
-        let took = last.ended_at.duration_since(last.started_at).as_secs_f64();
-        gauge(
-            "barman_last_backup_start_time_seconds",
-            "When the newest backup began, Unix time",
-            last.started_at.as_second().to_string(),
-        );
-        gauge(
-            "barman_last_backup_end_time_seconds",
-            "When the newest backup ended, Unix time",
-            last.ended_at.as_second().to_string(),
-        );
-        gauge(
-            "barman_last_backup_size_bytes",
-            "Size of the newest backup's files",
-            last.data_bytes.to_string(),
-        );
-        gauge(
-            "barman_last_backup_duration_total_seconds",
-            "How long the newest backup took",
-            took.to_string(),
-        );
-        gauge(
-            "barman_last_backup_duration_copy_seconds",
-            "How long the newest backup took; reading and storing are one step",
-            took.to_string(),
-        );
-        gauge(
-            "barman_oldest_backup_end_time_seconds",
-            "When the oldest backup ended, Unix time",
-            oldest.ended_at.as_second().to_string(),
-        );
+    let mut values = vec![
+        Some(u8::from(good).to_string()),
+        Some(backups.len().to_string()),
+    ];
+    match (backups.last(), backups.first()) {
+        (Some(last), Some(oldest)) => {
+            let took = last.ended_at.duration_since(last.started_at).as_secs_f64();
+            values.extend([
+                Some(last.started_at.as_second().to_string()),
+                Some(last.ended_at.as_second().to_string()),
+                Some(last.data_bytes.to_string()),
+                Some(took.to_string()),
+                Some(took.to_string()),
+                Some(oldest.ended_at.as_second().to_string()),
+            ]);
+        }
+        _ => values.extend(std::iter::repeat_n(None, 6)),
     }
-    if let Some((free, used)) = space {
-        for (name, value) in [("free", free), ("used", used)] {
-            gauge(
-                &format!("barman_disk_{name}_bytes"),
-                "Of the repository's file system",
-                value.to_string(),
-            );
-            gauge(
-                &format!("barman_backup_disk_{name}_bytes"),
-                "Of the repository's file system",
-                value.to_string(),
+    let [free, used] = [space.map(|s| s.0), space.map(|s| s.1)];
+    values.extend([free, free, used, used].map(|v| v.map(|v| v.to_string())));
+    let mut text = String::new();
+    for ((name, help), value) in GAUGES.iter().zip(values) {
+        if let Some(value) = value {
+            let _ = writeln!(
+                text,
+                "# HELP {name} {help}.\n# TYPE {name} gauge\n{name} {value}"
             );
         }
     }
