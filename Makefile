@@ -76,5 +76,5 @@ images: ## the container images craton/postgis, craton/proxy, craton/backup (TAG
 deb: build ## a Debian package with the program, systemd units and documentation, in target/
 	scripts/deb.sh $(CRATON) $(TARGET_DIR)
 
-test-containers: setup-tests ## every container scenario, about fifteen minutes (needs a Docker engine)
+test-containers: setup-tests ## every container scenario, about half an hour (needs a Docker engine)
 	$(CARGO) test --locked -p craton --test containers -- --include-ignored --nocapture

@@ -167,7 +167,8 @@ fn backup_and_restore(c: &Cluster) {
     let before = c.sql(&["-d", "map", "-Atc", "SELECT clock_timestamp()"]);
     c.sql(&["-d", "map", "-c", "DELETE FROM marks"]);
     let target = c.dir.with_extension("restored");
-    let out = c.craton(&["restore", "--to", &before, target.to_str().unwrap()]);
+    let path = target.to_str().unwrap();
+    let out = c.craton(&["restore", "--to", &before, path]);
     c.expect_ok(&out, "craton restore");
     assert!(
         target.join("PG_VERSION").exists() || target.join("data/PG_VERSION").exists(),
@@ -175,6 +176,23 @@ fn backup_and_restore(c: &Cluster) {
         text(&out)
     );
     let _ = std::fs::remove_dir_all(&target);
+    // Brought to its end: a stopped server on a timeline of its own. Also to a time after the last transaction.
+    let now = c.sql(&["-d", "map", "-Atc", "SELECT clock_timestamp()"]);
+    for time in [&before, &now] {
+        let out = c.craton(&["restore", "--to", time, "--finish", path]);
+        c.expect_ok(&out, "craton restore --finish");
+        assert!(
+            text(&out).contains("is whole and stopped"),
+            "{}",
+            text(&out)
+        );
+        for left in ["recovery.signal", "recovery.log", "postmaster.pid"] {
+            assert!(!target.join(left).exists(), "{left}");
+        }
+        let settings = std::fs::read_to_string(target.join("postgresql.auto.conf")).unwrap();
+        assert!(!settings.contains("recovery_target"), "{settings}");
+        let _ = std::fs::remove_dir_all(&target);
+    }
 }
 
 /// A second cluster on the same ports says what is wrong and leaves nothing behind.

@@ -12,13 +12,17 @@
     reason = "a test may fail at any line, and waits on the clock of the outside world"
 )]
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-/// The images are tagged so.
-const TAG: &str = "test";
+/// The images are tagged so; `CRATON_TEST_TAG` keeps those of several working copies apart.
+pub fn tag() -> &'static str {
+    static TAG: OnceLock<String> = OnceLock::new();
+    TAG.get_or_init(|| std::env::var("CRATON_TEST_TAG").unwrap_or_else(|_| "test".to_owned()))
+}
 
 /// Variables of the compose file that must not come from outside.
 const PORTS: [&str; 6] = [
@@ -78,14 +82,18 @@ fn compose_command() -> Option<&'static [&'static str]> {
         .find(|words| works(words))
 }
 
-/// Builds the images with the binary under test; what has not changed is not built again.
-fn images() {
+/// Builds the images with the binary under test; what has not changed is not built again. With `CRATON_TEST_IMAGES=keep`
+/// they are taken as they are.
+pub fn images() {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
+        if std::env::var("CRATON_TEST_IMAGES").is_ok_and(|v| v == "keep") {
+            return;
+        }
         let mut build = Command::new(root().join("scripts/images.sh"));
         build
             .env("CRATON_BIN", env!("CARGO_BIN_EXE_craton"))
-            .env("TAG", TAG);
+            .env("TAG", tag());
         let begun = Instant::now();
         ok(&mut build);
         eprintln!("images are there after {:?}", begun.elapsed());
@@ -96,6 +104,8 @@ fn images() {
 pub struct Stack {
     project: String,
     files: Vec<PathBuf>,
+    tag: RefCell<String>,
+    variables: Vec<(String, String)>,
 }
 
 impl Stack {
@@ -104,9 +114,30 @@ impl Stack {
         let stack = Self {
             project: format!("craton-test-{name}-{}", std::process::id()),
             files: vec![root().join("docker-compose/docker-compose.yml")],
+            tag: RefCell::new(tag().to_owned()),
+            variables: Vec::new(),
         };
         stack.clear();
         stack
+    }
+
+    /// Other files than the first example's, with the variables that they need.
+    pub fn of_files(name: &str, files: &[PathBuf], variables: &[(&str, &str)]) -> Self {
+        let mut stack = Self::new(name);
+        stack.files = files.to_vec();
+        let owned = |(k, v): &(&str, &str)| ((*k).to_owned(), (*v).to_owned());
+        stack.variables = variables.iter().map(owned).collect();
+        stack
+    }
+
+    /// Containers that are made from now on are of these images.
+    pub fn use_tag(&self, tag: &str) {
+        tag.clone_into(&mut self.tag.borrow_mut());
+    }
+
+    /// The project's name.
+    pub fn project(&self) -> &str {
+        &self.project
     }
 
     /// Another file over the first one.
@@ -122,7 +153,10 @@ impl Stack {
         for file in &self.files {
             command.arg("-f").arg(file);
         }
-        command.args(args).env("CRATON_TAG", TAG);
+        command
+            .args(args)
+            .env("CRATON_TAG", self.tag.borrow().as_str())
+            .envs(self.variables.iter().map(|(k, v)| (k, v)));
         for port in PORTS {
             command.env(port, "0");
         }
@@ -131,6 +165,11 @@ impl Stack {
 
     pub fn up(&self, services: &[&str]) {
         ok(&mut self.compose(&[&["up", "-d"], services].concat()));
+    }
+
+    /// A command of compose, which must succeed.
+    pub fn compose_ok(&self, args: &[&str]) -> String {
+        ok(&mut self.compose(args))
     }
 
     fn clear(&self) {

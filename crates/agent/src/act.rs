@@ -100,6 +100,8 @@ pub struct Actor {
     pub others: Client,
     /// How a data directory is filled.
     pub clone: CloneConfig,
+    /// What a new cluster begins with.
+    pub initial_data: Option<PathBuf>,
     /// The program that restores out of the repository, and that PostgreSQL calls for WAL.
     pub program: PathBuf,
 }
@@ -356,7 +358,15 @@ impl Actor {
         };
         // Before there is data: a database without an incarnation could not be recorded.
         self.reborn(Term(0)).await?;
-        self.server.instance.initdb(&options).await?;
+        match &self.initial_data {
+            Some(made) => {
+                tracing::info!(from = %made.display(), "the cluster begins with this database");
+                self.server.instance.take_data_dir(made.clone()).await?;
+            }
+            None => {
+                self.server.instance.initdb(&options).await?;
+            }
+        }
         self.server.data_changed();
         Ok(())
     }
@@ -707,10 +717,35 @@ impl Actor {
         self.reborn(term).await?;
         let source = self.upstream(from, members, "craton_rewind")?;
         self.server.data_changed();
-        let why = match self.server.instance.rewind_from(&source).await {
+        let why = if self.clone.over_rewind {
+            Some("node.clone.over_rewind asks for a clone".to_owned())
+        } else {
+            self.rewind_from(&source, fork.is_some()).await?
+        };
+        if let Some(why) = why {
+            tracing::warn!(
+                why,
+                "this member is not brought back by pg_rewind: cloning it anew"
+            );
+            self.server.instance.discard_data_dir().await?;
+            return self.clone_from(from, term, members).await;
+        }
+        let upstream = self.upstream(from, members, "craton_replication")?;
+        self.raise_floor(term).await?;
+        self.start_following(Some((upstream, from.clone(), term)))
+            .await
+    }
+
+    /// Why a clone is needed after all, if it is.
+    async fn rewind_from(
+        &self,
+        source: &Upstream,
+        parted: bool,
+    ) -> Result<Option<String>, ActError> {
+        Ok(match self.server.instance.rewind_from(source).await {
             Ok(true) => None,
             // The histories parted by nothing but a part of a record.
-            Ok(false) if fork.is_some() => None,
+            Ok(false) if parted => None,
             Ok(false) => {
                 Some("pg_rewind sees nothing to do, and yet it does not stream".to_owned())
             }
@@ -720,19 +755,7 @@ impl Actor {
             Err(PgError::Rewind { kind, output }) => Some(format!("{kind}: {output}")),
             // A full disk, a time-out: no reason to throw the data away.
             Err(error) => return Err(error.into()),
-        };
-        if let Some(why) = why {
-            tracing::warn!(
-                why,
-                "pg_rewind cannot bring this member back: cloning it anew"
-            );
-            self.server.instance.discard_data_dir().await?;
-            return self.clone_from(from, term, members).await;
-        }
-        let upstream = self.upstream(from, members, "craton_replication")?;
-        self.raise_floor(term).await?;
-        self.start_following(Some((upstream, from.clone(), term)))
-            .await
+        })
     }
 
     async fn set_sync(&self, set: SyncSet) -> Result<(), ActError> {

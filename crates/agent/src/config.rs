@@ -46,6 +46,17 @@ pub struct CloneConfig {
     pub repository: Option<PathBuf>,
     /// A newest backup that is older than this is not used, hours; 48 if not given.
     pub repository_age_max_h: Option<u32>,
+    /// A former leader is cloned anew, never rewound. What only it had is kept all the same.
+    #[serde(skip_serializing_if = "is_false")]
+    pub over_rewind: bool,
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes a reference"
+)]
+fn is_false(on: &bool) -> bool {
+    !*on
 }
 
 impl CloneConfig {
@@ -141,6 +152,11 @@ pub struct AgentConfig {
     /// The cluster-wide settings that a new cluster starts with.
     #[serde(default, deserialize_with = "craton_core::settings::strict")]
     pub initial: Settings,
+    /// A data directory, stopped in order and on the file system of `dir`, that becomes the database of a new cluster
+    /// instead of an empty one: what `craton restore --finish` made. It is moved; looked at only while there is no
+    /// cluster.
+    #[serde(default)]
+    pub initial_data: Option<PathBuf>,
     /// How an empty data directory is filled.
     #[serde(default)]
     pub clone: CloneConfig,

@@ -305,6 +305,7 @@ fn actor(
         others,
         strays_ended: tokio::sync::OnceCell::new(),
         clone: config.clone.clone(),
+        initial_data: config.initial_data.clone(),
         program: match &config.fence_program {
             Some(program) => program.clone(),
             None => std::env::current_exe().map_err(io("cannot find this program's own path"))?,

@@ -17,6 +17,7 @@ use crate::store::Repository;
 
 pub use plan::{Plan, plan};
 pub(crate) use settings::MINIMUM_SETTINGS;
+pub use settings::{forget_recovery, forget_target_time};
 
 /// Up to where WAL is replayed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -44,6 +44,9 @@ pub struct AboutView {
     /// A node's preference in elections.
     #[serde(default)]
     pub priority: Option<u32>,
+    /// The host that a node is told to follow, by its environment.
+    #[serde(default)]
+    pub follows: Option<String>,
 }
 
 /// Further lines for the page of metrics.

@@ -325,6 +325,7 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Reload(args) => wait_for(maintenance::reload(&access()?, args, json)),
         Command::Reinit(args) => wait_for(maintenance::reinit(&access()?, args, json)),
         Command::Doctor(args) => wait_for(doctor::run(&access()?, &dir, &args, json)),
+        Command::Config(command) if !json && configure::show_own(&command)? => Ok(crate::exit::OK),
         Command::Config(command) => wait_for(configure::run(&access()?, command, json)),
         Command::History => wait_for(history::run(&access()?, json)),
         Command::Member(command) => wait_for(member::run(&access()?, &dir, command, json)),

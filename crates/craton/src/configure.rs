@@ -14,6 +14,9 @@ use toml::de::{DeTable, DeValue};
 
 use crate::access::Access;
 use crate::ask;
+use crate::container;
+use crate::container::environment::Kind;
+use crate::container::settings::Own;
 use crate::exit::{self, Problem};
 use crate::output::{self, Colour, cell, paint, plain};
 
@@ -55,6 +58,37 @@ pub enum ConfigCommand {
     },
     /// Change settings in $VISUAL or $EDITOR, as TOML
     Edit,
+}
+
+/// What the daemon of this container was told, where that is all that is asked for: a proxy or a backup daemon shows it
+/// without asking the cluster.
+pub fn show_own(command: &ConfigCommand) -> anyhow::Result<bool> {
+    let ConfigCommand::Show {
+        origin: true,
+        names,
+    } = command
+    else {
+        return Ok(false);
+    };
+    match container::settings::own()? {
+        Some((kind, own)) if kind != Kind::Node && names.is_empty() => {
+            output::line(own_table(&own));
+            Ok(true)
+        }
+        _ => Ok(false),
+    }
+}
+
+fn own_table(own: &[Own]) -> String {
+    let mut table = output::table(&["HERE", "VALUE", "ORIGIN"]);
+    for row in own {
+        table.add_row(vec![
+            cell(Colour::Cyan, &row.name),
+            plain(&row.value),
+            plain(&row.origin),
+        ]);
+    }
+    output::table_text(&table)
 }
 
 /// Runs the command.
@@ -161,6 +195,12 @@ async fn show(access: &Access, origin: bool, names: &[String], json: bool) -> an
         table.add_row(cells);
     }
     output::line(output::table_text(&table));
+    if origin
+        && names.is_empty()
+        && let Some((_, own)) = container::settings::own()?
+    {
+        output::line(format!("\n{}", own_table(&own)));
+    }
     Ok(exit::OK)
 }
 

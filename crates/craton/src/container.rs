@@ -5,7 +5,9 @@
 //! * [`entry`]: the image's command: environment, directories, [`keys`], [`adopt`], [`ssh`]; then away with root.
 //! * [`init`]: the first process: children, signals, the dead. [`leave`]: the handover before a stop.
 //! * [`daemon`]: waits for what must be there and becomes the daemon.
-//! * [`side`]: metrics and health in the clear, [`first_start`], the backups' [`schedule`].
+//! * [`recover`]: a whole cluster back to a point in time.
+//! * [`settings`]: which variable each setting comes from.
+//! * [`side`]: metrics and health in the clear, [`first_start`], [`nodes_table`], the backups' [`schedule`].
 //! * [`names`]: links to the program; [`repmgr`], [`pcp`], [`barman`]: what they do; [`shown`]: files that are looked at.
 
 use clap::Subcommand;
@@ -23,10 +25,13 @@ pub mod init;
 pub mod keys;
 pub mod leave;
 pub mod names;
+pub mod nodes_table;
 pub mod pcp;
 pub mod plan;
+pub mod recover;
 pub mod repmgr;
 pub mod schedule;
+pub mod settings;
 pub mod shown;
 pub mod side;
 pub mod ssh;
@@ -44,6 +49,11 @@ pub enum ContainerCommand {
     Backup,
     /// Whether this container serves: exit code 0 or 1
     Health,
+    /// Make this node's volume begin a new cluster with the database as it was at a point in time. In a container of
+    /// its own, with the repository mounted, while the cluster is stopped
+    Recover(recover::RecoverArgs),
+    /// Set aside what this node's volume holds, so that the node is cloned anew. While it is stopped
+    SetAside,
     /// The first process of a container (the commands above become it)
     #[command(hide = true)]
     Init {
@@ -77,6 +87,8 @@ pub fn run(command: &ContainerCommand) -> anyhow::Result<u8> {
         ContainerCommand::Proxy => entry::run(Kind::Proxy),
         ContainerCommand::Backup => entry::run(Kind::Backup),
         ContainerCommand::Health => wait_for(health()),
+        ContainerCommand::Recover(args) => recover::run(args),
+        ContainerCommand::SetAside => recover::set_aside(),
         ContainerCommand::Init { kind } => init::run(*kind),
         ContainerCommand::Daemon { kind } => daemon::run(*kind),
         ContainerCommand::Side => side::run(),

@@ -22,6 +22,9 @@ use crate::owner;
 /// Progress is said every so many percent.
 const PROGRESS_STEP_PERCENT: u64 = 20;
 
+/// What PostgreSQL says where WAL ends before the target.
+const NOT_REACHED: &str = "recovery ended before configured recovery target was reached";
+
 /// `craton restore`
 #[derive(Args, Debug)]
 pub struct RestoreArgs {
@@ -47,6 +50,10 @@ pub struct RestoreArgs {
     /// rows that only a former leader had
     #[arg(long, value_name = "DIRECTORY", conflicts_with_all = ["to", "lsn", "immediate"])]
     pub divergence: Option<PathBuf>,
+    /// Let PostgreSQL recover to the target here and stop it again: what a new cluster can begin with
+    /// (`node.initial_data`)
+    #[arg(long, conflicts_with_all = ["divergence", "standby"])]
+    pub finish: bool,
     /// Make a member's data directory; its agent calls this, and starts it as a standby
     #[arg(long, hide = true)]
     pub standby: bool,
@@ -81,12 +88,34 @@ pub fn run(dir: &Path, args: &RestoreArgs, json: bool) -> anyhow::Result<u8> {
     };
     let target = target(args)?;
     let repository = args.repository.open(dir)?;
+    let mut progress = teller(args.standby);
+    if args.finish && owner::is_root() {
+        return Err(usage(
+            "--finish starts PostgreSQL, which refuses to run as root: run this as its user",
+        ));
+    }
+    let view = restore(&repository, &directory, target, &options, &mut progress)?;
+    if args.finish {
+        finish(&directory, &view, json)?;
+    } else if json {
+        output::json(&view)?;
+    } else {
+        if let Some(note) = &view.note {
+            output::note(note);
+        }
+        output::line(how_to_start(dir, &view));
+    }
+    Ok(exit::OK)
+}
+
+/// Says how far it is.
+fn teller(for_agent: bool) -> impl FnMut(Progress) {
     let mut said = 0;
-    let mut progress = |p: Progress| {
+    move |p: Progress| {
         let percent = (p.done_bytes * 100)
             .checked_div(p.total_bytes)
             .unwrap_or(100);
-        if args.standby {
+        if for_agent {
             // As pg_basebackup tells it: an agent reads this.
             if percent > said || p.done_bytes == p.total_bytes {
                 said = percent;
@@ -104,17 +133,46 @@ pub fn run(dir: &Path, args: &RestoreArgs, json: bool) -> anyhow::Result<u8> {
                 output::bytes(p.total_bytes)
             ));
         }
-    };
-    let view = restore(&repository, &directory, target, &options, &mut progress)?;
-    if json {
-        output::json(&view)?;
-    } else {
-        if let Some(note) = &view.note {
-            output::note(note);
-        }
-        output::line(how_to_start(dir, &view));
     }
-    Ok(exit::OK)
+}
+
+/// Recovers to the target, so that what is there is a stopped database and nothing else.
+fn finish(directory: &Path, view: &RestoredView, json: bool) -> anyhow::Result<()> {
+    output::note(format!(
+        "restored {} files ({}) of {}; replaying WAL …",
+        output::count(view.files),
+        output::bytes(view.bytes),
+        view.backup
+    ));
+    let binaries = craton_pg::Binaries::find(None)?;
+    let recovered = match craton_pg::finish_recovery(&binaries, directory) {
+        // PostgreSQL wants to see a transaction after the time (xlogrecovery.c).
+        Err(error) if error.to_string().contains(NOT_REACHED) => {
+            output::note(
+                "the repository has no transaction after that time: all that it has is replayed",
+            );
+            craton_backup::restore::forget_target_time(directory)?;
+            craton_pg::finish_recovery(&binaries, directory)?
+        }
+        recovered => recovered?,
+    };
+    craton_backup::restore::forget_recovery(directory)?;
+    if json {
+        return output::json(&serde_json::json!({
+            "restored": view, "timeline": recovered.control.timeline, "lsn": recovered.control.checkpoint_lsn,
+            "last_transaction": recovered.last_transaction,
+        }));
+    }
+    let last = recovered
+        .last_transaction
+        .unwrap_or_else(|| "one of the backup itself".to_owned());
+    output::line(format!(
+        "the database in {} is whole and stopped: timeline {}, up to {}; its last transaction: {last}",
+        directory.display(),
+        recovered.control.timeline,
+        recovered.control.checkpoint_lsn,
+    ));
+    Ok(())
 }
 
 /// PostgreSQL will not start from a directory of root's: the cluster's owner does it, in a directory that

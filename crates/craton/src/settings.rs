@@ -169,6 +169,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         },
         hooks: craton_agent::hooks::HooksConfig::default(),
         origins: BTreeMap::new(),
+        initial_data: None,
         clone: CloneConfig {
             repository: Some(layout.repository()),
             ..CloneConfig::default()

@@ -1,7 +1,7 @@
 //! `SHOW pool_nodes`, as pgpool-II 3.7 answers it: dashboards, probes and fingers know it.
 
 use craton_wire::backend::put_command_complete;
-use craton_wire::frame::{put_cstr, write};
+use craton_wire::frame::{put_cstr, take_cstr, write};
 
 use crate::config::PoolNode;
 use crate::routes::{Routes, Target};
@@ -96,6 +96,41 @@ pub fn put_answer(out: &mut Vec<u8>, configured: &[PoolNode], routes: &Routes) {
     put_command_complete(out, "SHOW");
 }
 
+/// True for what follows the name in a Parse, where the text is that statement.
+pub fn is_parsed(rest: &[u8]) -> bool {
+    take_cstr(rest).is_some_and(|(text, _)| is_asked(text))
+}
+
+/// What follows the name in a Parse of a statement that any server answers with the same rows: a driver that prepares
+/// everything gets them in this way, as they were when it did.
+pub fn as_parse(configured: &[PoolNode], routes: &Routes) -> Vec<u8> {
+    let literal = |field: &String| format!("'{}'::text", field.replace('\'', "''"));
+    let rows: Vec<String> = rows(configured, routes)
+        .iter()
+        .map(|row| {
+            format!(
+                "({})",
+                row.iter().map(literal).collect::<Vec<_>>().join(", ")
+            )
+        })
+        .collect();
+    let columns = COLUMNS.join(", ");
+    let text = if rows.is_empty() {
+        let none: Vec<String> = COLUMNS.iter().map(|c| format!("''::text AS {c}")).collect();
+        format!("SELECT {} WHERE false", none.join(", "))
+    } else {
+        format!(
+            "SELECT * FROM (VALUES {}) AS pool_nodes ({columns})",
+            rows.join(", ")
+        )
+    };
+    let mut rest = Vec::new();
+    put_cstr(&mut rest, text.as_bytes());
+    // No parameter has a type given.
+    rest.extend_from_slice(&0_i16.to_be_bytes());
+    rest
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -119,6 +154,26 @@ mod tests {
             assert!(!is_asked(other.as_bytes()), "{other}");
         }
         assert!(!is_asked(b"\xff"));
+    }
+
+    #[test]
+    fn prepared_it_is_a_select_of_the_same_rows() {
+        assert!(is_parsed(b"show pool_nodes\0\0\0"));
+        assert!(!is_parsed(b"select 1\0\0\0") && !is_parsed(b"show pool_nodes"));
+        let node = PoolNode {
+            id: 7,
+            host: "o'b".to_owned(),
+            port: 1,
+            weight: 1.0,
+        };
+        let text = String::from_utf8(as_parse(&[node], &Routes::for_test("b", &[]))).unwrap();
+        assert!(
+            text.starts_with(
+                "SELECT * FROM (VALUES ('7'::text, 'o''b'::text, '1'::text, 'down'::text"
+            ),
+            "{text}"
+        );
+        assert!(text.ends_with("replication_delay)\0\0\0"), "{text}");
     }
 
     #[test]

@@ -36,6 +36,28 @@ const REPLACED: [&str; 22] = [
     "unix_socket_directories",
 ];
 
+/// What follows in `postgresql.auto.conf` is for the recovery alone.
+const MARK: &str = "# Recovery from backup ";
+
+/// Takes the recovery's settings out again, once it is over.
+pub fn forget_recovery(directory: &Path) -> Result<()> {
+    let auto = directory.join("postgresql.auto.conf");
+    let text = fs::read_to_string(&auto).map_err(BackupError::io("read", &auto))?;
+    let Some((before, _)) = text.split_once(MARK) else {
+        return Ok(());
+    };
+    fs::write(&auto, before).map_err(BackupError::io("write", &auto))
+}
+
+/// Has all WAL replayed that there is, where a time was the target.
+pub fn forget_target_time(directory: &Path) -> Result<()> {
+    let auto = directory.join("postgresql.auto.conf");
+    let text = fs::read_to_string(&auto).map_err(BackupError::io("read", &auto))?;
+    let is_other = |l: &&str| !l.starts_with("recovery_target_time ");
+    let lines: Vec<&str> = text.lines().filter(is_other).collect();
+    fs::write(&auto, lines.join("\n") + "\n").map_err(BackupError::io("write", &auto))
+}
+
 pub(super) fn write(
     repository: &Repository,
     directory: &Path,
@@ -54,7 +76,7 @@ pub(super) fn write(
         .map(ToOwned::to_owned)
         .collect();
     lines.push(format!(
-        "# Recovery from backup {}, written by craton restore.",
+        "{MARK}{}, written by craton restore.",
         plan.manifest.summary.id
     ));
     if options.standby {
@@ -196,6 +218,23 @@ mod tests {
         );
         assert_eq!(quote(r"it's\n"), r"'it''s\\n'");
         assert!(shell(Path::new("/a\nb")).is_err());
+    }
+
+    #[test]
+    fn what_was_for_the_recovery_goes_and_the_rest_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let auto = dir.path().join("postgresql.auto.conf");
+        let text = format!(
+            "work_mem = '4MB'\n{MARK}x, written by craton restore.\nrecovery_target_time = 'x'\nrecovery_target_timeline = '1'\n"
+        );
+        fs::write(&auto, text).unwrap();
+        forget_target_time(dir.path()).unwrap();
+        let now = fs::read_to_string(&auto).unwrap();
+        assert!(!now.contains("target_time = ") && now.contains("target_timeline"));
+        for _ in 0..2 {
+            forget_recovery(dir.path()).unwrap();
+            assert_eq!(fs::read_to_string(&auto).unwrap(), "work_mem = '4MB'\n");
+        }
     }
 
     #[test]

@@ -15,10 +15,11 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
 use super::entry::{Facts, RUN_DIR};
-use super::environment::Kind;
-use super::plan::{self, API_PORT, FRONT_PORT, Here, NODE_DIR, Plan};
+use super::environment::{Environment, Kind};
+use super::plan::{self, API_PORT, FRONT_PORT, Here, NODE_DIR, NodeNames, Plan};
+use super::recover;
 use crate::cli::wait_for;
-use crate::exit::{Problem, UNREACHABLE, USAGE};
+use crate::exit::{Problem, REFUSED, UNREACHABLE, USAGE};
 
 /// A node that may make the cluster waits so long for partners that neither answer nor are known not to run.
 const PARTNERS_PATIENCE: Duration = Duration::from_secs(10);
@@ -114,6 +115,12 @@ fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
     let names = facts.node.as_ref().context("this is no node")?;
     let known = parameters();
     let mut plan = plan::node(&facts.env, names, secrets, known.as_ref()).map_err(wrong)?;
+    if let Some(upstream) = wait_for(second_level(&facts.env, names))? {
+        plan.set("upstream", upstream, Some("REPLICATION_PRIMARY_HOST"));
+    }
+    if let Some(database) = recover::restored() {
+        return begin_with(&database, &facts.env, names, plan);
+    }
     let brings = plan::may_found(&facts.env, &names.host) && has_strange_data();
     if brings {
         plan.set("first_start", "adopt", None);
@@ -128,6 +135,53 @@ fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
             write_secret(&first_start_marker(), if brings { BROUGHT } else { "" })?;
         }
     }
+    Ok(plan)
+}
+
+/// The member that a node of the second level streams from: it has no partners, and the one that it is told to follow
+/// is told to follow another. What was found out once is noted, for a start without that one.
+async fn second_level(env: &Environment, names: &NodeNames) -> anyhow::Result<Option<String>> {
+    let told = plan::told_to_follow(env, &names.host);
+    let Some(host) = told.filter(|_| env.get("PARTNER_NODES").is_none()) else {
+        return Ok(None);
+    };
+    let note = Path::new(NODE_DIR).join("craton-upstream");
+    let client = Client::new(None).with_timeout(ASK_TIMEOUT);
+    let until = Instant::now() + PARTNERS_PATIENCE;
+    while Instant::now() < until {
+        let at = format!("{host}:{FRONT_PORT}");
+        let Ok(about) = client.get_json::<AboutView>(&at, "/about").await else {
+            tokio::time::sleep(ASK_PAUSE).await;
+            continue;
+        };
+        let upstream = about.member.filter(|_| about.follows.is_some());
+        let text = upstream.as_deref().unwrap_or_default();
+        if std::fs::read_to_string(&note).ok().as_deref() != Some(text) {
+            std::fs::write(&note, text)
+                .with_context(|| format!("cannot write {}", note.display()))?;
+        }
+        return Ok(upstream);
+    }
+    let noted = std::fs::read_to_string(&note).unwrap_or_default();
+    Ok(Some(noted).filter(|n| !n.is_empty()))
+}
+
+/// A node that was given a restored database makes a cluster of it, whoever made the former one. Never beside one that
+/// is still there.
+/// It is there until the agent has taken it, also where an agent was killed in between.
+fn begin_with(
+    database: &Path,
+    env: &Environment,
+    names: &NodeNames,
+    mut plan: Plan,
+) -> anyhow::Result<Plan> {
+    let partners = plan::others(env, &names.host);
+    if is_fresh() && wait_for(cluster_is_known(&partners))? {
+        let what = "this node was given a restored database, and a partner still belongs to the former cluster";
+        let hint = "stop the other nodes and run `craton container set-aside` in each one's volume; docs/guide/docker.md shows it";
+        return Err(Problem::new(REFUSED, what, hint).into());
+    }
+    plan.begin_with(names, database);
     Ok(plan)
 }
 

@@ -121,6 +121,9 @@ impl Facts {
             node_name: node.map(|n| n.node_name.clone()),
             node_id: node.map(|n| n.node_id),
             priority: node.map(|n| n.priority),
+            follows: node
+                .and_then(|n| plan::told_to_follow(&self.env, &n.host))
+                .map(ToOwned::to_owned),
         }
     }
 }

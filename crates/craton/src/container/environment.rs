@@ -194,7 +194,13 @@ pub const VARIABLES: &[Variable] = &[
         NODE,
         "REPLICATION_PRIMARY_HOST",
         "",
-        "A node of the cluster that this one joins. Without it, or where it names this node itself, an empty node makes a new cluster if none of its partners knows one",
+        "A node of the cluster that this one joins. Without it, or where it names this node itself, an empty node makes a new cluster if none of its partners knows one. Where PARTNER_NODES is empty and the node named here follows another one itself, this one streams from it (a node of the second level): commits do not wait for it, and it is not elected",
+    ),
+    used(
+        NODE,
+        "CLEAN_OVER_REWIND",
+        "0",
+        "1: a former leader is cloned anew instead of rewound when it comes back. (With 0 that happens only where a rewind cannot work)",
     ),
     used(
         NODE,
@@ -253,11 +259,6 @@ pub const VARIABLES: &[Variable] = &[
         NODE,
         "USE_REPLICATION_SLOTS",
         "every standby has a slot, with max_slot_wal_keep_size as its bound",
-    ),
-    noted(
-        NODE,
-        "CLEAN_OVER_REWIND",
-        "a former leader is rewound where that is safe, and cloned anew otherwise",
     ),
     noted(
         NODE,
@@ -681,14 +682,14 @@ mod tests {
         let e = env(
             Kind::Node,
             &[
-                ("CLEAN_OVER_REWIND", "1"),
+                ("USE_REPLICATION_SLOTS", "1"),
                 ("NODE_NAME", "node1"),
                 ("X", "y"),
             ],
         );
         let notes = e.notes(Kind::Node);
         assert_eq!(notes.len(), 1, "{notes:?}");
-        assert!(notes[0].starts_with("CLEAN_OVER_REWIND changes nothing: "));
+        assert!(notes[0].starts_with("USE_REPLICATION_SLOTS changes nothing: "));
         assert!(is_secret("POSTGRES_PASSWORD_FILE") && is_secret("CHECK_PASSWORD"));
         assert!(!is_secret("POSTGRES_USER"));
     }

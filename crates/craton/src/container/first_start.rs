@@ -31,7 +31,7 @@ const SCRIPTS: &str = "/docker-entrypoint-initdb.d";
 pub async fn run(facts: Arc<Facts>) {
     let mut said = String::new();
     // Whether it is this node's turn is known once it has or knows a cluster.
-    while is_fresh() || first_start_marker().exists() {
+    while pending() {
         if !first_start_marker().exists() {
             tokio::time::sleep(LOOK_INTERVAL).await;
             continue;
@@ -51,6 +51,11 @@ pub async fn run(facts: Arc<Facts>) {
             }
         }
     }
+}
+
+/// True until the roles and databases of the environment are there.
+pub fn pending() -> bool {
+    is_fresh() || first_start_marker().exists()
 }
 
 /// True when it is done.
@@ -107,7 +112,7 @@ fn identifier(name: &str) -> String {
 }
 
 /// A string for SQL, whatever `standard_conforming_strings` says.
-fn literal(text: &str) -> String {
+pub fn literal(text: &str) -> String {
     format!(" E'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"))
 }
 

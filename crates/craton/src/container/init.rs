@@ -183,7 +183,10 @@ impl Init {
             }
         }
         if self.stop.is_some() {
-            return Some(exit::FAILURE);
+            // As a shell has it.
+            let signal = status.terminating_signal();
+            let code = signal.and_then(|s| u8::try_from(s.saturating_add(128)).ok());
+            return Some(code.unwrap_or(exit::FAILURE));
         }
         self.daemon.died();
         tracing::warn!(

@@ -177,7 +177,7 @@ fn as_service(called: Called, args: &[OsString]) -> anyhow::Result<()> {
 }
 
 /// Sets a command up to run as an account. std clears the supplementary groups when root sets another uid.
-fn become_account<'c>(command: &'c mut Command, account: &owner::Account) -> &'c mut Command {
+pub fn become_account<'c>(command: &'c mut Command, account: &owner::Account) -> &'c mut Command {
     command
         .uid(account.uid)
         .gid(account.gid)

@@ -63,6 +63,14 @@ impl Plan {
         });
     }
 
+    /// A node that makes a new cluster out of a database that is there, and joins nobody.
+    pub fn begin_with(&mut self, names: &NodeNames, database: &std::path::Path) {
+        self.settings
+            .retain(|s| !["join", "peers", "first_start"].contains(&s.key.as_str()));
+        self.set("peers", vec![own_peer(names)], None);
+        self.set("initial_data", database.display().to_string(), None);
+    }
+
     /// The file. A comment behind a setting names its variable; `craton config show --origin` reads it.
     pub fn text(&self) -> String {
         let mut text = format!(
@@ -168,8 +176,23 @@ pub fn others(env: &Environment, host: &str) -> Vec<String> {
 
 /// True for a node that makes the cluster if nobody has one: it is told to follow nobody, or itself.
 pub fn may_found(env: &Environment, host: &str) -> bool {
-    env.get("REPLICATION_PRIMARY_HOST")
-        .is_none_or(|upstream| upstream == host)
+    told_to_follow(env, host).is_none()
+}
+
+/// This node as the only one of a new cluster.
+fn own_peer(names: &NodeNames) -> toml::Value {
+    let mut own = toml::Table::new();
+    own.insert("member".into(), names.member.as_str().into());
+    own.insert(
+        "address".into(),
+        format!("{}:{PEER_PORT}", names.host).into(),
+    );
+    toml::Value::Table(own)
+}
+
+/// The node that this one is told to follow, if it is another one.
+pub fn told_to_follow<'a>(env: &'a Environment, host: &str) -> Option<&'a str> {
+    env.get("REPLICATION_PRIMARY_HOST").filter(|h| *h != host)
 }
 
 /// The settings of a node. `known` are PostgreSQL's parameters, where they could be asked for.
@@ -207,10 +230,7 @@ pub fn node(
     );
     let others = others(env, host);
     if may_found(env, host) {
-        let mut own = toml::Table::new();
-        own.insert("member".into(), names.member.as_str().into());
-        own.insert("address".into(), format!("{host}:{PEER_PORT}").into());
-        plan.set("peers", vec![toml::Value::Table(own)], None);
+        plan.set("peers", vec![own_peer(names)], None);
     } else {
         // Not even while the one that may is at odds with the data that it is to bring.
         plan.set("first_start", "wait", Some("REPLICATION_PRIMARY_HOST"));
@@ -225,6 +245,9 @@ pub fn node(
         plan.set("join", apis, Some(from));
     } else if !may_found(env, host) {
         return Err("REPLICATION_PRIMARY_HOST names nobody to join".to_owned());
+    }
+    if env.is_on("CLEAN_OVER_REWIND") {
+        plan.set("clone.over_rewind", true, Some("CLEAN_OVER_REWIND"));
     }
     detection(env, &mut plan)?;
     parameters(env, &mut plan, known)?;

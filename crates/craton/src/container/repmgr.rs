@@ -29,10 +29,25 @@ const WAIT_MAX: Duration = Duration::from_secs(600);
 const LOOK_INTERVAL: Duration = Duration::from_millis(250);
 
 /// A member with its names in the old stack.
-struct Node {
-    view: MemberView,
-    id: Option<u32>,
-    name: String,
+pub struct Node {
+    /// What the agents say of it.
+    pub view: MemberView,
+    /// Its number.
+    pub id: Option<u32>,
+    /// Its name.
+    pub name: String,
+}
+
+/// The node that another one streams from, or is to stream from.
+pub fn upstream_of<'n>(
+    node: &Node,
+    nodes: &'n [Node],
+    leader: Option<&'n Node>,
+) -> Option<&'n Node> {
+    let leader = leader.filter(|l| l.view.id != node.view.id)?;
+    let named = node.view.upstream.as_ref();
+    let found = nodes.iter().find(|n| Some(&n.view.id) == named);
+    Some(found.unwrap_or(leader))
 }
 
 /// The access of a command inside a container.
@@ -46,7 +61,8 @@ pub fn access() -> anyhow::Result<Access> {
     )
 }
 
-async fn nodes(status: &StatusView) -> Vec<Node> {
+/// The members, with their names.
+pub async fn nodes(status: &StatusView) -> Vec<Node> {
     let client = Client::new(None).with_timeout(ABOUT_TIMEOUT);
     let mut asked = tokio::task::JoinSet::new();
     for view in status.members.clone() {
@@ -213,10 +229,8 @@ async fn show(csv: bool) -> anyhow::Result<u8> {
                 if up { 0 } else { -1 }
             ));
         }
-        let upstream = match leader {
-            Some(leader) if leader.view.id != node.view.id => leader.name.clone(),
-            _ => String::new(),
-        };
+        let upstream =
+            upstream_of(node, &nodes, leader).map_or_else(String::new, |n| n.name.clone());
         rows.push(vec![
             id_text(node.id),
             node.name.clone(),

@@ -21,7 +21,7 @@ use super::entry::Facts;
 use super::environment::Kind;
 use super::plan::{API_PORT, FRONT_PORT, PROXY_HTTP};
 use super::schedule::Schedule;
-use super::{barman, daemon, first_start, shown};
+use super::{barman, daemon, first_start, nodes_table, recover, shown};
 use crate::certificates;
 use crate::cli::wait_for;
 
@@ -47,6 +47,7 @@ pub fn run() -> anyhow::Result<u8> {
             Kind::Node => {
                 tasks.spawn(first_start::run(Arc::clone(&facts)));
                 tasks.spawn(shown::keep_postgresql_conf(Arc::clone(&facts)));
+                tasks.spawn(nodes_table::keep(Arc::clone(&facts)));
             }
             Kind::Proxy => {}
             Kind::Backup => {
@@ -82,7 +83,11 @@ async fn front(facts: &Arc<Facts>, stopped: watch::Receiver<bool>) -> anyhow::Re
     let front = Front {
         client: Client::guest(guest, role(kind), None),
         daemon: daemon_address(kind),
-        about: Arc::new(move || about.about(kind == Kind::Node && daemon::is_fresh())),
+        // Who was given a database makes the cluster: others wait for it and make none.
+        about: Arc::new(move || {
+            let fresh = daemon::is_fresh() && recover::restored().is_none();
+            about.about(kind == Kind::Node && fresh)
+        }),
         more: {
             let facts = Arc::clone(facts);
             Arc::new(move || -> Pin<Box<dyn Future<Output = String> + Send>> {

@@ -376,9 +376,13 @@ impl Session {
         let Ok((name, rest)) = parse_name(body) else {
             return self.violation("a malformed Parse message").map(Some);
         };
+        let instead = self.instead_of(rest);
         if !name.is_empty() {
             let (name, rest): (Box<[u8]>, Box<[u8]>) = (name.into(), rest.into());
-            return self.on_named_parse(found, name, &rest);
+            return self.on_named_parse(found, name, instead.as_deref().unwrap_or(&rest));
+        }
+        if let Some(rest) = instead {
+            return Ok(self.on_unnamed_nodes(found, rest));
         }
         let id = self.worker.statements.borrow().next_id();
         let (traits, change) = (inspect(rest), change_of(rest));
@@ -397,6 +401,34 @@ impl Session {
             link.server.facts.unnamed = id;
         }
         self.pass(found, Some(Owed::ParsePlain))
+    }
+
+    /// What a server is to prepare in the place of a statement about the proxy's servers.
+    fn instead_of(&self, rest: &[u8]) -> Option<Vec<u8>> {
+        pool_nodes::is_parsed(rest).then(|| {
+            let configured = &self.worker.shared.config.pool_nodes;
+            pool_nodes::as_parse(configured, &self.routes.borrow())
+        })
+    }
+
+    fn on_unnamed_nodes(&mut self, found: Header, rest: Vec<u8>) -> Option<Step> {
+        if let Some(step) = self.drop_it(found) {
+            return Some(step);
+        }
+        let id = self.worker.statements.borrow().next_id();
+        put_parse_rest(self.up.insert(), b"", &rest);
+        self.unnamed = super::Unnamed {
+            id,
+            traits: inspect(&rest),
+            change: None,
+            rest,
+        };
+        self.sticky = false;
+        if let Some(link) = &mut self.link {
+            link.server.facts.unnamed = id;
+        }
+        self.owed.push_back(Owed::ParsePlain);
+        None
     }
 
     /// A statement that is too long to be remembered goes through as it is. Unnamed, it keeps the server until it was

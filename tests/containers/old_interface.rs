@@ -1,0 +1,308 @@
+//! What the old stack's users have in their compose files and fingers besides what `from_nothing` looks at: SSH, nodes of
+//! the second level, `CLEAN_OVER_REWIND`, the rest of the commands; and a program that is told of the role.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test may fail at any line"
+)]
+
+use std::fmt::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::containers::{self, Stack, root, tag};
+use crate::{ALL, NODES, new_leader, turn};
+
+/// Keys, a program, and a compose file that makes the services use them.
+fn over(dir: &Path) -> PathBuf {
+    let keys = dir.join("keys");
+    std::fs::create_dir(&keys).unwrap();
+    let mount = format!("{}:/k", keys.display());
+    let image = format!("craton/proxy:{}", tag());
+    let made = containers::run(Command::new("docker").args([
+        "run",
+        "--rm",
+        "-v",
+        &mount,
+        &image,
+        "ssh-keygen",
+        "-q",
+        "-t",
+        "rsa",
+        "-b",
+        "2048",
+        "-N",
+        "",
+        "-f",
+        "/k/id_rsa",
+    ]));
+    assert!(made.status.success(), "{}", containers::text(&made));
+    let program = dir.join("changed");
+    std::fs::write(&program, "#!/bin/sh\necho \"$1 $3 $4\" >>/tmp/roles\n").unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut text = "version: '3.8'\nservices:\n".to_owned();
+    for (service, more) in [
+        ("pgmaster", "CRATON_NODE_HOOKS__ON_ROLE_CHANGE: /changed"),
+        ("pgslave1", "CLEAN_OVER_REWIND: 1"),
+        (
+            "pgslave2",
+            "PARTNER_NODES: ''\n      REPLICATION_PRIMARY_HOST: pgslave1",
+        ),
+        ("backup", "X: y"),
+    ] {
+        let _ = write!(
+            text,
+            "  {service}:\n    environment:\n      SSH_ENABLE: 1\n      {more}\n    volumes:\n      - {}:/var/lib/postgresql/.ssh/keys:ro\n      - {}:/changed:ro\n",
+            keys.display(),
+            program.display()
+        );
+    }
+    let path = dir.join("old.yml");
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+#[ignore = "two minutes; make test-containers runs it"]
+fn old_interface() {
+    let Some(_turn) = turn() else { return };
+    containers::images();
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let files = [
+        root().join("docker-compose/docker-compose.yml"),
+        over(dir.path()),
+    ];
+    let stack = Stack::of_files("old", &files, &[]);
+    stack.up(&ALL);
+    stack.whole("pgmaster", &NODES, Duration::from_secs(240));
+    ssh(&stack);
+    second_level(&stack);
+    nodes_table(&stack);
+    told_of_the_role(&stack);
+    clean_over_rewind(&stack);
+    commands_of_a_node(&stack);
+    commands_of_the_backup(&stack);
+    // Taken down with the files that it was brought up with.
+    drop(stack);
+}
+
+fn ssh(stack: &Stack) {
+    for (from, to) in [
+        ("pgmaster", "pgslave1"),
+        ("pgslave2", "pgmaster"),
+        ("backup", "pgslave2"),
+        ("pgslave1", "backup"),
+    ] {
+        assert_eq!(
+            stack.sh(from, &format!("gosu postgres ssh {to} hostname")),
+            to
+        );
+    }
+    let refused = |command: &str| stack.try_sh("pgmaster", command).unwrap_err();
+    let root = refused("gosu postgres ssh root@pgslave1 hostname");
+    assert!(root.contains("Permission denied (publickey)"), "{root}");
+    let password = refused("gosu postgres ssh -o PubkeyAuthentication=no pgslave1 hostname");
+    assert!(
+        password.contains("Permission denied (publickey)"),
+        "{password}"
+    );
+    // Where nobody asked for it nothing listens.
+    assert!(
+        stack
+            .try_sh("pgslave3", "exec 3<>/dev/tcp/localhost/22")
+            .is_err()
+    );
+}
+
+fn upstream(stack: &Stack, member: &str) -> String {
+    let status = stack.status("pgmaster").unwrap();
+    let members = status["members"].as_array().unwrap();
+    let found = members.iter().find(|m| m["id"] == member).unwrap();
+    found["state"].as_str().unwrap_or_default().to_owned()
+}
+
+fn second_level(stack: &Stack) {
+    stack.wait(
+        "it streams from another standby",
+        Duration::from_secs(60),
+        || {
+            let state = upstream(stack, "pgslave2");
+            if state.starts_with("streaming from pgslave1") {
+                Ok(())
+            } else {
+                Err(state)
+            }
+        },
+    );
+    let origin = stack.sh("pgslave2", "craton config show --origin");
+    let line = origin
+        .lines()
+        .find(|l| l.starts_with("node.upstream "))
+        .unwrap_or_default();
+    assert!(
+        line.contains("the variable REPLICATION_PRIMARY_HOST"),
+        "{origin}"
+    );
+    // The compose file's other standbys have partners: for them it is where they ask.
+    assert!(upstream(stack, "pgslave3").starts_with("streaming from pgmaster"));
+}
+
+fn told_of_the_role(stack: &Stack) {
+    stack.wait("the program was called", Duration::from_secs(30), || {
+        let told = stack.try_sh("pgmaster", "cat /tmp/roles")?;
+        if told.ends_with("leader pgmaster pg_cluster") {
+            Ok(())
+        } else {
+            Err(told)
+        }
+    });
+}
+
+/// A former leader with WAL of its own is cloned, where it would have been rewound.
+fn clean_over_rewind(stack: &Stack) {
+    stack
+        .sql_on(
+            "pgmaster",
+            "monkey_db",
+            "CREATE TABLE t (id bigserial primary key)",
+        )
+        .unwrap();
+    stack.sh("pgslave1", "gosu postgres repmgr standby switchover");
+    stack.wait("pgslave1 leads", Duration::from_secs(30), || {
+        stack
+            .leader("pgmaster")
+            .filter(|l| l == "pgslave1")
+            .ok_or_else(|| "not yet".to_owned())
+    });
+    let id = stack.container("pgslave1");
+    // Commits that nobody else gets wait until PostgreSQL is stopped.
+    let writers = "for i in $(seq 100); do gosu postgres psql -q -d monkey_db -c 'INSERT INTO t DEFAULT VALUES' & sleep 0.05; done";
+    stack.docker(&["exec", "-d", &id, "bash", "-c", writers]);
+    stack.wait("rows are written", Duration::from_secs(10), || match stack
+        .sql_on("pgslave1", "monkey_db", "SELECT count(*) > 3 FROM t")?
+        .as_str()
+    {
+        "t" => Ok(()),
+        other => Err(other.to_owned()),
+    });
+    stack.docker(&["network", "disconnect", &stack.network(), &id]);
+    let new = new_leader(stack, "pgslave1");
+    stack.docker(&[
+        "network",
+        "connect",
+        "--alias",
+        "pgslave1",
+        &stack.network(),
+        &id,
+    ]);
+    stack.whole(&new, &NODES, Duration::from_secs(120));
+    let out = containers::run(Command::new("docker").args(["logs", &id]));
+    let log = containers::text(&out);
+    assert!(
+        log.contains("node.clone.over_rewind asks for a clone"),
+        "{log}"
+    );
+}
+
+/// The documented way to see the topology in SQL, as the replication user, through the proxy as well.
+fn nodes_table(stack: &Stack) {
+    let sql = "SELECT string_agg(node_id || ' ' || coalesce(upstream_node_id::text, '-') || ' ' || type || ' ' || active, ', ' ORDER BY node_id) FROM repmgr.nodes";
+    stack.wait(
+        "the table says who follows whom",
+        Duration::from_secs(30),
+        || {
+            let seen = stack.sql_on("pgslave3", "replication_db", sql)?;
+            let expected = "1 - primary true, 2 1 standby true, 3 2 standby true, 4 1 standby true";
+            if seen == expected { Ok(()) } else { Err(seen) }
+        },
+    );
+    let slots = "SELECT count(*) FROM repmgr.nodes JOIN pg_replication_slots USING (slot_name)";
+    assert_ne!(
+        stack.sql_on("pgmaster", "replication_db", slots).unwrap(),
+        "0"
+    );
+    let view = "SET ROLE replication_user; SELECT upstream_node_name FROM repmgr.show_nodes WHERE node_id = 3";
+    assert_eq!(
+        stack.sql_on("pgmaster", "replication_db", view).unwrap(),
+        "node2"
+    );
+}
+
+fn commands_of_a_node(stack: &Stack) {
+    for command in [
+        "standby follow",
+        "standby clone",
+        "standby register",
+        "node rejoin",
+        "cluster matrix",
+        "cluster event",
+        "node status",
+        "node check",
+    ] {
+        stack.sh("pgslave3", &format!("gosu postgres repmgr {command}"));
+    }
+    let csv = stack.sh("pgslave3", "gosu postgres repmgr cluster show --csv");
+    assert_eq!(csv.lines().count(), 4, "{csv}");
+    let status = stack.sh("pgslave3", "gosu postgres repmgr node status");
+    assert!(
+        status.starts_with("Node \"node4\":") && status.contains("Role: standby"),
+        "{status}"
+    );
+    assert_eq!(stack.sh("pgslave3", "get_repmgr_schema"), "repmgr");
+    assert_eq!(
+        stack.sh("pgpool", "pcp_node_count -h localhost -U pcp_user -w"),
+        "4"
+    );
+    assert!(
+        stack
+            .try_sh("pgpool", "pcp_detach_node -h localhost -U pcp_user -w 1")
+            .is_err()
+    );
+    stack.sh("pgpool", "pcp_promote_node -h localhost -U pcp_user -w 0");
+    stack.wait("pgmaster leads", Duration::from_secs(30), || {
+        stack
+            .leader("pgslave3")
+            .filter(|l| l == "pgmaster")
+            .ok_or_else(|| "not yet".to_owned())
+    });
+    // A node that goes for good.
+    stack.sh("pgslave3", "gosu postgres repmgr standby unregister");
+    stack.compose_ok(&["stop", "pgslave3"]);
+    let left = stack.sh("pgmaster", "craton --json member list");
+    assert!(!left.contains("\"pgslave3\""), "{left}");
+    stack.whole("pgmaster", &NODES[..3], Duration::from_secs(60));
+}
+
+fn commands_of_the_backup(stack: &Stack) {
+    assert_eq!(
+        stack.sh("backup", "barman list-server"),
+        "pg_cluster - pg_cluster (Active)"
+    );
+    for command in [
+        "cron",
+        "receive-wal --create-slot pg_cluster",
+        "archive-wal pg_cluster",
+        "status pg_cluster",
+    ] {
+        stack.sh("backup", &format!("barman {command}"));
+    }
+    let diagnose = stack.sh("backup", "barman diagnose");
+    let diagnose: serde_json::Value = serde_json::from_str(&diagnose).unwrap();
+    assert!(diagnose["servers"]["pg_cluster"]["backups"].is_object());
+    let refused = stack
+        .try_sh("backup", "barman delete pg_cluster oldest")
+        .unwrap_err();
+    assert!(refused.contains("not deleted by Craton yet"), "{refused}");
+    let refused = stack
+        .try_sh(
+            "backup",
+            "barman recover --remote-ssh-command 'ssh pgmaster' pg_cluster latest /x",
+        )
+        .unwrap_err();
+    assert!(refused.contains("docs/guide/docker.md"), "{refused}");
+    let unknown = stack.try_sh("backup", "barman check other").unwrap_err();
+    assert!(unknown.contains("Unknown server 'other'"), "{unknown}");
+}
