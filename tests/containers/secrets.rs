@@ -179,18 +179,14 @@ fn outside(stack: &Stack, ids: &[String]) {
     }
 }
 
-/// The environments and command lines of the processes of postgres. A plain root in a container may not read them; the
-/// shell that looks has Docker's variables itself.
+/// The command lines of the container's processes, and the environments of those that let their own user look (the daemons
+/// let nobody). What looks has Docker's variables itself, and descends from no process of the container.
 pub fn environments(id: &str) -> String {
-    let script = "for p in /proc/[0-9]*; do [ \"$(stat -c %U $p 2>/dev/null)\" = postgres ] && cat $p/environ $p/cmdline 2>/dev/null; done | tr '\\0' '\\n'";
-    let out = containers::run(Command::new("docker").args([
-        "exec",
-        "--privileged",
-        id,
-        "bash",
-        "-c",
-        script,
-    ]));
+    let script = "ours=$(ps -eo pid=,ppid= | awk '{p[$1]=$2} END {for (i in p) {j=i; while (j>1 && p[j]) j=p[j]; if (j==1) print i}}'); \
+                  for p in $ours; do cat /proc/$p/environ /proc/$p/cmdline 2>/dev/null; echo; done | tr '\\0' '\\n'";
+    let out = containers::run(
+        Command::new("docker").args(["exec", "-u", "postgres", id, "bash", "-c", script]),
+    );
     let seen = containers::text(&out);
     assert!(seen.contains("LANG=C.UTF-8"), "nothing was read: {seen}");
     seen
