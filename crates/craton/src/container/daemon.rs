@@ -181,7 +181,7 @@ fn begin_with(
         let hint = "stop the other nodes and run `craton container set-aside` in each one's volume; docs/guide/docker.md shows it";
         return Err(Problem::new(REFUSED, what, hint).into());
     }
-    plan.begin_with(names, database);
+    recover::begin_with(&mut plan, names, database);
     Ok(plan)
 }
 

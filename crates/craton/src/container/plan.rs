@@ -63,14 +63,6 @@ impl Plan {
         });
     }
 
-    /// A node that makes a new cluster out of a database that is there, and joins nobody.
-    pub fn begin_with(&mut self, names: &NodeNames, database: &std::path::Path) {
-        self.settings
-            .retain(|s| !["join", "peers", "first_start"].contains(&s.key.as_str()));
-        self.set("peers", vec![own_peer(names)], None);
-        self.set("initial_data", database.display().to_string(), None);
-    }
-
     /// The file. A comment behind a setting names its variable; `craton config show --origin` reads it.
     pub fn text(&self) -> String {
         let mut text = format!(
@@ -180,7 +172,7 @@ pub fn may_found(env: &Environment, host: &str) -> bool {
 }
 
 /// This node as the only one of a new cluster.
-fn own_peer(names: &NodeNames) -> toml::Value {
+pub fn own_peer(names: &NodeNames) -> toml::Value {
     let mut own = toml::Table::new();
     own.insert("member".into(), names.member.as_str().into());
     own.insert(

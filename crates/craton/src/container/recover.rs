@@ -12,7 +12,7 @@ use clap::Args;
 use jiff::Timestamp;
 
 use super::names::become_account;
-use super::plan::NODE_DIR;
+use super::plan::{NODE_DIR, NodeNames, Plan, own_peer};
 use crate::exit::{self, Problem};
 use crate::{output, owner};
 
@@ -49,6 +49,14 @@ pub struct RecoverArgs {
 pub fn restored() -> Option<PathBuf> {
     let dir = Path::new(NODE_DIR).join(RESTORED);
     dir.exists().then_some(dir)
+}
+
+/// A node that makes a new cluster out of a database that is there, and joins nobody.
+pub fn begin_with(plan: &mut Plan, names: &NodeNames, database: &Path) {
+    let others = ["join", "peers", "first_start"];
+    plan.settings.retain(|s| !others.contains(&s.key.as_str()));
+    plan.set("peers", vec![own_peer(names)], None);
+    plan.set("initial_data", database.display().to_string(), None);
 }
 
 /// Restores into this node's volume, and sets aside what it holds.
