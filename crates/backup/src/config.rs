@@ -15,6 +15,10 @@ use crate::error::{BackupError, Result};
 
 /// How long connecting to a server may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where `retention_days` is not set.
+pub const RETENTION_DAYS: u32 = 30;
+/// Where `retention_backups` is not set.
+pub const RETENTION_BACKUPS: usize = 2;
 
 /// What the daemon is told.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -59,6 +63,13 @@ pub struct Config {
     /// Take a base backup when the newest is older than so many seconds; 0: only when asked.
     #[serde(default = "default_interval")]
     pub backup_interval_s: u64,
+    /// Every time within the last so many days can be restored to; backups and WAL that only older times need are
+    /// removed. 0: everything is kept.
+    #[serde(default = "default_retention_days")]
+    pub retention_days: u32,
+    /// At least so many backups are kept, however old they are.
+    #[serde(default = "default_retention_backups")]
+    pub retention_backups: usize,
     /// Read base backups from a streaming standby where there is one, to spare the leader.
     #[serde(default)]
     pub prefer_standby: bool,
@@ -88,6 +99,14 @@ fn default_true() -> bool {
 
 fn default_interval() -> u64 {
     86_400
+}
+
+fn default_retention_days() -> u32 {
+    RETENTION_DAYS
+}
+
+fn default_retention_backups() -> usize {
+    RETENTION_BACKUPS
 }
 
 impl Config {

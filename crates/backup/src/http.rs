@@ -26,6 +26,8 @@ use crate::views::{BackupStatusView, RunAcceptedView};
 
 /// How long a request for a backup may take to be accepted.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(3);
+/// How long removing a backup may take; it goes on to its end in any case.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Clone)]
 struct Api {
@@ -36,6 +38,7 @@ struct Api {
 pub(crate) fn routes(shared: Arc<Shared>, requests: mpsc::Sender<Request>) -> Router {
     Router::new()
         .route("/v1/backup/run", post(run))
+        .route("/v1/backup/delete", post(delete))
         .route("/v1/backup/list", get(list))
         .route("/v1/backup/show/{id}", get(show))
         .route("/v1/backup/status", get(status))
@@ -70,7 +73,7 @@ async fn run(State(api): State<Api>) -> Response {
         );
     }
     let (answer, accepted) = oneshot::channel();
-    if api.requests.try_send(answer).is_err() {
+    if api.requests.try_send(Request::Run(answer)).is_err() {
         return failure(
             StatusCode::CONFLICT,
             "other requests wait already",
@@ -84,6 +87,40 @@ async fn run(State(api): State<Api>) -> Response {
             "the daemon is busy with another backup",
             Some("try again later"),
         ),
+    }
+}
+
+/// The body of a request to remove a backup.
+#[derive(Deserialize)]
+struct DeleteRequest {
+    id: BackupId,
+}
+
+async fn delete(
+    State(api): State<Api>,
+    Json(DeleteRequest { id }): Json<DeleteRequest>,
+) -> Response {
+    let busy = || {
+        failure(
+            StatusCode::CONFLICT,
+            "a backup runs at this moment, and nothing is removed beside it",
+            Some("ask again when it has ended: craton backup status"),
+        )
+    };
+    if api.shared.runs.borrow().running.is_some() {
+        return busy();
+    }
+    let (answer, done) = oneshot::channel();
+    if api.requests.try_send(Request::Delete(id, answer)).is_err() {
+        return busy();
+    }
+    match timeout(DELETE_TIMEOUT, done).await {
+        Ok(Ok(Ok(swept))) => Json(swept).into_response(),
+        Ok(Ok(Err(error @ BackupError::Refused(_)))) => {
+            failure(StatusCode::CONFLICT, &error.to_string(), None)
+        }
+        Ok(Ok(Err(error))) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
+        _ => busy(),
     }
 }
 
@@ -116,6 +153,7 @@ async fn status(State(api): State<Api>) -> Response {
         newest_ended_at: None,
         missing_wal: Vec::new(),
         repository_bytes: 0,
+        retention_days: api.shared.config.retention_days,
     };
     if api.shared.repository.get().is_none() {
         return answer(Ok(view));

@@ -5,6 +5,7 @@
 //! * `copy`: the daemon as a synchronous copy that seals; see [`craton_core::receiver`].
 //! * `receiver`, [`wal_sink`]: WAL from whoever leads, onto the disk, then reported as flushed.
 //! * `scheduler`, `base_backup`, `ingest`: when and how base backups are taken.
+//! * `expire`: what is kept how long, and what goes.
 //! * [`store`]: the repository on a disk. Its format is the crate `craton-repo`.
 //! * [`catalog`], [`restore`], [`wal_fetch`]: reading; they need no daemon, only the repository.
 //! * [`views`]: what the API and the command line say.
@@ -21,6 +22,7 @@ pub mod catalog;
 pub mod config;
 mod copy;
 mod error;
+mod expire;
 mod http;
 mod ingest;
 pub mod metrics;

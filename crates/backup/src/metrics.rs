@@ -24,6 +24,7 @@ pub struct BackupMetrics {
     pub(crate) oldest_end: Gauge,
     pub(crate) running: Gauge,
     pub(crate) failures: Counter,
+    pub(crate) removed: Counter,
     pub(crate) repository_bytes: Gauge,
 }
 
@@ -61,6 +62,7 @@ impl BackupMetrics {
             ),
             running: m.gauge("craton_backup_running", "1 while a base backup runs, else 0"),
             failures: m.counter("craton_backup_failures", "Base backups that failed since the daemon started"),
+            removed: m.counter("craton_backup_removed", "Backups removed since the daemon started, by age or by hand"),
             repository_bytes: m.gauge("craton_backup_repository_bytes", "Size of the repository"),
         }
     }

@@ -106,6 +106,8 @@ pub fn restore(
     options: &Options,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<RestoredView> {
+    // Retention must not take away what is being read.
+    let _reading = repository.reading();
     let directory =
         std::path::absolute(directory).map_err(crate::BackupError::io("resolve", directory))?;
     let plan = match &options.divergence {

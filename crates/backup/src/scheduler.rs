@@ -1,21 +1,23 @@
 //! When base backups are taken: at the start when there is none, on schedule, when WAL was lost,
-//! and when asked. One at a time.
+//! and when asked. One at a time; and between them, when old ones go.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use craton_core::topology::{MemberRole, Topology, TopologyMember};
-use craton_repo::manifest::Summary;
+use craton_repo::manifest::{BackupId, Summary};
+use craton_repo::retention::Policy;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until};
 
 use crate::base_backup;
 use crate::error::{BackupError, Result};
+use crate::expire;
 use crate::metrics::whole;
 use crate::receiver::blocking;
 use crate::shared::{Shared, stopped};
 use crate::store::now_ms;
-use crate::views::{BackupView, RunResultView};
+use crate::views::{BackupView, RunResultView, SweptView};
 
 /// The first and the longest pause before a failed backup of the schedule is tried again.
 const RETRY_MIN: Duration = Duration::from_secs(2);
@@ -25,8 +27,17 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// How many requests may wait.
 pub(crate) const REQUESTS_MAX: usize = 4;
 
-/// Asks for a backup; the answer is the run's number.
-pub(crate) type Request = oneshot::Sender<u64>;
+/// How often the policy is looked at, besides after each backup.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// What is asked of the scheduler.
+#[derive(Debug)]
+pub(crate) enum Request {
+    /// A backup; the answer is the run's number.
+    Run(oneshot::Sender<u64>),
+    /// The end of a backup.
+    Delete(BackupId, oneshot::Sender<Result<SweptView>>),
+}
 
 pub(crate) struct Scheduler {
     pub(crate) shared: Arc<Shared>,
@@ -41,17 +52,26 @@ impl Scheduler {
         let mut pause = RETRY_MIN;
         let mut not_before = Instant::now();
         let mut needed = false;
+        let mut expire_at = Instant::now();
         loop {
             let mut shutdown = self.shutdown.clone();
             let asked = tokio::select! {
                 request = self.requests.recv() => match request {
-                    Some(answer) => Some(answer),
+                    Some(Request::Run(answer)) => Some(answer),
+                    Some(Request::Delete(id, answer)) => {
+                        self.delete(id, answer).await;
+                        continue;
+                    }
                     None => return,
                 },
                 () = self.shared.backup_needed.notified() => { needed = true; None }
                 () = sleep_until(not_before.max(Instant::now() + LOOK_INTERVAL)) => None,
                 () = stopped(&mut shutdown) => return,
             };
+            if Instant::now() >= expire_at {
+                self.expire().await;
+                expire_at = Instant::now() + EXPIRE_INTERVAL;
+            }
             let due = asked.is_some()
                 || (Instant::now() >= not_before && (needed || self.is_due().await));
             if !due || (asked.is_none() && self.shared.streaming.borrow().from.is_none()) {
@@ -64,6 +84,7 @@ impl Scheduler {
             };
             if outcome.is_ok() {
                 (needed, pause, not_before) = (false, RETRY_MIN, Instant::now());
+                expire_at = Instant::now();
             } else {
                 not_before = Instant::now() + pause;
                 pause = (pause * 2).min(RETRY_MAX);
@@ -93,7 +114,47 @@ impl Scheduler {
         }
     }
 
-    fn begin(&self, asked: Option<Request>) -> u64 {
+    /// Lets go what the policy does not keep.
+    async fn expire(&self) {
+        let config = &self.shared.config;
+        let Some(policy) = expire::policy(config.retention_days, config.retention_backups) else {
+            return;
+        };
+        let swept = self.sweep(Some(policy), None).await;
+        if let Err(error) = swept {
+            tracing::warn!(%error, "old backups are kept for now");
+        }
+    }
+
+    /// Removes one backup, unless whoever asked has gone meanwhile.
+    async fn delete(&self, id: BackupId, answer: oneshot::Sender<Result<SweptView>>) {
+        if !answer.is_closed() {
+            let _ = answer.send(self.sweep(None, Some(id)).await);
+        }
+    }
+
+    async fn sweep(&self, policy: Option<Policy>, also: Option<BackupId>) -> Result<SweptView> {
+        let Some(repository) = self.shared.repository.get().cloned() else {
+            return Ok(SweptView::default());
+        };
+        let swept =
+            blocking(move || expire::sweep(&repository, policy, also.as_ref(), now_ms())).await?;
+        for id in &swept.backups {
+            tracing::info!(backup = %id, "backup removed");
+        }
+        if !swept.backups.is_empty() {
+            let metrics = &self.shared.metrics;
+            metrics.removed.inc_by(swept.backups.len() as u64);
+            tracing::info!(
+                segments = swept.segments,
+                bytes = swept.bytes,
+                "what only removed backups needed is gone"
+            );
+        }
+        Ok(swept)
+    }
+
+    fn begin(&self, asked: Option<oneshot::Sender<u64>>) -> u64 {
         let mut run = 0;
         self.shared.runs.send_modify(|runs| {
             runs.requested += 1;

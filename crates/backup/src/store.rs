@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{BackupError, Result};
 
 const LOCK: &str = ".lock";
+const READING: &str = ".reading";
 const TEMPORARY: &str = ".tmp";
 /// What is in here is all of the database, password hashes included.
 pub(crate) const FILE_MODE: u32 = 0o600;
@@ -42,6 +43,12 @@ pub struct Repository {
 /// Held by the one daemon that writes. Ends with the process, however that ends.
 #[derive(Debug)]
 pub struct WriterLock {
+    _file: File,
+}
+
+/// While it is held nothing is removed from the repository. Ends with the process, however that ends.
+#[derive(Debug)]
+pub struct ReadLock {
     _file: File,
 }
 
@@ -126,6 +133,69 @@ impl Repository {
             }
         })?;
         Ok(WriterLock { _file: file })
+    }
+
+    fn reading_file(&self) -> Result<File> {
+        let path = self.path(READING);
+        let open = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(FILE_MODE)
+            .open(&path);
+        open.map_err(BackupError::io("open", &path))
+    }
+
+    /// Keeps what is there for as long as the lock is held. `None` where this user cannot lock: a copy that is read
+    /// only has nobody who removes from it.
+    pub fn reading(&self) -> Option<ReadLock> {
+        let file = self.reading_file().ok()?;
+        flock(&file, FlockOperation::LockShared).ok()?;
+        Some(ReadLock { _file: file })
+    }
+
+    /// The right to remove; `None` while somebody reads.
+    pub(crate) fn removing(&self) -> Result<Option<ReadLock>> {
+        let file = self.reading_file()?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(ReadLock { _file: file })),
+            Err(e) if e == rustix::io::Errno::WOULDBLOCK => Ok(None),
+            Err(e) => Err(BackupError::io("lock", &self.path(READING))(e.into())),
+        }
+    }
+
+    /// Ends a backup; returns how many bytes are free again, as the others do.
+    pub(crate) fn remove_manifest(&self, id: &BackupId) -> Result<u64> {
+        let bytes = self.remove(&layout::manifest(id))?;
+        sync_dir(&self.path(layout::BACKUPS))?;
+        Ok(bytes)
+    }
+
+    pub(crate) fn remove_pack(&self, id: PackId) -> Result<u64> {
+        self.remove(&layout::pack(id))
+    }
+
+    /// Removes a segment in all of its forms.
+    pub(crate) fn remove_segment(&self, id: SegmentId) -> Result<u64> {
+        let mut bytes = 0;
+        for form in [
+            SegmentForm::Partial,
+            SegmentForm::Full,
+            SegmentForm::Compressed,
+        ] {
+            bytes += self.remove(&layout::segment(id, form, self.segment_size()))?;
+        }
+        Ok(bytes)
+    }
+
+    fn remove(&self, relative: &str) -> Result<u64> {
+        let path = self.path(relative);
+        let bytes = fs::metadata(&path).map_or(0, |m| m.len());
+        match fs::remove_file(&path) {
+            Ok(()) => Ok(bytes),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(e) => Err(BackupError::io("remove", &path)(e)),
+        }
     }
 
     /// Its directory.

@@ -177,6 +177,20 @@ pub struct BackupStatusView {
     pub missing_wal: Vec<Missing>,
     /// The size of the repository in bytes.
     pub repository_bytes: u64,
+    /// Every time within this many days can be restored to; 0: everything is kept.
+    #[serde(default)]
+    pub retention_days: u32,
+}
+
+/// What was removed from the repository.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct SweptView {
+    /// These backups.
+    pub backups: Vec<BackupId>,
+    /// WAL segments from before the oldest backup that is left.
+    pub segments: u64,
+    /// So much room is free again, in bytes.
+    pub bytes: u64,
 }
 
 /// What a check of the whole repository found.

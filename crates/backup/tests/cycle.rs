@@ -14,9 +14,9 @@ use std::time::Duration;
 use common::{Daemon, Server, client, config, options, ran_as_postgres, restore_to, topology};
 use craton_backup::restore::{self, RestoredView, Target};
 use craton_backup::views::{
-    BackupDetailView, BackupListView, BackupStatusView, BackupView, RunAcceptedView,
+    BackupDetailView, BackupListView, BackupStatusView, BackupView, RunAcceptedView, SweptView,
 };
-use craton_backup::{Repository, catalog};
+use craton_backup::{Config, Repository, catalog};
 use craton_core::Lsn;
 use craton_core::topology::MemberRole;
 use craton_repo::manifest::BackupId;
@@ -160,6 +160,106 @@ async fn full_cycle_with_point_in_time() {
     assert!(idle.note.is_some());
     let verified = catalog::verify(&repository).unwrap();
     assert_eq!((verified.problems, verified.backups_good), (vec![], 2));
+    daemon.stop().await;
+}
+
+/// Removes a backup; the refusal where it stays.
+async fn delete(daemon: &Daemon, id: &BackupId) -> Result<SweptView, String> {
+    let at = daemon.config.listen.to_string();
+    let body = serde_json::json!({ "id": id });
+    let swept = client().post_json(&at, "/v1/backup/delete", &body).await;
+    swept.map_err(|e: craton_console::ClientError| e.to_string())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_no_backup_needs_goes_with_the_backup() {
+    if ran_as_postgres("what_no_backup_needs_goes_with_the_backup") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let (server, _) = server_with_tablespace(root);
+    let daemon = Daemon::start(config(root), topology(1, &[&server]));
+    daemon.until("first backup", |s| s.backups == 1).await;
+    let repository = daemon.repository();
+    let first = catalog::list(&repository).unwrap().backups.remove(0);
+    let last = delete(&daemon, &first.id).await.unwrap_err();
+    assert!(last.contains("take another one first"), "{last}");
+    server.sql("delete from t where n > 0");
+    server.sql("insert into t values (-1)");
+    server.sql("select pg_switch_wal()");
+    server.sql("insert into t values (-2)");
+    let second = ask_for_backup(&daemon).await;
+    daemon.caught_up(&server).await;
+
+    let nobody = BackupId::new("nobody").unwrap();
+    let refused = delete(&daemon, &nobody).await.unwrap_err();
+    assert!(refused.contains("there is no backup nobody"), "{refused}");
+    let reading = repository.reading().unwrap();
+    let busy = delete(&daemon, &first.id).await.unwrap_err();
+    assert!(busy.contains("somebody restores"), "{busy}");
+    drop(reading);
+
+    let segments = repository.segments().unwrap().len();
+    let swept = delete(&daemon, &first.id).await.unwrap();
+    assert_eq!(swept.backups, [first.id]);
+    assert!(swept.segments > 0 && swept.bytes > 0, "{swept:?}");
+    let left = repository.segments().unwrap();
+    assert_eq!(left.len() as u64 + swept.segments, segments as u64);
+    // Chunks that the first one stored and the second one needs are still there, and the next backup uses them.
+    let third = ask_for_backup(&daemon).await;
+    assert!(third.stored_bytes * 4 < third.data_bytes, "{third:?}");
+    daemon.caught_up(&server).await;
+    let verified = catalog::verify(&repository).unwrap();
+    assert_eq!((verified.problems, verified.backups_good), (vec![], 2));
+    check(root, &repository, "latest", Target::Latest, "2 -2");
+
+    // What cannot be read may need anything: nothing goes.
+    let manifest = repository
+        .root()
+        .join(format!("backups/{}.json", second.id));
+    let whole = fs::read(&manifest).unwrap();
+    fs::write(&manifest, "{").unwrap();
+    let refused = delete(&daemon, &third.id).await.unwrap_err();
+    assert!(refused.contains("cannot be read"), "{refused}");
+    fs::write(&manifest, whole).unwrap();
+    daemon.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn backups_beyond_the_window_go_by_themselves() {
+    if ran_as_postgres("backups_beyond_the_window_go_by_themselves") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path();
+    let (server, _) = server_with_tablespace(root);
+    let settings = Config {
+        retention_days: 1,
+        retention_backups: 1,
+        ..config(root)
+    };
+    let daemon = Daemon::start(settings, topology(1, &[&server]));
+    daemon.until("first backup", |s| s.backups == 1).await;
+    let repository = daemon.repository();
+    let first = catalog::list(&repository).unwrap().backups.remove(0);
+    // Two backups that ended days ago.
+    for (days, name) in [(3_u64, "threedays"), (2, "twodays")] {
+        let mut old = repository.manifest(&first.id).unwrap();
+        old.summary.id = BackupId::new(name).unwrap();
+        old.summary.ended_at_ms -= days * 86_400_000;
+        let path = repository.root().join(format!("backups/{name}.json"));
+        fs::write(path, old.encode().unwrap()).unwrap();
+    }
+    server.sql("insert into t values (-1)");
+    let second = ask_for_backup(&daemon).await;
+    // The window's first moment is restored from the one that ended last before it.
+    let status = daemon.until("the oldest goes", |s| s.backups == 3).await;
+    assert_eq!(status.retention_days, 1);
+    let list = catalog::list(&repository).unwrap();
+    let left: Vec<String> = list.backups.iter().map(|b| b.id.to_string()).collect();
+    let (first, second) = (first.id.to_string(), second.id.to_string());
+    assert_eq!(left, ["twodays", &first, &second]);
     daemon.stop().await;
 }
 

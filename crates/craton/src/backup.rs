@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use craton_backup::views::{
     BackupDetailView, BackupListView, BackupStatusView, BackupView, Phase, ProgressView,
-    RunAcceptedView,
+    RunAcceptedView, SweptView,
 };
 use craton_backup::wal_fetch::{EXIT_NOT_THERE, EXIT_UNREACHABLE, Fetched, wal_fetch};
 use craton_backup::{Repository, catalog};
@@ -14,6 +14,7 @@ use craton_console::{Client, ClientError};
 use craton_repo::manifest::BackupId;
 use craton_trust::Role;
 
+use crate::ask::must_be_meant;
 use crate::cli::{DaemonArgs, wait_for};
 use crate::container::barman;
 use crate::container::entry::Facts;
@@ -25,6 +26,8 @@ use crate::{certificates, daemons};
 
 /// How often a running backup is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
+/// How long the daemon may take to remove a backup.
+const DELETE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The sub-commands of `craton backup`.
 #[derive(Subcommand, Debug)]
@@ -45,6 +48,14 @@ pub enum BackupCommand {
     },
     /// What the daemon is doing: WAL received, lag, backups
     Status,
+    /// Remove a backup, with the WAL and the data that only it needed
+    Delete {
+        /// The backup's name
+        id: String,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// Read every backup and all WAL, and compare with their checksums
     Verify(RepositoryArgs),
     /// PostgreSQL's restore_command: exit status 1 says "not there", 200 "cannot tell"
@@ -94,14 +105,7 @@ pub fn run(dir: &Path, command: BackupCommand, json: bool) -> anyhow::Result<u8>
             )
         }
         BackupCommand::Show { id, repository } => {
-            let Ok(id) = BackupId::new(id.clone()) else {
-                return Err(Problem::new(
-                    exit::USAGE,
-                    format!("\"{id}\" is not the name of a backup"),
-                    "`craton backup list` shows them",
-                )
-                .into());
-            };
+            let id = named(&id)?;
             let path = format!("/v1/backup/show/{id}");
             show_one(
                 &ask_or_read(dir, &repository, &path, |r| catalog::show(r, &id))?,
@@ -109,6 +113,19 @@ pub fn run(dir: &Path, command: BackupCommand, json: bool) -> anyhow::Result<u8>
             )
         }
         BackupCommand::Status => wait_for(status(dir, json)),
+        BackupCommand::Delete { id, yes } => {
+            let id = named(&id)?;
+            must_be_meant(
+                yes,
+                &format!(
+                    "backup {id} is removed, and no time can be restored any more that only it reaches"
+                ),
+            )?;
+            report_removed(
+                &wait_for(async { Daemon::here(dir)?.delete(&id).await })?,
+                json,
+            )
+        }
         BackupCommand::Verify(repository) => verify(&repository.open(dir)?, json),
         BackupCommand::WalFetch {
             repository,
@@ -118,6 +135,29 @@ pub fn run(dir: &Path, command: BackupCommand, json: bool) -> anyhow::Result<u8>
     }
 }
 
+fn named(id: &str) -> anyhow::Result<BackupId> {
+    BackupId::new(id).map_err(|_| {
+        let what = format!("\"{id}\" is not the name of a backup");
+        Problem::new(exit::USAGE, what, "`craton backup list` shows them").into()
+    })
+}
+
+/// Says what was removed.
+pub fn report_removed(swept: &SweptView, json: bool) -> anyhow::Result<u8> {
+    if json {
+        output::json(swept)?;
+        return Ok(exit::OK);
+    }
+    for id in &swept.backups {
+        output::line(format!(
+            "{id} is removed, with {} WAL segments from before the oldest backup; {} are free again",
+            swept.segments,
+            output::bytes(swept.bytes)
+        ));
+    }
+    Ok(exit::OK)
+}
+
 /// The daemon of a local cluster.
 pub struct Daemon {
     address: String,
@@ -125,13 +165,18 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// That of the container which this is in.
+    pub fn container(facts: &Facts) -> anyhow::Result<Self> {
+        Ok(Self {
+            address: daemon_address(facts.kind),
+            client: Client::trusted(certificates::operator(&Facts::secrets())?, Role::Backup),
+        })
+    }
+
     /// That of the container which this is in, else that of the local cluster.
     fn here(dir: &Path) -> anyhow::Result<Self> {
         match (Layout::load(dir)?, Facts::load()?) {
-            (None, Some(facts)) => Ok(Self {
-                address: daemon_address(facts.kind),
-                client: Client::trusted(certificates::operator(&Facts::secrets())?, Role::Backup),
-            }),
+            (None, Some(facts)) => Self::container(&facts),
             _ => Self::local(&Layout::require(dir)?),
         }
     }
@@ -148,6 +193,15 @@ impl Daemon {
     /// What its health page says.
     pub async fn health(&self) -> Result<String, ClientError> {
         self.client.get_text(&self.address, "/health").await
+    }
+
+    /// Removes a backup.
+    pub async fn delete(&self, id: &BackupId) -> anyhow::Result<SweptView> {
+        let client = self.client.clone().with_timeout(DELETE_TIMEOUT);
+        let body = serde_json::json!({ "id": id });
+        Ok(client
+            .post_json(&self.address, "/v1/backup/delete", &body)
+            .await?)
     }
 
     async fn status(&self) -> Result<BackupStatusView, ClientError> {
@@ -360,6 +414,10 @@ async fn status(dir: &Path, json: bool) -> anyhow::Result<u8> {
         view.backups,
         output::bytes(view.repository_bytes)
     ));
+    output::line(match view.retention_days {
+        0 => "everything is kept (backup.retention_days)".to_owned(),
+        days => format!("every time of the last {days} days is kept (backup.retention_days)"),
+    });
     if let Some(running) = &view.runs.running {
         output::line(progress(running).trim_start());
     }

@@ -68,6 +68,8 @@ fn backup(layout: &Layout) -> craton_backup::Config {
         advertise: None,
         backup_on_start: true,
         backup_interval_s: BACKUP_INTERVAL_S,
+        retention_days: craton_backup::config::RETENTION_DAYS,
+        retention_backups: craton_backup::config::RETENTION_BACKUPS,
         prefer_standby: false,
         max_rate_kb: None,
         tls: TlsSettings::in_dir(&layout.secrets()),

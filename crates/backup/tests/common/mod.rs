@@ -328,6 +328,8 @@ pub fn config(root: &Path) -> Config {
         advertise: None,
         backup_on_start: true,
         backup_interval_s: 0,
+        retention_days: 0,
+        retention_backups: 2,
         prefer_standby: false,
         max_rate_kb: None,
         tls: craton_trust::TlsSettings::off(),

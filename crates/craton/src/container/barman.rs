@@ -15,6 +15,7 @@ use jiff::Timestamp;
 use super::entry::Facts;
 use super::environment::Kind;
 use super::side::{ask_for_backup, daemon_address};
+use crate::backup::{Daemon, report_removed};
 use crate::cli::wait_for;
 use crate::exit::{self, Problem, USAGE};
 use crate::{certificates, output};
@@ -32,7 +33,7 @@ fn server(facts: &Facts) -> &str {
 }
 
 fn unknown(what: String) -> anyhow::Error {
-    let hint = "known are: list-backup, show-backup, backup, check, recover, status, list-server, diagnose, cron, switch-wal, receive-wal";
+    let hint = "known are: list-backup, show-backup, backup, check, recover, delete, status, list-server, diagnose, cron, switch-wal, receive-wal";
     Problem::new(USAGE, what, hint).into()
 }
 
@@ -125,12 +126,7 @@ pub fn run(args: &[String]) -> anyhow::Result<u8> {
             Ok(exit::OK)
         }
         "switch-wal" | "switch-xlog" => wait_for(switch_wal(&facts)),
-        "delete" => Err(Problem::new(
-            exit::FAILURE,
-            "backups are not deleted by Craton yet",
-            "a whole repository that is not needed any more is removed with its volume",
-        )
-        .into()),
+        "delete" => delete(&facts, line.word(2).unwrap_or_default()),
         other => Err(unknown(format!(
             "there is no barman command \"{other}\" here"
         ))),
@@ -201,6 +197,21 @@ fn find(facts: &Facts, backups: &[BackupView], id: &str) -> anyhow::Result<usize
     })
 }
 
+fn delete(facts: &Facts, id: &str) -> anyhow::Result<u8> {
+    let backups = catalog::list(&repository(facts)?)?.backups;
+    let at = find(facts, &backups, id)?;
+    let Some(b) = backups.get(at) else {
+        return Ok(exit::FAILURE);
+    };
+    output::line(format!(
+        "Deleting backup {} for server {}",
+        b.id,
+        server(facts)
+    ));
+    let swept = wait_for(async { Daemon::container(facts)?.delete(&b.id).await })?;
+    report_removed(&swept, false)
+}
+
 fn show(facts: &Facts, id: &str) -> anyhow::Result<u8> {
     let repository = repository(facts)?;
     let backups = catalog::list(&repository)?.backups;
@@ -251,7 +262,7 @@ fn show(facts: &Facts, id: &str) -> anyhow::Result<u8> {
         (
             "\n  Catalog information:\n    Retention Policy",
             format!(
-                "RECOVERY WINDOW OF {} DAYS (not enforced yet)",
+                "RECOVERY WINDOW OF {} DAYS",
                 facts.env.or("BACKUP_RETENTION_DAYS", "30")
             ),
         ),

@@ -385,7 +385,7 @@ pub const VARIABLES: &[Variable] = &[
         BACKUP,
         "BACKUP_RETENTION_DAYS",
         "30",
-        "The recovery window, days: shown and measured. Old backups are not deleted yet",
+        "The recovery window, days: backups and WAL that only older times need are removed; the two newest backups always stay. 0: everything is kept",
     ),
     used(BACKUP, "BACKUP_DIR", "/var/backups", "The repository"),
     used(

@@ -558,6 +558,13 @@ pub fn backup(env: &Environment, here: &Here<'_>, known: &[String]) -> Result<Pl
     );
     // The container's schedule asks for them.
     plan.set("backup_interval_s", 0, Some("BACKUP_SCHEDULE"));
+    if let Some(days) = env.number::<u32>("BACKUP_RETENTION_DAYS")? {
+        plan.set(
+            "retention_days",
+            i64::from(days),
+            Some("BACKUP_RETENTION_DAYS"),
+        );
+    }
     Ok(plan)
 }
 
