@@ -9,7 +9,9 @@
 //! * While somebody restores from the repository nothing goes ([`Repository::reading`]).
 //! * The last backup never goes.
 
-use craton_repo::manifest::BackupId;
+use craton_core::TimelineId;
+use craton_repo::history::History;
+use craton_repo::manifest::{BackupId, Summary};
 use craton_repo::retention::{self, Policy};
 
 use crate::error::{BackupError, Result};
@@ -27,6 +29,21 @@ pub(crate) fn policy(days: u32, backups_min: usize) -> Option<Policy> {
     })
 }
 
+/// The history of the newest timeline: what is received now belongs to it.
+fn present_history(repository: &Repository) -> Result<History> {
+    let timelines = repository.timelines()?;
+    // The first timeline has no file.
+    let newest = timelines.last().copied().unwrap_or(TimelineId(1));
+    repository.history(newest)
+}
+
+fn leads_to(backup: &Summary, history: &History) -> bool {
+    backup.stop_timeline == history.timeline
+        || history
+            .end_of(backup.stop_timeline)
+            .is_some_and(|end| end >= backup.stop_lsn)
+}
+
 /// Removes the backups that the policy lets go, and `also`, with all that only they needed.
 pub(crate) fn sweep(
     repository: &Repository,
@@ -41,7 +58,13 @@ pub(crate) fn sweep(
              put its file back, or remove it from the directory \"backups\""
         )));
     }
-    let mut gone = policy.map_or_else(Vec::new, |p| retention::expired(&summaries, p, now_ms));
+    let mut gone = match policy {
+        Some(policy) => {
+            let here = present_history(repository)?;
+            retention::expired(&summaries, policy, now_ms, |s| leads_to(s, &here))
+        }
+        None => Vec::new(),
+    };
     if let Some(id) = also.filter(|id| !gone.contains(id)) {
         if !summaries.iter().any(|s| s.id == *id) {
             return Err(BackupError::Refused(format!(

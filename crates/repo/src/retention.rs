@@ -18,15 +18,22 @@ pub struct Policy {
     pub backups_min: usize,
 }
 
-/// The backups that the policy lets go, oldest first.
-pub fn expired(backups: &[Summary], policy: Policy, now_ms: u64) -> Vec<BackupId> {
+/// The backups that the policy lets go, oldest first. `leads_here` says whether the cluster's present history goes
+/// through the end of a backup: one of a history that was given up (a recovery to a time before it) cannot stand in for
+/// an older one that it does go through.
+pub fn expired(
+    backups: &[Summary],
+    policy: Policy,
+    now_ms: u64,
+    leads_here: impl Fn(&Summary) -> bool,
+) -> Vec<BackupId> {
     let mut newest_first: Vec<&Summary> = backups.iter().collect();
     newest_first.sort_by(|a, b| (b.ended_at_ms, &b.id).cmp(&(a.ended_at_ms, &a.id)));
     let window_start = now_ms.saturating_sub(policy.window_ms);
     // The newest backup that had ended when the window began is what the window's first moment is restored from.
     let anchor = newest_first
         .iter()
-        .position(|b| b.ended_at_ms <= window_start)
+        .position(|b| b.ended_at_ms <= window_start && leads_here(b))
         .unwrap_or(usize::MAX);
     let mut gone: Vec<BackupId> = newest_first
         .into_iter()
@@ -115,11 +122,18 @@ mod tests {
         };
         // The window begins at day 3.5: day 3 is what its first moment is restored from.
         assert_eq!(
-            names(&expired(&all, policy, 5 * DAY + DAY / 2)),
+            names(&expired(&all, policy, 5 * DAY + DAY / 2, |_| true)),
             ["day001", "day002"]
         );
         // Nothing is old enough to stand in for day 1.
-        assert!(expired(&all, policy, 2 * DAY).is_empty());
+        assert!(expired(&all, policy, 2 * DAY, |_| true).is_empty());
+        // Day 3 was given up by a recovery to a time before it: what day 2 leads to is not restored from it.
+        let given_up = |b: &Summary| b.id.to_string() != "day003";
+        assert_eq!(
+            names(&expired(&all, policy, 5 * DAY + DAY / 2, given_up)),
+            ["day001"]
+        );
+        assert!(expired(&all, policy, 5 * DAY + DAY / 2, |_| false).is_empty());
     }
 
     #[test]
@@ -133,7 +147,8 @@ mod tests {
                     window_ms: DAY,
                     backups_min: 2
                 },
-                old
+                old,
+                |_| true
             )),
             ["day001"]
         );
@@ -144,7 +159,8 @@ mod tests {
                     window_ms: 0,
                     backups_min: 0
                 },
-                old
+                old,
+                |_| true
             )),
             ["day001", "day002"]
         );
