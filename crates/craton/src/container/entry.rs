@@ -8,9 +8,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use craton_console::Client;
 use craton_console::front::AboutView;
+use craton_console::{Client, ClientError};
 use craton_core::MemberId;
+use craton_trust::{Guest, Role};
 use serde::{Deserialize, Serialize};
 
 use super::environment::{Environment, Kind, is_secret};
@@ -185,7 +186,8 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
         name,
         host,
     };
-    for note in keys::prepare(&facts.env, &holder, &Facts::secrets())? {
+    let judge = |pem: &str| wait_for(is_authority_of(&facts.agents(), pem));
+    for note in keys::prepare(&facts.env, &holder, &Facts::secrets(), &judge)? {
         if let Some(warning) = note.strip_prefix("WARNING: ") {
             tracing::warn!("{warning}");
         } else {
@@ -285,6 +287,31 @@ fn cluster_name(kind: Kind, env: &Environment) -> anyhow::Result<String> {
         }
     };
     wait_for(ask_name(&hosts))
+}
+
+/// Whether the certificates of the nodes come from this authority. Waits for a node that answers.
+async fn is_authority_of(agents: &[String], pem: &str) -> anyhow::Result<bool> {
+    let bundle = Facts::secrets().join("candidate.pem");
+    craton_trust::files::write_secret(&bundle, pem)?;
+    let guest = Guest::of_authorities(&bundle);
+    std::fs::remove_file(&bundle)?;
+    let client = Client::guest(guest?, Role::Node, None).with_timeout(Duration::from_secs(2));
+    let until = tokio::time::Instant::now() + NAME_PATIENCE;
+    loop {
+        for agent in agents {
+            match client.get_text(agent, "/health").await {
+                Err(ClientError::Untrusted { .. }) => return Ok(false),
+                Ok(_) | Err(ClientError::Refused { .. }) => return Ok(true),
+                Err(_) => {}
+            }
+        }
+        if tokio::time::Instant::now() >= until {
+            let what = format!("none of {} answers", agents.join(", "));
+            let hint = "start a node, or set CRATON_CLUSTER_SECRET";
+            return Err(Problem::new(crate::exit::UNREACHABLE, what, hint).into());
+        }
+        tokio::time::sleep(NAME_PAUSE).await;
+    }
 }
 
 async fn ask_name(hosts: &[String]) -> anyhow::Result<String> {

@@ -334,7 +334,7 @@ pub const VARIABLES: &[Variable] = &[
         PROXY,
         "CHECK_PASSWORD",
         "replication_pass",
-        "Its password. Without CRATON_CLUSTER_SECRET it must be the nodes' REPLICATION_PASSWORD",
+        "Its password. Without CRATON_CLUSTER_SECRET the nodes' REPLICATION_PASSWORD must be the same, or the default",
     ),
     used(
         PROXY,

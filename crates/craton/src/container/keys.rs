@@ -32,8 +32,17 @@ pub struct Holder<'a> {
     pub host: &'a str,
 }
 
-/// Makes `into` hold what this kind of container needs, and nothing else. Returns what the log should say.
-pub fn prepare(env: &Environment, holder: &Holder<'_>, into: &Path) -> anyhow::Result<Vec<String>> {
+/// Says whether an authority, by its certificate (PEM), is the nodes' own.
+pub type Judge<'a> = &'a dyn Fn(&str) -> anyhow::Result<bool>;
+
+/// Makes `into` hold what this kind of container needs, and nothing else. Returns what the log should say. `judge` is
+/// asked where the environment leaves more than one password that could be the cluster's.
+pub fn prepare(
+    env: &Environment,
+    holder: &Holder<'_>,
+    into: &Path,
+    judge: Judge<'_>,
+) -> anyhow::Result<Vec<String>> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -55,7 +64,7 @@ pub fn prepare(env: &Environment, holder: &Holder<'_>, into: &Path) -> anyhow::R
         let hint = "`craton ca init` makes the directory for the first node, `craton join` for whoever comes later";
         return Err(Problem::new(USAGE, what, hint).into());
     }
-    compute(env, holder, into)
+    compute(env, holder, into, judge)
 }
 
 /// Copies files as ours: what is mounted is often readable by root alone.
@@ -79,20 +88,56 @@ fn copy(from: &Path, into: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn compute(env: &Environment, holder: &Holder<'_>, into: &Path) -> anyhow::Result<Vec<String>> {
-    let shared = match holder.kind {
-        Kind::Node | Kind::Backup => "REPLICATION_PASSWORD",
-        Kind::Proxy => "CHECK_PASSWORD",
+/// The passwords that the cluster's secret may be, and the variables that they are from. An old balancer's check user
+/// is any user: its password may, but need not, be the one that the nodes replicate with.
+fn passwords(env: &Environment, kind: Kind) -> Vec<(&str, &'static str)> {
+    if let Some(secret) = env.get("CRATON_CLUSTER_SECRET") {
+        return vec![(secret, "CRATON_CLUSTER_SECRET")];
+    }
+    let default = (REPLICATION_DEFAULT, "REPLICATION_PASSWORD");
+    let (variable, sure) = match kind {
+        Kind::Node | Kind::Backup => ("REPLICATION_PASSWORD", true),
+        Kind::Proxy => ("CHECK_PASSWORD", false),
     };
-    let (password, from) = match (env.get("CRATON_CLUSTER_SECRET"), env.get(shared)) {
-        (Some(secret), _) => (secret, "CRATON_CLUSTER_SECRET"),
-        (None, Some(password)) => (password, shared),
-        (None, None) => (REPLICATION_DEFAULT, shared),
-    };
+    match env.get(variable) {
+        Some(password) if sure || password == REPLICATION_DEFAULT => vec![(password, variable)],
+        Some(password) => vec![(password, variable), default],
+        None => vec![default],
+    }
+}
+
+/// Of the passwords the one that the nodes have.
+fn choose<'e>(
+    env: &'e Environment,
+    holder: &Holder<'_>,
+    judge: Judge<'_>,
+) -> anyhow::Result<(&'e str, &'static str)> {
+    let passwords = passwords(env, holder.kind);
+    if let [only] = passwords.as_slice() {
+        return Ok(*only);
+    }
+    for (password, from) in passwords {
+        let authority = Seed::from_password(holder.cluster, password)?.authority(holder.cluster)?;
+        if judge(authority.certificate_pem())? {
+            return Ok((password, from));
+        }
+    }
+    let what = "the nodes do not have CHECK_PASSWORD as their secret, nor the default of REPLICATION_PASSWORD: they would not trust this proxy";
+    let hint = "set CRATON_CLUSTER_SECRET (or CRATON_CLUSTER_SECRET_FILE) to what the nodes have in it, or else to their REPLICATION_PASSWORD";
+    Err(Problem::new(USAGE, what, hint).into())
+}
+
+fn compute(
+    env: &Environment,
+    holder: &Holder<'_>,
+    into: &Path,
+    judge: Judge<'_>,
+) -> anyhow::Result<Vec<String>> {
+    let (password, from) = choose(env, holder, judge)?;
     let mut notes = Vec::new();
     if password == REPLICATION_DEFAULT {
         notes.push(format!(
-            "WARNING: the cluster's secret is the well-known default of {shared}: whoever reaches the containers' ports can do everything. Set CRATON_CLUSTER_SECRET_FILE to a file with a long random text, the same for all containers"
+            "WARNING: the cluster's secret is the well-known default of {from}: whoever reaches the containers' ports can do everything. Set CRATON_CLUSTER_SECRET_FILE to a file with a long random text, the same for all containers"
         ));
     } else if from != "CRATON_CLUSTER_SECRET" {
         notes.push(format!(
@@ -166,7 +211,33 @@ mod tests {
             name: "a",
             host: "pgmaster",
         };
-        prepare(&env, &holder, into)
+        prepare(&env, &holder, into, &|_| panic!("nobody has to be asked"))
+    }
+
+    #[test]
+    fn the_balancers_password_need_not_be_the_nodes() {
+        let dir = tempfile::tempdir().unwrap();
+        let all = [("CHECK_PASSWORD", "monkey_pass")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+        let env = Environment::gather(Kind::Proxy, all, |p| Err(p.to_owned())).unwrap();
+        let holder = Holder {
+            kind: Kind::Proxy,
+            cluster: "c",
+            name: "a",
+            host: "pgpool",
+        };
+        for (asked, theirs) in [(1, "monkey_pass"), (2, REPLICATION_DEFAULT)] {
+            let count = std::cell::Cell::new(0);
+            let judge = |_: &str| {
+                count.set(count.get() + 1);
+                Ok(count.get() == asked)
+            };
+            prepare(&env, &holder, dir.path(), &judge).unwrap();
+            let secret = std::fs::read_to_string(dir.path().join("proxy")).unwrap();
+            let seed = Seed::from_password("c", theirs).unwrap();
+            assert_eq!(secret.trim(), seed.secret("proxy").unwrap());
+        }
+        let refused = prepare(&env, &holder, dir.path(), &|_| Ok(false)).unwrap_err();
+        assert!(refused.to_string().contains("CHECK_PASSWORD"), "{refused}");
     }
 
     fn there(dir: &Path) -> Vec<String> {
