@@ -228,6 +228,52 @@ fn nodes_table(stack: &Stack) {
         stack.sql_on("pgmaster", "replication_db", view).unwrap(),
         "node2"
     );
+    its_owner_does_not_become_superuser(stack);
+}
+
+/// The database belongs to the replication user, and the superuser writes into it: neither operators that come first on
+/// a path of the owner's nor triggers of the owner's may run as the superuser.
+fn its_owner_does_not_become_superuser(stack: &Stack) {
+    let sql = |text: &str| stack.sql_on("pgmaster", "replication_db", text);
+    let grab = "BEGIN EXECUTE ''ALTER ROLE replication_user SUPERUSER''; EXCEPTION WHEN OTHERS THEN NULL; END";
+    sql(&format!(
+        "SET ROLE replication_user; CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO PUBLIC; \
+         CREATE FUNCTION evil.eq(name, text) RETURNS bool LANGUAGE plpgsql AS 'BEGIN {grab}; RETURN false; END'; \
+         CREATE OPERATOR evil.= (LEFTARG = name, RIGHTARG = text, FUNCTION = evil.eq); \
+         CREATE FUNCTION evil.t() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN {grab}; RETURN NULL; END'; \
+         ALTER DATABASE replication_db SET search_path = evil, pg_catalog"
+    ))
+    .unwrap();
+    // As on a database that was there before: the schema is the owner's, with a trigger.
+    sql("DROP SCHEMA repmgr CASCADE").unwrap();
+    sql(
+        "SET ROLE replication_user; SET search_path = pg_catalog; CREATE SCHEMA repmgr; \
+         CREATE TABLE repmgr.nodes (node_id integer PRIMARY KEY, upstream_node_id integer, active boolean, node_name text, type text, location text, priority integer, conninfo text, repluser text, slot_name text, config_file text); \
+         CREATE TRIGGER t BEFORE INSERT OR DELETE ON repmgr.nodes EXECUTE FUNCTION evil.t()",
+    )
+    .unwrap();
+    // A change of the members makes the leader's container write.
+    stack.compose_ok(&["stop", "pgslave3"]);
+    stack.wait("it is not written", Duration::from_secs(60), || {
+        let logs = stack.compose_ok(&["logs", "--no-color", "pgmaster"]);
+        if logs.contains("does not belong to postgres, or not all of it") {
+            Ok(())
+        } else {
+            Err("no refusal in the log yet".to_owned())
+        }
+    });
+    let is_super = "SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname OPERATOR(pg_catalog.=) 'replication_user'";
+    assert_eq!(sql(is_super).unwrap(), "f");
+    sql("SET search_path = pg_catalog; DROP SCHEMA repmgr CASCADE").unwrap();
+    stack.wait("it is written again", Duration::from_secs(60), || {
+        let rows = sql("SELECT count(*) FROM repmgr.nodes")?;
+        if rows == "3" { Ok(()) } else { Err(rows) }
+    });
+    // The owner's operators came first on its path all the time.
+    assert_eq!(sql(is_super).unwrap(), "f");
+    sql("SET search_path = pg_catalog; ALTER DATABASE replication_db RESET search_path; DROP SCHEMA evil CASCADE").unwrap();
+    stack.compose_ok(&["start", "pgslave3"]);
+    stack.whole("pgmaster", &NODES, Duration::from_secs(120));
 }
 
 fn commands_of_a_node(stack: &Stack) {

@@ -99,6 +99,8 @@ pub async fn session(database: &str) -> anyhow::Result<tokio_postgres::Client> {
         .user("postgres")
         .dbname(database)
         .application_name("craton container")
+        // The databases belong to others, who may have set a path on which their own operators come first.
+        .options("-c search_path=pg_catalog")
         .connect_timeout(Duration::from_secs(5))
         .connect(NoTls)
         .await

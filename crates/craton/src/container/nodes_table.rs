@@ -21,6 +21,11 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// A write that takes longer is given up; the next look tries again.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// Something by that name that is not the superuser's: its triggers would run as the superuser.
+const STRANGE: &str = "\
+SELECT FROM pg_namespace WHERE nspname = 'repmgr' AND nspowner <> current_user::regrole \
+UNION ALL SELECT FROM pg_class WHERE relnamespace = to_regnamespace('repmgr') AND relname IN ('nodes', 'show_nodes') AND relowner <> current_user::regrole";
+
 /// As repmgr 4 has it, and the view beside it.
 const TABLE: &str = "\
 CREATE SCHEMA IF NOT EXISTS repmgr;
@@ -52,13 +57,15 @@ pub async fn keep(facts: Arc<Facts>) {
         match done {
             Ok(Ok(())) => written = rows,
             Ok(Err(error)) => {
+                // What is there now is not known.
+                written.clear();
                 let text = format!("{error:#}");
                 if text != said {
                     tracing::info!("the table repmgr.nodes is not written: {text}");
                     said = text;
                 }
             }
-            Err(_) => {}
+            Err(_) => written.clear(),
         }
     }
 }
@@ -115,6 +122,11 @@ async fn write(facts: &Facts, rows: &str) -> anyhow::Result<()> {
     anyhow::ensure!(
         theirs.is_none(),
         "the extension repmgr is in {database}: DROP EXTENSION repmgr CASCADE gives its place to Craton's"
+    );
+    let strange = client.query(STRANGE, &[]).await?;
+    anyhow::ensure!(
+        strange.is_empty(),
+        "the schema repmgr in {database} does not belong to postgres, or not all of it: DROP SCHEMA repmgr CASCADE gives its place to Craton's"
     );
     let insert = if rows.is_empty() {
         String::new()
