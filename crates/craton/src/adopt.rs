@@ -17,7 +17,7 @@ mod follow;
 pub use follow::{FollowArgs, TakeoverArgs};
 
 use crate::access::Access;
-use crate::exit::{self, Problem, REFUSED};
+use crate::exit::{self, NOT_IN_TIME, Problem, REFUSED};
 use crate::layout::Layout;
 use crate::{output, preflight, secrets};
 
@@ -198,7 +198,11 @@ pub async fn let_superuser_in(layout: &Layout) -> anyhow::Result<()> {
     let leader = loop {
         match access.status().await {
             Ok(view) if view.writable => break view.leader,
-            _ if Instant::now() > until => return Ok(()),
+            _ if Instant::now() > until => {
+                let what = "the cluster has not opened in time, so the copy's superuser keeps the password that it had";
+                let hint = "craton status says what it waits for; then ALTER ROLE postgres PASSWORD … as in the cluster's secrets";
+                return Err(Problem::new(NOT_IN_TIME, what, hint).into());
+            }
             _ => sleep(LOOK).await,
         }
     };

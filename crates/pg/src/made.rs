@@ -13,6 +13,7 @@ use crate::control_data::{ClusterState, ControlData};
 use crate::error::{PgError, Result};
 use crate::files::{self, blocking};
 use crate::instance::{Instance, last_lines, run_tool};
+use crate::processes;
 
 /// How often a recovery is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
@@ -73,7 +74,7 @@ pub struct Recovered {
 pub fn finish_recovery(binaries: &Binaries, dir: &Path) -> Result<Recovered> {
     let log = dir.join("recovery.log");
     start(binaries, dir, &log)?;
-    let ended = wait_for_end(binaries, dir, &log);
+    let ended = wait_for_end(binaries, dir, &log, START_MAX);
     // Whatever came out, nothing of it goes on running.
     let stopped = run_tool(
         "pg_ctl",
@@ -118,7 +119,15 @@ fn start(binaries: &Binaries, dir: &Path, log: &Path) -> Result<()> {
     .map(|_| ())
 }
 
-fn wait_for_end(binaries: &Binaries, dir: &Path, log: &Path) -> Result<()> {
+/// True while a postmaster runs there. The file alone says nothing: one that was killed leaves it behind.
+fn is_running(dir: &Path) -> bool {
+    let text = fs::read_to_string(dir.join("postmaster.pid")).unwrap_or_default();
+    let pid = text.lines().next().and_then(|l| l.trim().parse().ok());
+    pid.is_some_and(|pid| processes::lives_in(pid, dir))
+}
+
+/// Replaying may take as long as it likes, while the server is alive.
+fn wait_for_end(binaries: &Binaries, dir: &Path, log: &Path, start_max: Duration) -> Result<()> {
     let begun = Instant::now();
     loop {
         let recovering = dir.join(RECOVERY_SIGNAL).exists();
@@ -126,7 +135,7 @@ fn wait_for_end(binaries: &Binaries, dir: &Path, log: &Path) -> Result<()> {
         if !recovering && control_data(binaries, dir)?.state == ClusterState::InProduction {
             return Ok(());
         }
-        if !dir.join("postmaster.pid").exists() && begun.elapsed() > START_MAX {
+        if begun.elapsed() > start_max && !is_running(dir) {
             return Err(failed(dir, "recovery failed", log));
         }
         std::thread::sleep(LOOK_INTERVAL);
@@ -151,6 +160,21 @@ fn last_transaction(log: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_server_that_was_killed_is_not_waited_for() {
+        let mut dead = Command::new("true").spawn().unwrap();
+        let pid = dead.id();
+        dead.wait().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let at = |n: &str| dir.path().join(n);
+        fs::write(at(RECOVERY_SIGNAL), "").unwrap();
+        fs::write(at("postmaster.pid"), format!("{pid}\n")).unwrap();
+        fs::write(at("log"), "LOG:  redo starts at 0/7000110\n").unwrap();
+        let binaries = Binaries::find(None).unwrap();
+        let error = wait_for_end(&binaries, dir.path(), &at("log"), Duration::ZERO).unwrap_err();
+        assert!(error.to_string().contains("redo starts at"), "{error}");
+    }
 
     #[test]
     fn the_last_transaction_is_in_the_log() {
