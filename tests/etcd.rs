@@ -150,6 +150,25 @@ fn wait_all_in(c: &Cluster, backend: &str, endpoints: usize) {
     }
 }
 
+fn a_purge_takes_its_keys_along(c: Cluster, etcd: &Etcd) {
+    let keys = ["get", "--prefix", "/craton/local/", "--keys-only"];
+    assert!(etcd.ctl(&keys).0.contains("/craton/local/data/leadership"));
+    drop(c);
+    assert_eq!(etcd.ctl(&keys).0.trim(), "");
+}
+
+/// A cluster on this etcd becomes whole, and goes through every fault.
+fn whole_through_faults(c: &Cluster, etcd: &mut Etcd, scheme: &str) {
+    c.wait_status("a whole cluster", PATIENCE, whole);
+    wait_all_in(c, "etcd", 3);
+    let status = ok(c, &["status"]);
+    let place = format!("records in etcd at {scheme}://");
+    assert!(status.contains(&place), "{status}");
+    drills(c);
+    one_server_is_lost(c, etcd);
+    etcd_is_away(c, etcd);
+}
+
 #[test]
 fn a_cluster_on_etcd() {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
@@ -164,24 +183,15 @@ fn a_cluster_on_etcd() {
     ];
     let c = Cluster::up("etcd", &there);
     c.wait_status("a whole cluster", PATIENCE, whole);
-    wait_all_in(&c, "etcd", 3);
-    let status = ok(&c, &["status"]);
-    assert!(status.contains("records in etcd at http://"), "{status}");
-
     another_does_not_begin_over_it(&there);
-    drills(&c);
-    one_server_is_lost(&c, &mut etcd);
-    etcd_is_away(&c, &etcd);
+    whole_through_faults(&c, &mut etcd, "http");
 
     ok(&c, &["down"]);
     ok(&c, &["up"]);
     c.wait_status("a whole cluster after down and up", PATIENCE, whole);
     wait_all_in(&c, "etcd", 3);
 
-    let keys = ["get", "--prefix", "/craton/local/", "--keys-only"];
-    assert!(etcd.ctl(&keys).0.contains("/craton/local/data/leadership"));
-    drop(c);
-    assert_eq!(etcd.ctl(&keys).0.trim(), "", "a purge takes its keys along");
+    a_purge_takes_its_keys_along(c, &etcd);
 }
 
 /// TLS with client certificates, and a user who may read and write the cluster's keys alone: the same failovers.
@@ -224,19 +234,10 @@ fn a_cluster_on_an_etcd_that_asks_who_it_is() {
         &key,
     ];
     let c = Cluster::up("etcd-tls", &there);
-    c.wait_status("a whole cluster", PATIENCE, whole);
-    wait_all_in(&c, "etcd", 3);
-    let status = ok(&c, &["status"]);
-    assert!(status.contains("records in etcd at https://"), "{status}");
-    drills(&c);
-    one_server_is_lost(&c, &mut etcd);
-    etcd_is_away(&c, &etcd);
+    whole_through_faults(&c, &mut etcd, "https");
     // Longer than a token lasts.
     c.wait_status("a whole cluster", PATIENCE, whole);
-    let keys = ["get", "--prefix", "/craton/local/", "--keys-only"];
-    assert!(etcd.ctl(&keys).0.contains("/craton/local/data/leadership"));
-    drop(c);
-    assert_eq!(etcd.ctl(&keys).0.trim(), "", "a purge takes its keys along");
+    a_purge_takes_its_keys_along(c, &etcd);
 }
 
 fn another_does_not_begin_over_it(there: &[&str]) {

@@ -52,6 +52,14 @@ fn server_with_tablespace(root: &Path) -> (Server, PathBuf) {
     (server, tablespace)
 }
 
+/// Such a server, and a daemon that has taken its first backup.
+async fn backed_up(root: &Path, settings: Config) -> (Server, Daemon) {
+    let (server, _) = server_with_tablespace(root);
+    let daemon = Daemon::start(settings, topology(1, &[&server]));
+    daemon.until("first backup", |s| s.backups == 1).await;
+    (server, daemon)
+}
+
 /// Asks for a backup and waits for it.
 async fn ask_for_backup(daemon: &Daemon) -> BackupView {
     let api = daemon.config.listen.to_string();
@@ -178,9 +186,7 @@ async fn what_no_backup_needs_goes_with_the_backup() {
     }
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
-    let (server, _) = server_with_tablespace(root);
-    let daemon = Daemon::start(config(root), topology(1, &[&server]));
-    daemon.until("first backup", |s| s.backups == 1).await;
+    let (server, daemon) = backed_up(root, config(root)).await;
     let repository = daemon.repository();
     let first = catalog::list(&repository).unwrap().backups.remove(0);
     let last = delete(&daemon, &first.id).await.unwrap_err();
@@ -233,14 +239,12 @@ async fn backups_beyond_the_window_go_by_themselves() {
     }
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
-    let (server, _) = server_with_tablespace(root);
     let settings = Config {
         retention_days: 1,
         retention_backups: 1,
         ..config(root)
     };
-    let daemon = Daemon::start(settings, topology(1, &[&server]));
-    daemon.until("first backup", |s| s.backups == 1).await;
+    let (server, daemon) = backed_up(root, settings).await;
     let repository = daemon.repository();
     let first = catalog::list(&repository).unwrap().backups.remove(0);
     // Two backups that ended days ago.
@@ -270,9 +274,7 @@ async fn what_cannot_be_restored_is_refused_with_a_reason() {
     }
     let dir = tempfile::tempdir().unwrap();
     let root = dir.path();
-    let (server, _) = server_with_tablespace(root);
-    let daemon = Daemon::start(config(root), topology(1, &[&server]));
-    daemon.until("first backup", |s| s.backups == 1).await;
+    let (_server, daemon) = backed_up(root, config(root)).await;
     let second = ask_for_backup(&daemon).await;
     let repository = daemon.repository();
     let first = &catalog::list(&repository).unwrap().backups[0];

@@ -143,7 +143,7 @@ fn look_at_files(data: &Path, installed: u32) -> Result<std::result::Result<(), 
     for (name, what) in [
         (
             "standby.signal",
-            "it is a standby of another server: bring the primary's directory instead, or promote this one there first (pg_ctl promote) and then stop it; to follow a running primary see first_start = \"follow\"",
+            "it is a standby of another server: bring the primary's directory instead, or promote this one there first (pg_ctl promote) and then stop it; to follow a running primary there is `craton adopt follow`",
         ),
         (
             "recovery.signal",

@@ -1,6 +1,6 @@
 //! A new data directory from a running server, by pg_basebackup.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -54,24 +54,34 @@ impl Instance {
         progress: watch::Sender<CloneProgress>,
     ) -> Result<ControlData> {
         let making = self.place_for_clone().await?;
+        let mut command = self.base_backup(upstream, &making);
+        if let Some(rate) = max_rate_kb {
+            command.arg(format!("--max-rate={rate}k"));
+        }
+        self.clone_with(command, "pg_basebackup", making, progress)
+            .await
+    }
+
+    /// pg_basebackup from there into the directory `making`, for [`Self::clone_with`].
+    pub(crate) fn base_backup(
+        &self,
+        upstream: &Upstream,
+        making: &Path,
+    ) -> tokio::process::Command {
         let conninfo = Self::side_connection(upstream, APPLICATION_NAME, None);
         let mut command = tokio::process::Command::from(self.writing_tool("pg_basebackup"));
         command
             .arg("-D")
-            .arg(&making)
+            .arg(making)
             .args(["-d", &conninfo])
             .args(["-X", "stream", "-c", "fast", "--progress", "--no-password"])
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
-        if let Some(rate) = max_rate_kb {
-            command.arg(format!("--max-rate={rate}k"));
-        }
         if files::can_flush_file_systems() {
             command.arg("--no-sync");
         }
-        self.clone_with(command, "pg_basebackup", making, progress)
-            .await
+        command
     }
 
     /// Copies a data directory with another program, for example out of a backup repository: `command` gets the
@@ -147,7 +157,7 @@ pub(crate) async fn run_watched(
 ) -> Result<String> {
     let mut child = command
         .spawn()
-        .map_err(PgError::io("cannot run", std::path::Path::new(tool)))?;
+        .map_err(PgError::io("cannot run", Path::new(tool)))?;
     let mut kept = String::new();
     if let Some(stderr) = child.stderr.take() {
         each_line(stderr, |line| {
@@ -164,7 +174,7 @@ pub(crate) async fn run_watched(
             what: "the end of a PostgreSQL tool",
             limit: SILENCE_MAX,
         })?
-        .map_err(PgError::io("cannot wait for", std::path::Path::new(tool)))?;
+        .map_err(PgError::io("cannot wait for", Path::new(tool)))?;
     if status.success() {
         return Ok(kept);
     }
@@ -189,7 +199,7 @@ async fn each_line(mut from: impl AsyncRead + Unpin, mut handle: impl FnMut(&str
             })?
             .map_err(PgError::io(
                 "cannot read the output of",
-                std::path::Path::new("a tool"),
+                Path::new("a tool"),
             ))?;
         for byte in buffer.get(..read).unwrap_or_default() {
             if matches!(byte, b'\n' | b'\r') || line.len() >= LINE_BYTES_MAX {

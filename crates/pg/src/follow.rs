@@ -5,12 +5,11 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::process::Stdio;
 
 use craton_core::{Lsn, TimelineId};
 use tokio::sync::watch;
 
-use crate::clone::{APPLICATION_NAME, CloneProgress};
+use crate::clone::CloneProgress;
 use crate::config::{ManagedConfig, Upstream};
 use crate::control_data::ControlData;
 use crate::error::{PgError, Result};
@@ -45,16 +44,7 @@ impl Instance {
         progress: watch::Sender<CloneProgress>,
     ) -> Result<ControlData> {
         let making = self.place_for_clone().await?;
-        let conninfo = Self::side_connection(upstream, APPLICATION_NAME, None);
-        let mut command = tokio::process::Command::from(self.writing_tool("pg_basebackup"));
-        command
-            .arg("-D")
-            .arg(&making)
-            .args(["-d", &conninfo])
-            .args(["-X", "stream", "-c", "fast", "--progress", "--no-password"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .kill_on_drop(true);
+        let mut command = self.base_backup(upstream, &making);
         if let Some(slot) = &upstream.slot {
             command.args(["--slot", slot]);
             if make_slot {
