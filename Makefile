@@ -9,7 +9,7 @@ export PATH := $(PATH):$(HOME)/.cargo/bin
 CARGO := cargo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim bench bench-failover bench-handshake fuzz images test-containers deb
+.PHONY: help setup setup-tests build up down check verify fix test test-hosts sim model bench bench-failover bench-handshake fuzz images test-containers deb
 
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test-hosts: setup ## every real fault on hosts in network namespaces (root; LONG
 
 sim: setup ## the simulator: SEEDS=0..20000, or one seed with its trace: SEED=17
 	$(CARGO) run --release --locked -p craton-sim -- $(if $(SEED),--seed $(SEED) --trace,--seeds $(or $(SEEDS),0..20000)) $(ARGS)
+
+model: setup ## the model check, further than the tests: DEPTH=2 (or 3), ONLY=3, STATES=…, BROKEN=all or one rule
+	$(CARGO) run --release --locked -p craton-sim -- model --level $(or $(DEPTH),2) $(if $(ONLY),--only $(ONLY)) $(if $(STATES),--states $(STATES)) $(if $(BROKEN),--broken $(BROKEN))
 
 bench: build ## outages and losses, measured by drills (long)
 	benches/drills.sh $(CRATON) $(RUNS)

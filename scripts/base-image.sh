@@ -20,8 +20,14 @@ command -v debootstrap >/dev/null || die "debootstrap is missing; scripts/setup.
 work=$(mktemp -d "${TMPDIR:-/var/tmp}/craton-base.XXXXXX")
 trap 'rm -rf --one-file-system "$work"' EXIT
 say "making $tag from $mirror (about a minute)"
-debootstrap --variant=minbase --include=ca-certificates "$suite" "$work/root" "$mirror" >"$work/log" 2>&1 \
-  || { tail -20 "$work/log" >&2; die "debootstrap failed"; }
+for try in 1 2 3; do
+  # A mirror may be changing at this moment.
+  ! debootstrap --variant=minbase --include=ca-certificates "$suite" "$work/root" "$mirror" >"$work/log" 2>&1 || break
+  tail -20 "$work/log" >&2
+  [ "$try" -lt 3 ] || die "debootstrap failed"
+  rm -rf --one-file-system "$work/root"
+  sleep 10
+done
 
 # A container has no services to start and no use for manuals; packages put in later leave these out as well.
 root=$work/root

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Installs what building and running needs and this machine lacks, on Debian and Ubuntu: PostgreSQL with
 # PostGIS, a C compiler and linker, curl, Rust. Says what it does; does nothing where nothing is missing.
-# With --tests also what only tests need: etcd, and for the images what --images installs. SETUP_SKIP=1 leaves everything as it is.
+# With --tests also what only tests need: etcd, Patroni, repmgr, and for the images what --images installs. SETUP_SKIP=1 leaves everything as it is.
 set -euo pipefail
 [ "${SETUP_SKIP:-0}" = 1 ] && exit 0
-export PATH="$PATH:$HOME/.cargo/bin"
+# Programs of the administrator's are not on every user's path, and may be there all the same.
+export PATH="$PATH:$HOME/.cargo/bin:/usr/local/sbin:/usr/sbin:/sbin"
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -42,28 +43,51 @@ fi
 as_root() {
   if [ "$(id -u)" = 0 ]; then "$@"
   elif command -v sudo >/dev/null; then say "asking for sudo: $*"; sudo "$@"
-  else die "missing packages, and neither root nor sudo to install them. As root: apt-get install ${missing[*]}"
+  else die "not root, and no sudo, to do this. As root:$(printf ' %q' "$@")"
   fi
+}
+
+# A fresh machine brings itself up to date, and holds apt's locks meanwhile; for the one of the lists apt does not wait
+# by itself. Lists that cannot be had now may be there from before.
+update_lists() {
+  local said tries=60
+  while ! said=$(as_root env LC_ALL=C sh -c 'apt-get update -qq 2>&1'); do
+    case $said in
+      *"Could not get lock"*) [ "$tries" -gt 0 ] || break ;;
+      *) break ;;
+    esac
+    [ "$tries" -lt 60 ] || say "waiting for another apt-get, for at most five minutes"
+    tries=$((tries - 1))
+    sleep 5
+  done
+  [ -z "$said" ] || say "apt-get update: $said"
 }
 
 # The distribution starts a server of its own after installing one. Craton's clusters need none.
 install_packages() {
   command -v apt-get >/dev/null || die "this is no Debian or Ubuntu; install by its own means what these packages hold: $*"
   say "installing: $*"
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@" >&2
+  # What an earlier installation left half-done stops every later one.
+  [ -z "$(dpkg --audit 2>/dev/null)" ] || as_root env DEBIAN_FRONTEND=noninteractive dpkg --configure -a >&2 || true
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends "$@" >&2
 }
 
-# etcd for the tests, which start servers of their own. The package would start and enable a service: a policy
-# that says no to that stands while it is installed, and goes away with the script, whatever happens.
-install_etcd() {
+# What the tests start by themselves: etcd, and the systems that a database comes from when it is moved. The packages
+# would start and enable services: a policy that says no to that stands while they are installed, and goes away with
+# the script, whatever happens.
+install_for_tests() {
+  [ "$(id -u)" = 0 ] || command -v sudo >/dev/null || as_root apt-get install -y "$@"
   local policy=/usr/sbin/policy-rc.d
-  if [ ! -e "$policy" ]; then
-    as_root sh -c "printf '#!/bin/sh\nexit 101\n' > $policy && chmod 755 $policy"
+  # One of an earlier run that was killed is ours as well.
+  if [ ! -e "$policy" ] || grep -q 'while craton installs' "$policy"; then
+    as_root sh -c "printf '#!/bin/sh\n# while craton installs what its tests need\nexit 101\n' > $policy && chmod 755 $policy"
     trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
   fi
-  as_root apt-get update -qq >&2 || say "the package lists could not be brought up to date; trying with those that are there"
-  install_packages etcd-server etcd-client
-  if [ -d /run/systemd/system ]; then as_root systemctl disable --quiet etcd.service || true; fi
+  update_lists
+  install_packages "$@"
+  if [ -d /run/systemd/system ]; then
+    for service in etcd patroni repmgrd; do as_root systemctl disable --quiet "$service.service" 2>/dev/null || true; done
+  fi
 }
 
 # What building and testing images needs beside an engine, which is not installed here: running one is a decision.
@@ -73,23 +97,27 @@ if [ "${1:-}" = --images ] || { [ "${1:-}" = --tests ] && docker version >/dev/n
   command -v docker-compose >/dev/null || docker compose version >/dev/null 2>&1 || images_missing+=(docker-compose)
 fi
 if [ "${#images_missing[@]}" -gt 0 ]; then
-  as_root apt-get update -qq >&2 || say "the package lists could not be brought up to date; trying with those that are there"
+  update_lists
   install_packages "${images_missing[@]}"
-fi
-
-if [ "${1:-}" = --tests ] && ! { command -v etcd && command -v etcdctl; } >/dev/null; then
-  install_etcd
 fi
 
 if [ "${#missing[@]}" -gt 0 ]; then
   command -v apt-get >/dev/null || die "this is no Debian or Ubuntu; install by its own means what these packages hold: ${missing[*]}"
-  as_root apt-get update -qq >&2 || say "the package lists could not be brought up to date; trying with those that are there"
+  update_lists
   install_packages "${missing[@]}"
 fi
 # A server that came just now: its PostGIS has the same major version in the name.
 major=$(server_major)
 [ -n "$major" ] || die "there is still no PostgreSQL server below /usr/lib/postgresql; install the package postgresql"
 postgis_there "$major" || install_packages "postgresql-$major-postgis-3"
+
+if [ "${1:-}" = --tests ]; then
+  tests_missing=()
+  { command -v etcd && command -v etcdctl; } >/dev/null || tests_missing+=(etcd-server etcd-client)
+  command -v patroni >/dev/null || tests_missing+=(patroni python3-etcd)
+  [ -x "/usr/lib/postgresql/$major/bin/repmgr" ] || tests_missing+=("postgresql-$major-repmgr")
+  [ "${#tests_missing[@]}" -eq 0 ] || install_for_tests "${tests_missing[@]}"
+fi
 
 if ! command -v cargo >/dev/null; then
   say "installing Rust with rustup into $HOME/.cargo (https://rustup.rs)"

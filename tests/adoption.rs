@@ -1,5 +1,4 @@
-//! Data directories that were there before the cluster: what becomes of them, what is refused and left as it is, and
-//! the way from a running primary of another system.
+//! Data directories that were there before the cluster: what becomes of them, and what is refused and left as it is.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -10,134 +9,27 @@
     reason = "a test may fail at any line, and waits on the clock of the outside world"
 )]
 
+#[path = "harness/foreign.rs"]
+mod foreign;
 #[path = "harness/mod.rs"]
 mod harness;
+#[path = "harness/member.rs"]
+mod member;
 #[path = "harness/rig.rs"]
 mod rig;
 
 use std::collections::BTreeMap;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use harness::{directory, files_below, free_base_port, text};
+use foreign::{Foreign, as_owner, ok};
+use harness::{directory, files_below, text};
+use member::Member;
 use rig::{Rig, turn};
 
 const LIMIT: Duration = Duration::from_secs(90);
-
-/// A command as the user that PostgreSQL runs as: this one, or `postgres` where this is root.
-fn as_owner(program: impl AsRef<std::ffi::OsStr>) -> Command {
-    if !craton::owner::is_root() {
-        return Command::new(program);
-    }
-    let mut command = Command::new("setpriv");
-    command.args([
-        "--reuid=postgres",
-        "--regid=postgres",
-        "--init-groups",
-        "--",
-    ]);
-    command.arg(program);
-    command.env("HOME", "/tmp");
-    command
-}
-
-fn ok(command: &mut Command) -> String {
-    let out = command.output().unwrap();
-    assert!(out.status.success(), "{command:?}: {}", text(&out));
-    String::from_utf8_lossy(&out.stdout).trim().to_owned()
-}
-
-fn postgres_bin() -> PathBuf {
-    craton_pg::Binaries::find(None).unwrap().dir().to_owned()
-}
-
-/// A PostgreSQL that Craton has nothing to do with.
-struct Foreign {
-    root: PathBuf,
-    port: u16,
-}
-
-impl Foreign {
-    /// With `superuser` as the one that initdb makes.
-    fn new(name: &str, superuser: &str) -> Self {
-        let root = directory(name);
-        let _ = std::fs::remove_dir_all(&root);
-        std::fs::create_dir(&root).unwrap();
-        if craton::owner::is_root() {
-            let account = craton::owner::account("postgres").unwrap();
-            std::os::unix::fs::chown(&root, Some(account.uid), Some(account.gid)).unwrap();
-        }
-        let port = free_base_port();
-        let foreign = Self { root, port };
-        let mut initdb = as_owner(postgres_bin().join("initdb"));
-        initdb.arg("-D").arg(foreign.data());
-        ok(initdb.args(["-U", superuser, "--auth=trust", "--locale=C.UTF-8"]));
-        foreign
-    }
-
-    fn data(&self) -> PathBuf {
-        self.root.join("data")
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.data().join(name)
-    }
-
-    /// Lines at the end of its postgresql.conf.
-    fn configure(&self, lines: &str) {
-        let path = self.path("postgresql.conf");
-        let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, format!("{text}\n{lines}\n")).unwrap();
-    }
-
-    fn ctl(&self, args: &[&str]) {
-        let options = format!("-p {} -k {}", self.port, self.root.display());
-        let mut ctl = as_owner(postgres_bin().join("pg_ctl"));
-        ctl.arg("-D")
-            .arg(self.data())
-            .arg("-w")
-            .arg("-o")
-            .arg(options);
-        ctl.arg("-l").arg(self.root.join("log")).args(args);
-        let status = ctl.stdout(Stdio::null()).status().unwrap();
-        assert!(status.success(), "{args:?}");
-    }
-
-    fn start(&self) {
-        self.ctl(&["start"]);
-    }
-
-    fn stop(&self, mode: &str) {
-        self.ctl(&["-m", mode, "stop"]);
-    }
-
-    fn sql(&self, user: &str, database: &str, commands: &[&str]) -> String {
-        let mut psql = Command::new("psql");
-        psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-U", user, "-d", database]);
-        psql.arg("-h")
-            .arg(&self.root)
-            .args(["-p", &self.port.to_string()]);
-        for command in commands {
-            psql.args(["-c", command]);
-        }
-        ok(&mut psql)
-    }
-}
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        if self.path("postmaster.pid").exists() {
-            let mut ctl = as_owner(postgres_bin().join("pg_ctl"));
-            ctl.arg("-D")
-                .arg(self.data())
-                .args(["-m", "immediate", "stop"]);
-            let _ = ctl.output();
-        }
-        let _ = std::fs::remove_dir_all(&self.root);
-    }
-}
 
 /// Every file with its contents.
 fn contents(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -312,29 +204,23 @@ fn old_password_works(rig: &Rig) {
         rig.layout.postgres_port(&"a".parse().unwrap()),
     ];
     for port in ports {
-        let mut psql = Command::new("psql");
-        psql.args([
-            "-h",
-            "127.0.0.1",
-            "-U",
-            "app",
-            "-d",
-            "shop",
-            "-XAtc",
-            "SELECT count(*) FROM orders",
-        ]);
-        psql.args(["-p", &port.to_string()])
-            .env("PGPASSWORD", "old-password");
+        let mut psql = psql_as_app(port, "shop", "SELECT count(*) FROM orders");
         assert_eq!(ok(&mut psql), "1000");
     }
 }
 
+/// `psql` by TCP, as the role that was there before the cluster.
+fn psql_as_app(port: u16, database: &str, query: &str) -> Command {
+    let mut psql = Command::new("psql");
+    psql.args(["-h", "127.0.0.1", "-U", "app", "-d", database]);
+    psql.args(["-p", &port.to_string(), "-XAtc", query]);
+    psql.env("PGPASSWORD", "old-password");
+    psql
+}
+
 /// The host of the adopted member is lost and comes back.
 fn comes_back(rig: &Rig) {
-    rig.kill_host("a");
-    rig.cluster.wait_status("another leads", LIMIT, |s| {
-        s["writable"] == true && s["leader"] != "a" && !s["leader"].is_null()
-    });
+    rig.lose_leader("a", || ());
     rig.wait_whole();
     assert_ne!(rig.leader(), "a");
     assert_eq!(
@@ -359,11 +245,18 @@ fn a_strange_copy_does_not_join(rig: &Rig) {
     let deadline = Instant::now() + LIMIT;
     loop {
         let out = text(&rig.cluster.craton(&["explain", &other]));
+        // And the others know that it is no life of before: an order to throw that away would not be for this one.
+        let status = rig.cluster.json(&["status"]);
+        let members = status["members"].as_array().unwrap();
+        let without_life =
+            |m: &serde_json::Value| m["id"] == other.as_str() && m["incarnation"].is_null();
         if out.contains("that Craton did not make")
             && out.contains(&format!("craton reinit {other}"))
+            && members.iter().any(without_life)
         {
             break;
         }
+        rig::pause();
         assert!(Instant::now() < deadline, "{out}\n{}", rig.cluster.logs());
     }
     assert_eq!(
@@ -375,200 +268,70 @@ fn a_strange_copy_does_not_join(rig: &Rig) {
     rig.wait_whole();
 }
 
-/// A member's settings for a host of its own, and its agent.
-struct Member {
-    root: PathBuf,
-    port: u16,
-    agent: Option<Child>,
-}
-
-impl Member {
-    fn new(name: &str) -> Self {
-        let root = directory(name);
-        let _ = std::fs::remove_dir_all(&root);
-        std::fs::create_dir(&root).unwrap();
-        // The program in a place that the owner can reach.
-        let program = root.join("craton");
-        std::fs::copy(env!("CARGO_BIN_EXE_craton"), &program).unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-        if craton::owner::is_root() {
-            let account = craton::owner::account("postgres").unwrap();
-            std::os::unix::fs::chown(&root, Some(account.uid), Some(account.gid)).unwrap();
-        }
-        let member = Self {
-            port: free_base_port(),
-            root,
-            agent: None,
-        };
-        let secrets = member.root.join("secrets");
-        ok(member
-            .craton(&["ca", "init", "--cluster", "moved", "--secrets"])
-            .arg(&secrets));
-        let at = |offset: u16| format!("127.0.0.1:{}", member.port + offset);
-        let settings = format!(
-            "[node]\ncluster = \"moved\"\nmember = \"a\"\ndir = \"{}\"\nhost = \"127.0.0.1\"\nport = {}\napi_listen = {:?}\npeer_listen = {:?}\nsecrets = \"{}\"\nfirst_start = \"adopt\"\npeers = [{{ member = \"a\", address = {3:?} }}]\n",
-            member.root.join("a").display(),
-            member.port,
-            at(1),
-            at(2),
-            secrets.display(),
-        );
-        std::fs::write(member.settings(), settings).unwrap();
-        std::fs::set_permissions(member.settings(), std::fs::Permissions::from_mode(0o644))
-            .unwrap();
-        member
-    }
-
-    fn settings(&self) -> PathBuf {
-        self.root.join("craton.toml")
-    }
-
-    fn craton(&self, args: &[&str]) -> Command {
-        let mut command = as_owner(self.root.join("craton"));
-        command.args(args).current_dir(&self.root);
-        command
-    }
-
-    fn node(&mut self) {
-        let log = std::fs::File::create(self.root.join("agent.log")).unwrap();
-        let mut agent = self.craton(&["node", "--config"]);
-        agent.arg(self.settings()).stderr(log);
-        self.agent = Some(agent.spawn().unwrap());
-    }
-
-    fn log(&self) -> String {
-        std::fs::read_to_string(self.root.join("agent.log")).unwrap_or_default()
-    }
-}
-
-impl Drop for Member {
-    fn drop(&mut self) {
-        if let Some(agent) = &mut self.agent {
-            harness::signal(agent.id(), "TERM");
-            let _ = agent.wait();
-        }
-        let pid = std::fs::read_to_string(self.root.join("a/data/postmaster.pid"));
-        if let Some(pid) = pid.ok().and_then(|t| t.lines().next()?.parse().ok()) {
-            harness::signal(pid, "QUIT");
-        }
-        let _ = std::fs::remove_dir_all(&self.root);
-    }
-}
-
-fn insert(host: &str, port: u16, password: Option<&str>, n: u64) -> bool {
-    let mut psql = Command::new("psql");
-    psql.args(["-XAtq", "-U", "postgres", "-d", "postgres", "-h", host]);
-    psql.args([
-        "-p",
-        &port.to_string(),
-        "-c",
-        &format!("INSERT INTO marks VALUES ({n})"),
-    ]);
-    psql.env("PGCONNECT_TIMEOUT", "2")
-        .env("PGPASSWORD", password.unwrap_or_default());
-    psql.output().unwrap().status.success()
-}
-
-/// What follows is taken over neither too early nor by an agent.
-fn not_before_its_time(member: &mut Member, old: &Foreign, password: &Path) {
-    // Nothing is taken over that does not follow.
-    let mut early = member.craton(&["adopt", "takeover", "--wait", "1", "--config"]);
-    let early = early.arg(member.settings()).output().unwrap();
-    assert_eq!(early.status.code(), Some(4), "{}", text(&early));
-
-    let from = format!("127.0.0.1:{}", old.port);
-    for again in [false, true] {
-        let mut follow = member.craton(&[
-            "adopt", "follow", "--from", &from, "--user", "standby", "--config",
-        ]);
-        follow
-            .arg(member.settings())
-            .arg("--password-file")
-            .arg(password);
-        let out = follow.output().unwrap();
-        assert!(out.status.success(), "again: {again}: {}", text(&out));
-        eprintln!("{}", text(&out));
-    }
-    // Neither does it take over while the primary runs, nor does an agent touch what follows.
-    let mut early = member.craton(&["adopt", "takeover", "--wait", "2", "--config"]);
-    let early = early.arg(member.settings()).output().unwrap();
-    assert_eq!(early.status.code(), Some(6), "{}", text(&early));
-    member.node();
-    let refused = member.agent.take().unwrap().wait().unwrap();
-    assert!(
-        !refused.success() && member.log().contains("did not start"),
-        "{}",
-        member.log()
-    );
-}
-
-/// A plain primary stands for repmgr's and Patroni's: underneath they are one.
+/// On a host: a directory with a tablespace and an archive, whose member is lost at many moments of its adoption.
 #[test]
-fn from_a_running_primary_with_a_switchover() {
+fn an_adoption_that_is_cut_off_is_finished() {
     let _turn = turn();
-    let old = Foreign::new("old", "postgres");
-    old.start();
-    old.sql(
-        "postgres",
+    let foreign = Foreign::new("cut-off", "admin");
+    let (space, archive) = (foreign.root.join("space"), foreign.root.join("archive"));
+    for dir in [&space, &archive] {
+        ok(as_owner("mkdir").arg(dir));
+    }
+    foreign.configure(&format!(
+        "archive_mode = on\narchive_command = 'cp %p {}/%f'\nshared_preload_libraries = 'repmgr'",
+        archive.display()
+    ));
+    foreign.start();
+    let spot = format!("CREATE TABLESPACE far LOCATION '{}'", space.display());
+    let password = "SET password_encryption = 'scram-sha-256'; CREATE ROLE app SUPERUSER LOGIN PASSWORD 'old-password'";
+    foreign.sql(
+        "admin",
         "postgres",
         &[
-            "CREATE TABLE marks (n bigint PRIMARY KEY)",
-            "CREATE ROLE standby REPLICATION LOGIN PASSWORD 'stream-password'",
-            "ALTER ROLE postgres PASSWORD 'super-password'",
+            &spot,
+            "CREATE TABLE orders TABLESPACE far AS SELECT n FROM generate_series(1, 1000) AS n",
+            password,
         ],
     );
-    let mut member = Member::new("new");
-    let password = member.root.join("password");
-    std::fs::write(&password, "stream-password\n").unwrap();
-    std::fs::set_permissions(&password, std::fs::Permissions::from_mode(0o644)).unwrap();
+    foreign.stop("immediate");
 
-    not_before_its_time(&mut member, &old, &password);
+    // The copy of a laboratory would share the tablespace.
+    let dir = directory("cut-off-up");
+    let (up, source) = (dir.to_str().unwrap(), foreign.data());
+    let out = craton(&["--dir", up, "up", "--adopt", source.to_str().unwrap()]);
+    assert_eq!(out.status.code(), Some(4), "{}", text(&out));
+    assert!(text(&out).contains("tablespace"), "{}", text(&out));
+    assert!(!dir.exists());
 
-    // Clients write all the while: each row is a new session, as from an application without a pool.
-    let mut written = 0;
-    while written < 20 {
-        assert!(insert("127.0.0.1", old.port, None, written));
-        written += 1;
+    let mut member = Member::new("cut-off-host");
+    ok(as_owner("mkdir")
+        .args(["-m", "700"])
+        .arg(member.root.join("a")));
+    std::fs::rename(&source, member.root.join("a/data")).unwrap();
+    // Powers of two, so that early steps, which are short, are met as well as late ones.
+    for milliseconds in [4, 8, 16, 32, 64, 128, 256, 512, 1024] {
+        member.node();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        member.lose_host();
     }
-    let mut takeover = member.craton(&["adopt", "takeover", "--config"]);
-    takeover
-        .arg(member.settings())
-        .stderr(Stdio::piped())
-        .stdout(Stdio::piped());
-    let takeover = takeover.spawn().unwrap();
-    while written < 40 {
-        assert!(insert("127.0.0.1", old.port, None, written));
-        written += 1;
-    }
-    let gone = Instant::now();
-    old.stop("fast");
-    let out = takeover.wait_with_output().unwrap();
-    assert!(out.status.success(), "{}", text(&out));
-    eprintln!(
-        "{}taken over {:?} after the stop was asked for",
-        text(&out),
-        gone.elapsed()
-    );
     member.node();
-    while !insert("127.0.0.1", member.port, Some("super-password"), written) {
-        assert!(gone.elapsed() < LIMIT, "{}", member.log());
+    let sql = |query: &str| psql_as_app(member.port, "postgres", query);
+    let deadline = Instant::now() + LIMIT;
+    let open = "INSERT INTO orders VALUES (1001)";
+    while !sql(open).output().unwrap().status.success() {
+        assert!(Instant::now() < deadline, "{}", member.log());
+        rig::pause();
     }
-    eprintln!("clients write again after {:?}", gone.elapsed());
-    written += 1;
-    let mut count = Command::new("psql");
-    count.args([
-        "-XAtq",
-        "-U",
-        "postgres",
-        "-d",
-        "postgres",
-        "-h",
-        "127.0.0.1",
-        "-c",
-        "SELECT count(*) FROM marks",
-    ]);
-    count
-        .args(["-p", &member.port.to_string()])
-        .env("PGPASSWORD", "super-password");
-    assert_eq!(ok(&mut count), written.to_string(), "rows are missing");
+    let read = |query: &str| ok(&mut sql(query));
+    assert_eq!(read("SELECT count(*) FROM orders"), "1001");
+    assert_eq!(read("SHOW shared_preload_libraries"), "");
+    let wal = read("SELECT pg_walfile_name(pg_current_wal_lsn()) FROM pg_switch_wal()");
+    while !archive.join(&wal).exists() {
+        assert!(
+            Instant::now() < deadline,
+            "{wal} is not archived: {}",
+            member.log()
+        );
+        rig::pause();
+    }
 }

@@ -23,10 +23,13 @@ fn a_lost_disk_is_filled_out_of_the_repository() {
         "-c",
         "CREATE TABLE t AS SELECT generate_series(1, 1000) AS i",
     ]);
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !c.craton(&["backup", "run"]).status.success() {
-        assert!(Instant::now() < deadline, "no backup\n{}", c.logs());
-    }
+    c.wait("a backup", Duration::from_secs(60), || {
+        let out = c.craton(&["backup", "run"]);
+        out.status
+            .success()
+            .then_some(())
+            .ok_or_else(|| harness::text(&out))
+    });
     // What the backup does not have comes out of the archive.
     c.sql(&["-c", "INSERT INTO t SELECT generate_series(1001, 3000)"]);
     let standby = status["members"]

@@ -11,14 +11,22 @@
 
 #[path = "containers/mod.rs"]
 mod containers;
+#[path = "containers/monitoring.rs"]
+mod monitoring;
+#[path = "containers/old_hands.rs"]
+mod old_hands;
 #[path = "containers/old_interface.rs"]
 mod old_interface;
+#[path = "containers/package.rs"]
+mod package;
 #[path = "containers/recovery.rs"]
 mod recovery;
 #[path = "containers/secrets.rs"]
 mod secrets;
 #[path = "containers/signals.rs"]
 mod signals;
+#[path = "containers/slots.rs"]
+mod slots;
 #[path = "containers/two_hosts.rs"]
 mod two_hosts;
 #[path = "containers/upgrade.rs"]
@@ -54,7 +62,13 @@ fn start(name: &str) -> Stack {
     let begun = Instant::now();
     stack.up(&ALL);
     let leader = stack.whole("pgmaster", &NODES, Duration::from_secs(240));
-    assert_eq!(leader, "pgmaster");
+    if leader != "pgmaster" {
+        // It made the cluster; where the machine was too slow for its lease meanwhile, another took over, rightly.
+        stack.sh(&leader, "craton switchover --to pgmaster");
+        let leader = stack.whole("pgmaster", &NODES, Duration::from_secs(60));
+        assert_eq!(leader, "pgmaster");
+    }
+    stack.sh("pgmaster", "wait_local_postgres");
     stack.wait(
         "the proxy lets the application in",
         Duration::from_secs(60),
@@ -83,11 +97,18 @@ fn insert(stack: &Stack) {
 fn from_nothing() {
     let Some(_turn) = turn() else { return };
     let stack = start("first");
+    // Who leads stays the same on a slow machine, too: how long an outage is, other tests say.
+    stack.sh(
+        "pgmaster",
+        "craton config set ttl_ms=20000 heartbeat_ms=500 crash_grace_ms=20000 stall_after_ms=30000",
+    );
     replication_within_a_second(&stack);
     what_is_in_the_images(&stack);
     settings_and_names(&stack);
     extensions(&stack);
     old_commands_of_a_node(&stack);
+    old_hands::typed_as_before(&stack);
+    old_hands::wrong_variables();
     old_commands_of_the_balancer(&stack);
     backups(&stack);
     what_alerts_ask_for(&stack);
@@ -215,7 +236,7 @@ fn settings_and_names(stack: &Stack) {
     }
     assert!(line("node.port ").ends_with("the image"), "{origin}");
     for (service, name, variable) in [
-        ("pgpool", "proxy.clients_max ", "CONFIGS"),
+        ("pgpool", "proxy.pool_size ", "CONFIGS"),
         ("backup", "backup.agents ", "REPLICATION_HOST"),
     ] {
         let origin = stack.sh(service, "craton config show --origin");
@@ -263,44 +284,37 @@ fn old_commands_of_a_node(stack: &Stack) {
             "/usr/local/bin/cluster/healthcheck/is_major_master.sh",
         );
     }
-    let shown = stack.sh("pgslave2", "gosu postgres repmgr cluster show");
-    let row = |name: &str| {
-        shown
-            .lines()
-            .find(|l| l.contains(name))
-            .unwrap_or_default()
-            .to_owned()
+    // They ask every node at this moment, and a node may be slow to answer.
+    let shows = |node: &str, command: &str, good: &dyn Fn(&str) -> bool| {
+        stack.wait(command, Duration::from_secs(30), || {
+            let shown = stack.try_sh(node, &format!("gosu postgres {command}"))?;
+            if good(&shown) { Ok(()) } else { Err(shown) }
+        });
     };
-    assert!(row("node1").contains("| primary | * running |"), "{shown}");
-    assert!(
-        row("node4").starts_with(" 4  | node4 | standby |   running | node1"),
-        "{shown}"
-    );
-    let crosscheck = stack.sh("pgslave1", "gosu postgres repmgr cluster crosscheck");
-    assert_eq!(
-        crosscheck
-            .lines()
-            .filter(|l| l.matches('*').count() == 4)
-            .count(),
-        4,
-        "{crosscheck}"
-    );
-    assert!(!crosscheck.contains('?'), "{crosscheck}");
+    let row = |shown: &str, name: &str| {
+        let found = shown.lines().find(|l| l.contains(name));
+        found.unwrap_or_default().to_owned()
+    };
+    shows("pgslave2", "repmgr cluster show", &|shown| {
+        row(shown, "node1").contains("| primary | * running |")
+            && row(shown, "node4").starts_with(" 4  | node4 | standby |   running | node1")
+    });
+    shows("pgslave1", "repmgr cluster crosscheck", &|shown| {
+        let whole = shown.lines().filter(|l| l.matches('*').count() == 4);
+        whole.count() == 4 && !shown.contains('?')
+    });
     assert_eq!(stack.sh("pgmaster", "gosu postgres id -un"), "postgres");
 }
 
 fn old_commands_of_the_balancer(stack: &Stack) {
-    let nodes = stack.sql("show pool_nodes").unwrap();
-    let lines: Vec<&str> = nodes.lines().collect();
-    assert_eq!(lines.len(), 4, "{nodes}");
-    assert!(
-        lines[0].starts_with("0|pgmaster|5432|up|0.250000|primary|"),
-        "{nodes}"
-    );
-    assert!(
-        lines[3].starts_with("3|pgslave3|5432|up|0.250000|standby|"),
-        "{nodes}"
-    );
+    let nodes = stack.wait("all nodes are up", Duration::from_secs(30), || {
+        let nodes = stack.sql("show pool_nodes")?;
+        let lines: Vec<&str> = nodes.lines().collect();
+        let good = lines.len() == 4
+            && lines[0].starts_with("0|pgmaster|5432|up|0.250000|primary|")
+            && lines[3].starts_with("3|pgslave3|5432|up|0.250000|standby|");
+        if good { Ok(nodes) } else { Err(nodes) }
+    });
     // What prepares everything gets the same rows.
     let prepared = "echo 'show pool_nodes \\bind \\g' | PGPASSWORD=monkey_pass psql -h localhost -U monkey_user -d monkey_db -XAtq -v ON_ERROR_STOP=1";
     assert_eq!(stack.sh("pgpool", prepared), nodes);
@@ -324,7 +338,10 @@ fn backups(stack: &Stack) {
         stack.try_sh("backup", "barman check pg_cluster")
     });
     stack.sh("backup", "barman switch-xlog --force --archive all");
-    stack.sh("backup", "barman backup all");
+    // The first one may be on its way by itself.
+    stack.wait("a backup is taken", Duration::from_secs(120), || {
+        stack.try_sh("backup", "barman backup all")
+    });
     let list = stack.sh("backup", "barman list-backup all");
     assert!(
         list.starts_with("pg_cluster 20") && list.contains(" - Size: "),
@@ -403,7 +420,8 @@ fn nothing_secret_is_shown(stack: &Stack) {
 /// Nobody runs as root, and the first process takes the dead away.
 fn processes(stack: &Stack) {
     for service in ALL {
-        let roots = stack.sh(service, "for p in /proc/[0-9]*; do [ \"$(stat -c %u $p 2>/dev/null)\" = 0 ] && [ \"$(cat $p/comm)\" = craton ] && echo $p; done; true");
+        // A process without a parent came in from outside, as the health check does, which Docker runs as root.
+        let roots = stack.sh(service, "for p in /proc/[0-9]*; do s=$(cat $p/status 2>/dev/null); [[ $s =~ ^Name:.craton && $s =~ Uid:.[0-9]+.0[^0-9] && ( $p = /proc/1 || ! $s =~ PPid:.0[^0-9] ) ]] && echo \"$p $s\"; done; true");
         assert_eq!(roots, "", "{service}");
         stack.sh(service, "(sleep 0.1 &) ; true");
         stack.wait("no zombie is left", Duration::from_secs(5), || match stack
@@ -431,13 +449,18 @@ fn restart_of_the_leader(stack: &Stack) {
         "pgmaster",
         "/usr/local/bin/cluster/healthcheck/is_major_master.sh",
     );
-    let primaries = NODES.iter().filter(|n| {
-        stack
-            .sql_on(n, "postgres", "SELECT pg_is_in_recovery()")
-            .unwrap()
-            == "f"
+    // What restarts may still be on its way.
+    stack.wait("all nodes answer", Duration::from_secs(60), || {
+        let look = |n| stack.sql_on(n, "postgres", "SELECT pg_is_in_recovery()");
+        let seen = NODES.map(look).into_iter().collect::<Result<Vec<_>, _>>()?;
+        let primaries = seen.iter().filter(|s| *s == "f").count();
+        assert!(primaries <= 1, "{seen:?}");
+        if primaries == 1 {
+            Ok(())
+        } else {
+            Err(format!("{seen:?}"))
+        }
     });
-    assert_eq!(primaries.count(), 1);
 }
 
 /// What the old project's tests did to a cluster, and more. Slow: `make test-containers`.
@@ -595,9 +618,15 @@ fn isolated_primary(stack: &Stack) {
     let own = stack.sql_on(&old, "postgres", "SELECT pg_is_in_recovery()");
     assert_ne!(own.as_deref(), Ok("f"), "two primaries");
     let probe = "/usr/local/bin/cluster/healthcheck/is_major_master.sh";
-    assert!(stack.try_sh(&old, probe).is_err() || own.as_deref() == Ok("t"));
+    let said = stack.try_sh(&old, probe).unwrap_err();
+    assert!(said.contains("False primary"), "{said}");
+    // It says so itself, though nobody finds it by its name now.
+    let said = stack.sh(&old, "craton explain");
+    assert!(said.starts_with(&old), "{said}");
     stack.docker(&["network", "connect", "--alias", &old, &stack.network(), &id]);
     stack.whole(&new, &NODES, Duration::from_secs(120));
+    let said = stack.sh(&old, probe);
+    assert!(said.contains("not the primary"), "{said}");
     assert_eq!(rows(stack), before + 1);
     assert_eq!(
         stack
@@ -646,8 +675,10 @@ fn paused_primary(stack: &Stack) {
     );
 }
 
-/// An agent that is killed is back inside its lease: no failover.
+/// An agent that is killed is back inside its lease: no failover. The lease is long, so that no slow start of a program
+/// decides the test.
 fn killed_agent(stack: &Stack) {
+    stack.sh("pgslave1", "craton config set ttl_ms=20000");
     let leader = stack.leader("pgslave1").unwrap();
     let term = stack.status(&leader).unwrap()["term"].clone();
     let agent = "ps -eo pid=,args= | awk '$2 == \"craton\" && $3 == \"node\" {print $1}'";
@@ -664,6 +695,7 @@ fn killed_agent(stack: &Stack) {
     insert(stack);
     stack.whole(&leader, &NODES, Duration::from_secs(60));
     assert_eq!(stack.status(&leader).unwrap()["term"], term);
+    stack.sh("pgslave1", "craton config set ttl_ms=2000");
 }
 
 /// A node that lost its disk comes back under its name, also the one that made the cluster.
@@ -723,11 +755,11 @@ fn scale_out(stack: &Stack) {
     let five = [&NODES[..], &["pgslave4"]].concat();
     let whole = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         stack.whole("pgslave1", &five, Duration::from_secs(180));
-        let nodes = stack.sql("show pool_nodes").unwrap();
-        assert!(
-            nodes.lines().any(|l| l.starts_with("4|pgslave4|5432|up|")),
-            "{nodes}"
-        );
+        stack.wait("the proxy knows it", Duration::from_secs(30), || {
+            let nodes = stack.sql("show pool_nodes")?;
+            let there = nodes.lines().any(|l| l.starts_with("4|pgslave4|5432|up|"));
+            if there { Ok(()) } else { Err(nodes) }
+        });
     }));
     stack.docker(&["rm", "-f", "-v", &id]);
     whole.unwrap();

@@ -119,7 +119,7 @@ fn have_back(c: &Cluster, wal: &Path) {
     let database = c.sql(&["-At", "-c", "SELECT current_database()"]);
     let count = |sql: &str| {
         let out = Restored::postgres(&format!(
-            "psql -h {path} -p 5499 -d {database} -At -c \"{sql}\""
+            "psql -h {path} -p 5499 -U postgres -d {database} -At -c \"{sql}\""
         ));
         text(&out).trim().to_owned()
     };

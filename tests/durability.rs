@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use craton::drill::recorder::longest_gap;
 use craton::processes;
+use craton::sessions::value;
 use rustix::process::Signal;
 
 #[path = "harness/mod.rs"]
@@ -60,7 +61,9 @@ fn each_mode_keeps_what_it_says() {
     assert!(verdict.lost.len() <= most, "{} lost", verdict.lost.len());
 
     for (run, mode) in [(3, "quorum"), (4, "strict")] {
-        rig.durability(&[&format!("durability={mode}")], mode, 1);
+        // A standby that is frozen counts until the leader is lost, however long the machine takes for that.
+        let settings = [&format!("durability={mode}"), "standby_grace_ms=30000"];
+        rig.durability(&settings, mode, 1);
         rig.wait_whole();
         let clients = rig.record(run);
         let unsent = kill_while_nothing_is_sent(&rig, &clients, false);
@@ -68,7 +71,45 @@ fn each_mode_keeps_what_it_says() {
         let (_, verdict) = clients.finish(mode);
         assert_eq!(verdict.lost, Vec::<u64>::new(), "{mode}");
     }
+    let out = rig
+        .cluster
+        .craton(&["config", "set", "standby_grace_ms=2000"]);
+    rig.cluster.expect_ok(&out, "config set");
     a_standby_is_gone(&rig);
+    a_session_crashes(&rig);
+}
+
+/// A session that crashes ends all of PostgreSQL, and another member takes over: it does not start again by itself, with
+/// commits that nobody has.
+fn a_session_crashes(rig: &Rig) {
+    rig.durability(&["durability=quorum", "sync_standbys=1"], "quorum", 1);
+    let leader = rig.leader();
+    let port = rig.layout.postgres_port(&leader.parse().unwrap());
+    let restart = value_at(rig, port, "SHOW restart_after_crash");
+    assert_eq!(restart, "off");
+    let clients = rig.record(6);
+    let victim = rig.runtime.block_on(async {
+        let client = rig.login.connect(port).await.unwrap();
+        let pid = value(&client, "SELECT pg_backend_pid()::text").await;
+        let victim: i32 = pid.unwrap().parse().unwrap();
+        let victim = processes::ProcessId::of(victim).expect("the session's process");
+        assert!(victim.signal(Signal::KILL));
+        victim
+    });
+    let status = rig.cluster.wait_status("another leader", LIMIT, |s| {
+        s["writable"] == true && s["leader"].as_str().is_some_and(|l| l != leader)
+    });
+    let after = status["leader"].as_str().unwrap();
+    eprintln!("{victim:?} on {leader} crashed: {after} leads");
+    let (_, verdict) = clients.finish("a session crashed");
+    assert_eq!(verdict.lost, Vec::<u64>::new());
+}
+
+fn value_at(rig: &Rig, port: u16, query: &str) -> String {
+    rig.runtime.block_on(async {
+        let client = rig.login.connect(port).await.unwrap();
+        value(&client, query).await.unwrap()
+    })
 }
 
 /// Stops the leader's WAL senders and kills its host a moment later. How many rows were acknowledged in between.
@@ -76,7 +117,11 @@ fn kill_while_nothing_is_sent(rig: &Rig, clients: &Clients<'_>, goes_on: bool) -
     let leader = rig.leader();
     let frozen = Frozen::new(rig.senders(&leader, None));
     // What was on its way when the senders were stopped is acknowledged still.
-    clients.watch(Duration::from_millis(100));
+    if goes_on {
+        clients.watch(Duration::from_millis(100));
+    } else {
+        clients.wait_silence("without standbys");
+    }
     let before = clients.acknowledged();
     if goes_on {
         clients.wait_acknowledged("async without standbys", 20);
@@ -84,11 +129,7 @@ fn kill_while_nothing_is_sent(rig: &Rig, clients: &Clients<'_>, goes_on: bool) -
         clients.watch(Duration::from_millis(400));
     }
     let unsent = clients.acknowledged() - before;
-    rig.kill_host(&leader);
-    drop(frozen);
-    rig.cluster.wait_status("another leader", LIMIT, |s| {
-        s["writable"] == true && s["leader"] != leader.as_str()
-    });
+    rig.lose_leader(&leader, || drop(frozen));
     unsent
 }
 
@@ -98,16 +139,17 @@ fn a_standby_is_gone(rig: &Rig) {
     let clients = rig.record(5);
     let leader = rig.leader();
     let gone = rig.standbys(&leader).pop().unwrap();
-    rig.kill_host(&gone);
+    rig.kill_host_for(&gone, LIMIT * 2);
     // What was on its way comes to an end; from then on nothing is acknowledged while the standby is away.
-    let deadline = Instant::now() + LIMIT;
-    while clients.watch(Duration::from_millis(300)) > 0 {
-        assert!(Instant::now() < deadline, "commits do not wait for {gone}");
-    }
+    clients.wait_silence("a standby is gone");
     let while_away = clients.watch(Duration::from_millis(1500));
     assert_eq!(while_away, 0, "acknowledged with {gone} away");
     let explained = text(&rig.cluster.craton(&["explain"]));
     assert!(explained.contains("writes wait"), "{explained}");
+    let next = rig.cluster.json(&["status"])["next"].to_string();
+    let two = next.contains("1 of 3 voters would be left, and 2 are needed");
+    assert!(two, "{next}");
+    rig.power_on(&gone);
     clients.wait_acknowledged("the standby is back", 50);
     assert_eq!(rig.leader(), leader, "the leader had no reason to go");
     clients.no_error("a standby was gone");
@@ -127,15 +169,11 @@ fn the_backup_alone_has_the_newest_rows() {
     let frozen = Frozen::new(both.collect());
     clients.watch(Duration::from_millis(100));
     clients.wait_acknowledged("on the backup alone", 20);
-    rig.kill_host(&leader);
-    drop(frozen);
-    rig.cluster.wait_status("another leader", LIMIT, |s| {
-        s["writable"] == true && s["leader"] != leader.as_str()
-    });
+    rig.lose_leader(&leader, || drop(frozen));
     let (_, verdict) = clients.finish("the backup alone had the newest rows");
     assert_eq!(verdict.lost, Vec::<u64>::new());
     eprintln!("{}", rig.history("elected").last().unwrap());
-    let logs = rig.cluster.logs();
+    let logs = rig.cluster.whole_logs();
     assert!(
         logs.contains("getting the missing WAL out of the backup"),
         "nobody had to get WAL from the backup: the fault had no effect\n{logs}"
@@ -189,8 +227,9 @@ fn the_coordinator_has_no_majority(rig: &Rig) {
         .collect();
     let gap = longest_gap(&acknowledged, began, tokio::time::Instant::now());
     eprintln!("on promises: longest time without a commit {gap:?}");
+    // On a busy machine a flush takes its time. Without promises they would stand until the others run again.
     assert!(
-        gap < Duration::from_secs(2),
+        gap < Duration::from_secs(4),
         "writes stood still for {gap:?}"
     );
 
@@ -232,24 +271,24 @@ fn a_member_that_never_leads_holds_the_most(rig: &Rig) {
     });
     rig.wait_whole();
 
+    // Within the standbys' grace, or the others would be no part of V any more.
+    let out = rig
+        .cluster
+        .craton(&["config", "set", "standby_grace_ms=30000"]);
+    rig.cluster.expect_ok(&out, "config set");
     let clients = rig.record(2);
     let others = standbys[1..].iter();
     let senders = others.flat_map(|m| rig.senders(&leader, Some(m))).collect();
     let frozen = Frozen::new(senders);
-    // Within the standby's grace, or the others would be no part of V any more.
     clients.watch(Duration::from_millis(100));
     clients.wait_acknowledged("on the holder alone", 20);
-    rig.kill_host(&leader);
-    drop(frozen);
-    let after = rig.cluster.wait_status("another leader", LIMIT, |s| {
-        s["writable"] == true && s["leader"] != leader.as_str()
-    });
+    let after = rig.lose_leader(&leader, || drop(frozen));
     assert_ne!(after["leader"], holder.as_str(), "priority 0 leads");
     let (_, verdict) = clients.finish("a member that never leads held the most");
     assert_eq!(verdict.lost, Vec::<u64>::new());
     let elected = rig.history("elected");
     eprintln!("{}", elected.last().unwrap());
-    let got = rig.cluster.logs();
+    let got = rig.cluster.whole_logs();
     assert!(
         got.contains("getting the missing WAL"),
         "nobody had to get WAL from {holder}: the fault had no effect\n{got}"

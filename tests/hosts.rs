@@ -172,8 +172,33 @@ fn async_loses_a_bounded_tail() {
         Fault::CutFromPeers,
         Fault::FreezeHost,
         Fault::FreezeAgent,
+        // Nothing but the fence keeps the old leader from acknowledging beside the next one.
+        Fault::KillAgent,
+        Fault::StarveAgent,
     ];
     series(&cluster, &faults, terms);
+}
+
+/// In `strict` nothing acknowledged is lost either, by none of these, also where clients cancel what waits.
+#[test]
+fn strict_loses_nothing() {
+    let Some(_turn) = turn() else { return };
+    let cluster = Craton::start(Options {
+        durability: "strict",
+        ..Options::default()
+    });
+    let cancelling = Terms {
+        cancel: true,
+        ..QUORUM
+    };
+    series(&cluster, &[Fault::CutFromPeers], cancelling);
+    let faults = [
+        Fault::KillHost,
+        Fault::FreezeHost,
+        Fault::LoseStandby,
+        Fault::KillPostmaster,
+    ];
+    series(&cluster, &faults, QUORUM);
 }
 
 /// The wall clock of the leader jumps by an hour, forward and back: nothing happens, because no wall clock

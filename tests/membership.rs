@@ -8,8 +8,9 @@
     reason = "a test may fail at any line, and waits on the clock of the outside world"
 )]
 
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -41,10 +42,10 @@ fn voters(c: &Cluster) -> Option<usize> {
 }
 
 fn wait_voters(c: &Cluster, wanted: usize) {
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while voters(c) != Some(wanted) {
         assert!(
-            std::time::Instant::now() < deadline,
+            Instant::now() < deadline,
             "never {wanted} voters: {}\n{}",
             text(&c.craton(&["member", "list"])),
             c.logs()
@@ -141,12 +142,9 @@ fn grow_and_shrink(c: &Cluster) {
     }
     wait_voters(c, 3);
     let slots = "SELECT count(*) FROM pg_replication_slots WHERE slot_name ~ '^craton_.$'";
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while c.sql(&["-d", "postgres", "-Atc", slots]) != "2" {
-        assert!(
-            std::time::Instant::now() < deadline,
-            "slots of removed members stay"
-        );
+        assert!(Instant::now() < deadline, "slots of removed members stay");
     }
 }
 
@@ -163,21 +161,17 @@ fn one_survivor_goes_on_and_a_new_host_joins_it() {
         "-qc",
         "CREATE TABLE kept AS SELECT generate_series(1, 100) AS i",
     ]);
-    c.wait_status("the survivor has it all", PATIENCE, |s| {
-        let members = s["members"].as_array().unwrap();
-        members
-            .iter()
-            .any(|m| m["id"] == survivor && m["lag_bytes"] == 0)
-    });
+    wait_received(&c, survivor);
 
     // Nothing is to start the lost ones again.
     for pid in running(&[" supervise", c.dir.to_str().unwrap()]) {
         signal(pid, "KILL");
     }
-    for lost in [&leader, other] {
-        for pid in processes_of(&c.dir, lost) {
-            signal(pid, "KILL");
-        }
+    // Both at once: one after the other, the second could still elect the survivor.
+    let lost = [&leader, other].map(|lost| (lost, processes_of(&c.dir, lost)));
+    let pids: Vec<u32> = lost.iter().flat_map(|(_, pids)| pids).copied().collect();
+    kill(&pids);
+    for (lost, _) in lost {
         let home = c.dir.join("members").join(lost);
         wait_until("it is gone", || processes_of(&c.dir, lost).is_empty());
         std::fs::remove_dir_all(home).unwrap();
@@ -221,6 +215,110 @@ fn one_survivor_goes_on_and_a_new_host_joins_it() {
     joins(&c, &stuck, (survivor, other));
 }
 
+/// The survivor was cut off first, so its log is an old one: by what it says it may lead, and rows that the leader
+/// acknowledged alone afterwards would be lost without anybody having said so.
+#[test]
+fn a_survivor_with_an_old_log_stays_closed_until_the_loss_is_accepted() {
+    let c = Cluster::up(
+        "recover-old",
+        &["--members", "2", "--witness", "--no-sample"],
+    );
+    let status = c.wait_status("a whole cluster", PATIENCE, |s| streaming(s, 2));
+    wait_voters(&c, 3);
+    let leader = status["leader"].as_str().unwrap().to_owned();
+    let survivor = if leader == "a" { "b" } else { "a" };
+    c.sql(&[
+        "-qc",
+        "CREATE TABLE kept AS SELECT generate_series(1, 100) AS i",
+    ]);
+    wait_received(&c, survivor);
+    // Nothing is to start the lost ones again.
+    for pid in running(&[" supervise", c.dir.to_str().unwrap()]) {
+        signal(pid, "KILL");
+    }
+
+    // Cut off, as far as the others can tell: nothing of it runs.
+    kill(&processes_of(&c.dir, survivor));
+    wait_until("it is cut off", || {
+        processes_of(&c.dir, survivor).is_empty()
+    });
+    c.wait_status("the leader is alone on record", PATIENCE, |s| {
+        s["writable"] == true && s["sync"]["members"] == serde_json::json!([])
+    });
+    c.sql(&["-qc", "INSERT INTO kept SELECT generate_series(101, 150)"]);
+    assert_eq!(c.sql(&["-Atc", "SELECT count(*) FROM kept"]), "150");
+
+    // Leader and witness burn.
+    let witness = || running(&[" witness ", c.dir.to_str().unwrap()]);
+    assert_eq!(witness().len(), 1);
+    kill(&[processes_of(&c.dir, &leader), witness()].concat());
+    wait_until("they are gone", || {
+        processes_of(&c.dir, &leader).is_empty() && witness().is_empty()
+    });
+    std::fs::remove_dir_all(c.dir.join("members").join(&leader)).unwrap();
+    std::fs::remove_dir_all(c.dir.join("witness")).unwrap();
+
+    let conf = c.dir.join(format!("conf/node-{survivor}.toml"));
+    let out = as_owner(&c, &format!("recover --config {} --yes", conf.display()));
+    c.expect_ok(&out, "craton recover");
+    println!("{}", text(&out));
+    let old = format!("led by {leader}, commits wait for 1 of {survivor}");
+    assert!(text(&out).contains(&old), "{}", text(&out));
+    assert!(
+        text(&out).contains("not promoted by itself"),
+        "{}",
+        text(&out)
+    );
+    let _agent = start_agent(&c, survivor);
+    stays_closed_and_says_why(&c, survivor);
+
+    let out = c.craton(&["failover", "--allow-data-loss", "--yes"]);
+    c.expect_ok(&out, "craton failover --allow-data-loss");
+    assert!(text(&out).contains("recovered from"), "{}", text(&out));
+    c.wait_status("the survivor leads", PATIENCE, |s| {
+        s["writable"] == true && s["leader"] == survivor
+    });
+    assert_eq!(c.sql(&["-Atc", "SELECT count(*) FROM kept"]), "100");
+    let told = c.json(&["history"]);
+    let kinds: Vec<&str> = told["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| e["kind"].as_str().unwrap())
+        .filter(|k| ["recovered", "override", "elected"].contains(k))
+        .collect();
+    assert!(
+        kinds.ends_with(&["recovered", "override", "elected"]),
+        "{told}"
+    );
+}
+
+/// Its own seal is all that its old sync set asks for, and it does not lead for several leases.
+fn stays_closed_and_says_why(c: &Cluster, survivor: &str) {
+    let stuck = c.wait_status("an election in recovered records", PATIENCE, |s| {
+        s["election"]["recovered"] == true
+            && s["election"]["sealed"] == serde_json::json!([survivor])
+    });
+    assert_eq!(stuck["election"]["seals_needed"], 1, "{stuck}");
+    let plain = c.craton(&["status"]);
+    assert!(text(&plain).contains("may be old"), "{}", text(&plain));
+    harness::watch(Duration::from_secs(6), || {
+        let status = c.json(&["status"]);
+        assert!(status["leader"].is_null(), "it was promoted: {status}");
+    });
+    let explained = text(&c.craton(&["explain", survivor]));
+    let doctor = text(&c.craton(&["doctor"]));
+    for (said, by) in [(explained, "no_winner"), (doctor, "recovered")] {
+        assert!(said.contains(by), "{said}");
+        assert!(said.contains("--allow-data-loss"), "{said}");
+    }
+}
+
+fn kill(pids: &[u32]) {
+    let pids = pids.iter().map(u32::to_string);
+    let _ = Command::new("kill").arg("-KILL").args(pids).status();
+}
+
 /// A new host in the place of a lost one: an empty disk, and whom to ask.
 fn joins(c: &Cluster, status: &Value, (survivor, other): (&str, &str)) {
     let api = status["members"]
@@ -240,10 +338,29 @@ fn joins(c: &Cluster, status: &Value, (survivor, other): (&str, &str)) {
         s["writable"] == true && s["sync"]["members"] == serde_json::json!([other])
     });
     c.sql(&["-qc", "INSERT INTO kept VALUES (101)"]);
-    assert_eq!(
-        c.sql(&["--read", "-Atc", "SELECT count(*) FROM kept"]),
-        "101"
+    // It is flushed there; it is seen once it is replayed.
+    answers(c, &["--read", "-Atc", "SELECT count(*) FROM kept"], "101");
+}
+
+/// Waits until a query gives this.
+fn answers(c: &Cluster, query: &[&str], expected: &str) {
+    c.wait(&query.join(" "), PATIENCE, || {
+        let found = c.sql(query);
+        if found == expected {
+            Ok(())
+        } else {
+            Err(found)
+        }
+    });
+}
+
+/// All that is committed now is flushed on this standby, by the leader's own word.
+fn wait_received(c: &Cluster, standby: &str) {
+    let end = c.sql(&["-qAtc", "SELECT pg_current_wal_flush_lsn()"]);
+    let received = format!(
+        "SELECT count(*) FROM pg_stat_replication WHERE application_name LIKE '{standby}@%' AND flush_lsn >= '{end}'"
     );
+    answers(c, &["-qAtc", &received], "1");
 }
 
 /// Runs a command of the cluster's own binary as the cluster's user.
@@ -252,13 +369,13 @@ fn as_owner(c: &Cluster, args: &str) -> std::process::Output {
     owner(&line).output().expect("a shell runs")
 }
 
-fn owner(line: &str) -> std::process::Command {
+fn owner(line: &str) -> Command {
     if rustix::process::geteuid().is_root() {
-        let mut command = std::process::Command::new("su");
+        let mut command = Command::new("su");
         command.args(["postgres", "-s", "/bin/sh", "-c", line]);
         command
     } else {
-        let mut command = std::process::Command::new("sh");
+        let mut command = Command::new("sh");
         command.args(["-c", line]);
         command
     }
@@ -286,9 +403,9 @@ fn start_agent(c: &Cluster, member: &str) -> Agent {
 }
 
 fn wait_until(what: &str, met: impl Fn() -> bool) {
-    let deadline = std::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     while !met() {
-        assert!(std::time::Instant::now() < deadline, "{what}: never");
+        assert!(Instant::now() < deadline, "{what}: never");
         std::thread::sleep(Duration::from_millis(50));
     }
 }

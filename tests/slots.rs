@@ -309,8 +309,7 @@ fn ahead_of_the_standbys(rig: &Rig, consumer: &Consumer, leader: &str) {
         pause();
     }
     let position = consumer.keeps_its_position(rig, leader);
-    rig.kill_host(leader);
-    drop(frozen);
+    rig.lose_leader(leader, || drop(frozen));
     let next = another_leader(rig, leader);
     eprintln!("the consumer asks {next} for what comes after {position}");
     clients.wait_acknowledged("after the host was lost", 50);
@@ -328,8 +327,7 @@ fn without_a_copy(rig: &Rig) {
         let slots = s["slots"].as_array().map_or(&[][..], Vec::as_slice);
         slots.iter().any(|s| s["name"] == "late")
     });
-    rig.kill_host(&leader);
-    another_leader(rig, &leader);
+    rig.lose_leader(&leader, || ());
     let status = rig.cluster.wait_status("the loss is said", LIMIT, |s| {
         let warnings = s["warnings"].as_array().map_or(&[][..], Vec::as_slice);
         warnings

@@ -411,15 +411,20 @@ fn psql_as(c: &Cluster, role: &str, more: &str) -> Output {
 
 fn replication_is_encrypted_and_mutual(c: &Cluster) {
     // Two standbys and the backup daemon; the proxy's look-ups.
-    let rows = c.sql(&[
-        "-d",
-        "postgres",
-        "-U",
-        "postgres",
-        "-Atc",
-        "SELECT count(*), bool_and(ssl), min(version), count(client_dn) FROM pg_stat_ssl JOIN pg_stat_replication USING (pid)",
-    ]);
-    assert_eq!(rows, "3|t|TLSv1.3|3");
+    // Not a base backup, which may be on its way.
+    let asked = "SELECT count(*), bool_and(ssl), min(version), count(client_dn) FROM pg_stat_ssl JOIN pg_stat_replication USING (pid) WHERE application_name !~ '_base$'";
+    c.wait(
+        "all connections are mutual",
+        Duration::from_secs(60),
+        || {
+            let rows = c.sql(&["-d", "postgres", "-U", "postgres", "-Atc", asked]);
+            if rows == "3|t|TLSv1.3|3" {
+                Ok(())
+            } else {
+                Err(rows)
+            }
+        },
+    );
     let secrets = c.dir.join("secrets").display().to_string();
     let mutual = format!(
         "sslmode=verify-full sslrootcert={secrets}/authority.pem sslcert={secrets}/node-a.pem sslkey={secrets}/node-a.pem"
@@ -457,6 +462,44 @@ fn replication_is_encrypted_and_mutual(c: &Cluster) {
             "pg_hba.conf rejects connection",
         );
     }
+    a_role_of_the_operators_streams(c, &mutual, &refused);
+}
+
+/// With its password and a certificate, and not with the password alone.
+fn a_role_of_the_operators_streams(c: &Cluster, mutual: &str, refused: &dyn Fn(Output, &str)) {
+    c.sql(&[
+        "-d",
+        "postgres",
+        "-U",
+        "postgres",
+        "-c",
+        "CREATE ROLE offsite LOGIN REPLICATION PASSWORD 'elsewhere'",
+    ]);
+    let offsite = |more: &str| {
+        let port = leader_port(c);
+        let conninfo = format!(
+            "host=127.0.0.1 port={port} user=offsite password=elsewhere dbname=postgres replication=true {more}"
+        );
+        let mut psql = Command::new("psql");
+        psql.args([&conninfo, "-Atc", "IDENTIFY_SYSTEM"])
+            .output()
+            .unwrap()
+    };
+    let good = offsite(mutual);
+    assert!(good.status.success(), "{}", text(&good));
+    refused(offsite("sslmode=disable"), "no pg_hba.conf entry");
+    refused(
+        offsite("sslmode=require sslcert=none"),
+        "connection requires a valid client certificate",
+    );
+    c.sql(&[
+        "-d",
+        "postgres",
+        "-U",
+        "postgres",
+        "-c",
+        "DROP ROLE offsite",
+    ]);
 }
 
 /// docs/guide/security.md has this table.
@@ -508,6 +551,7 @@ fn database_roles_have_the_least_rights(c: &Cluster) {
          hostssl|{postgres}|{craton_rewind}|127.0.0.1|scram-sha-256|{clientcert=verify-ca}\n\
          hostssl|{postgres}|{craton_proxy}|127.0.0.1|scram-sha-256|{clientcert=verify-ca}\n\
          host|{all}|{craton_replication,craton_rewind,craton_proxy}|all|reject|\n\
+         hostssl|{replication}|{all}|127.0.0.1|scram-sha-256|{clientcert=verify-ca}\n\
          host|{all}|{all}|127.0.0.1|scram-sha-256|"
     );
     assert_eq!(

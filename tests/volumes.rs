@@ -12,12 +12,16 @@
 #[path = "containers/mod.rs"]
 mod containers;
 
+use std::process::Command;
 use std::time::Duration;
 
-use containers::{Stack, impossible};
+use containers::{Stack, impossible, run, tag, text};
 
-/// As the old node image and the official one leave a volume: the data directory at its top, another owner.
-const PRIMARY: &str = "set -e; D=/var/lib/postgresql/data; B=/usr/lib/postgresql/$PG_MAJOR/bin; \
+/// Where a volume is mounted.
+const VOLUME: &str = "/var/lib/postgresql/data";
+
+/// As the old node image and the official one leave a volume: the data directory in `$D`, another owner.
+const PRIMARY: &str = "set -e; B=/usr/lib/postgresql/$PG_MAJOR/bin; mkdir -p $D; \
     chown postgres $D; chmod 700 $D; run() { setpriv --reuid postgres --regid postgres --clear-groups \"$@\"; }; \
     run $B/initdb -D $D -U monkey_user --auth=trust --locale=C.UTF-8 >/dev/null; \
     run $B/pg_ctl -D $D -w -o '-k /tmp' -l /tmp/log start >/dev/null; \
@@ -32,42 +36,77 @@ const PRIMARY: &str = "set -e; D=/var/lib/postgresql/data; B=/usr/lib/postgresql
 const STANDBY: &str = "set -e; cp -a /from/. /var/lib/postgresql/data/; rm /var/lib/postgresql/data/master.lock; \
     touch /var/lib/postgresql/data/standby.signal /var/lib/postgresql/data/standby.lock";
 
-#[test]
-fn old_volumes_under_new_images() {
-    if let Some(why) = impossible() {
-        eprintln!("SKIPPED, AND NOTHING IS SHOWN BY THIS: no containers can be run: {why}");
-        return;
-    }
-    let stack = Stack::new("volumes");
-    let (first, second) = (stack.volume("pgmaster"), stack.volume("pgslave1"));
-    let image = "craton/postgis:test";
-    let at = |volume: &str, place: &str| format!("{volume}:{place}");
-    let data = "/var/lib/postgresql/data";
-    let prepare = |mounts: &[String], script: &str| {
-        let mut args = vec!["run", "--rm", "--user", "root", "--entrypoint", "bash"];
-        for mount in mounts {
-            args.extend(["-v", mount]);
-        }
-        args.extend([image, "-c", script]);
-        stack.docker(&args);
-    };
-    prepare(&[at(&first, data)], PRIMARY);
-    prepare(&[at(&second, data), at(&first, "/from")], STANDBY);
+fn image() -> String {
+    format!("craton/postgis:{}", tag())
+}
 
-    let services = ["pgmaster", "pgslave1", "pgslave2", "pgpool"];
-    stack.up(&services);
-    let nodes = ["pgmaster", "pgslave1", "pgslave2"];
-    let leader = stack.whole("pgmaster", &nodes, Duration::from_secs(240));
+fn at(volume: &str, place: &str) -> String {
+    format!("{volume}:{place}")
+}
+
+/// Runs a script of root's over volumes.
+fn prepare(stack: &Stack, mounts: &[String], script: &str) {
+    let image = image();
+    let mut args = vec!["run", "--rm", "--user", "root", "--entrypoint", "bash"];
+    for mount in mounts {
+        args.extend(["-v", mount]);
+    }
+    args.extend([image.as_str(), "-c", script]);
+    stack.docker(&args);
+}
+
+/// A node that may found a cluster ends with code 2 on this volume; what it says.
+fn refused(volume: &str) -> String {
+    let mount = at(volume, VOLUME);
+    let image = image();
+    let mut command = Command::new("timeout");
+    command.args(["120", "docker", "run", "--rm", "--network", "none", "-v"]);
+    let out = run(command.args([&mount, &image]));
+    assert_eq!(out.status.code(), Some(2), "{}", text(&out));
+    text(&out)
+}
+
+/// Containers can be run; where not, that is said loudly.
+fn possible() -> bool {
+    let why = impossible();
+    if let Some(why) = &why {
+        eprintln!("SKIPPED, AND NOTHING IS SHOWN BY THIS: no containers can be run: {why}");
+    }
+    why.is_none()
+}
+
+/// A cluster of these nodes and a proxy in which the database that was in the first one's volume is everybody's.
+fn has_the_old_database(stack: &Stack, nodes: &[&str]) {
+    stack.up(&[nodes, &["pgpool"]].concat());
+    let leader = stack.whole("pgmaster", nodes, Duration::from_secs(240));
     assert_eq!(leader, "pgmaster");
     for node in nodes {
         let count = stack.sql_on(node, "monkey_db", "SELECT count(*) FROM t");
         assert_eq!(count.as_deref(), Ok("500"), "{node}");
     }
-    // The application logs in as before, and what the environment names and was missing is there.
+    // The application logs in as before.
     let count = stack.wait("the application reads", Duration::from_secs(60), || {
         stack.sql("SELECT count(*) FROM t")
     });
     assert_eq!(count, "500");
+}
+
+#[test]
+fn old_volumes_under_new_images() {
+    if !possible() {
+        return;
+    }
+    let stack = Stack::new("volumes");
+    let (first, second) = (stack.volume("pgmaster"), stack.volume("pgslave1"));
+    prepare(
+        &stack,
+        &[at(&first, VOLUME)],
+        &format!("D={VOLUME}; {PRIMARY}"),
+    );
+    prepare(&stack, &[at(&second, VOLUME), at(&first, "/from")], STANDBY);
+
+    has_the_old_database(&stack, &["pgmaster", "pgslave1", "pgslave2"]);
+    // What the environment names and was missing is there.
     let made = "SELECT count(*) FROM pg_roles WHERE rolname IN ('postgres', 'replication_user')";
     stack.wait(
         "the roles are made",
@@ -85,5 +124,60 @@ fn old_volumes_under_new_images() {
             || stack
                 .sh("pgmaster", "craton history")
                 .contains("brought the database")
+    );
+}
+
+#[test]
+fn a_database_below_the_top_of_a_volume() {
+    if !possible() {
+        return;
+    }
+    let stack = Stack::new("volumes-below");
+    let (first, other) = (stack.volume("pgmaster"), stack.volume("pgslave3"));
+    // Where it cannot be known what belongs to whom, no empty database is made.
+    prepare(
+        &stack,
+        &[at(&other, VOLUME)],
+        &format!("mkdir -p {VOLUME}/lost+found; echo x > {VOLUME}/dump.sql"),
+    );
+    let said = refused(&other);
+    for words in [
+        "it holds dump.sql",
+        "No empty database is made beside what is not known",
+        "nothing was changed",
+    ] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+    prepare(
+        &stack,
+        &[at(&other, VOLUME)],
+        &format!(
+            "set -e; cd {VOLUME}; rm dump.sql; for d in a b; do mkdir -p $d/global; echo $PG_MAJOR > $d/PG_VERSION; done"
+        ),
+    );
+    let said = refused(&other);
+    let both = format!("several databases: {VOLUME}/a, {VOLUME}/b");
+    assert!(said.contains(&both), "{said}");
+    prepare(
+        &stack,
+        &[at(&other, VOLUME)],
+        &format!("cd {VOLUME}; test -e a/PG_VERSION -a -e b/PG_VERSION -a ! -e data"),
+    );
+
+    // As PGDATA=/var/lib/postgresql/data/pgdata leaves it, with the bits of a volume that a group shares.
+    prepare(
+        &stack,
+        &[at(&first, VOLUME)],
+        &format!("D={VOLUME}/pgdata; mkdir -p {VOLUME}/lost+found; {PRIMARY}; chmod 2770 $D"),
+    );
+    has_the_old_database(&stack, &["pgmaster", "pgslave1"]);
+    stack.sh(
+        "pgmaster",
+        "cd /var/lib/postgresql/data && test -e data/PG_VERSION -a ! -e pgdata -a -d lost+found -a \"$(stat -c %a data)\" = 700",
+    );
+    assert!(
+        stack
+            .sh("pgmaster", "craton history")
+            .contains("brought the database")
     );
 }

@@ -40,10 +40,7 @@ fn votes(status: &Value, name: &str) -> bool {
 fn lose_the_leader(rig: &Rig, run: i64) {
     let clients = rig.record(run);
     let leader = rig.leader();
-    rig.kill_host(&leader);
-    rig.cluster.wait_status("another leader", LIMIT, |s| {
-        s["writable"] == true && s["leader"] != leader.as_str()
-    });
+    rig.lose_leader(&leader, || ());
     let (_, verdict) = clients.finish("the leader was lost");
     assert_eq!(verdict.lost, Vec::<u64>::new());
 }
@@ -63,7 +60,7 @@ fn two_members_lose_one_and_the_witness() {
     let clients = rig.record(2);
     let leader = rig.leader();
     let began = tokio::time::Instant::now();
-    rig.hold_down("witness", Duration::from_secs(5));
+    rig.hold_down("witness", LIMIT * 2);
     let witness = processes::running(&rig.layout, "witness").expect("a witness");
     assert!(witness.signal(Signal::KILL));
     let status = rig.cluster.wait_status("a silent witness", LIMIT, |s| {
@@ -79,9 +76,10 @@ fn two_members_lose_one_and_the_witness() {
     let gap = longest_gap(&acknowledged, began, tokio::time::Instant::now());
     eprintln!("without the witness: longest time without a commit {gap:?}");
     assert!(
-        gap < Duration::from_secs(1),
+        gap < Duration::from_secs(4),
         "writes stood still for {gap:?}"
     );
+    rig.let_up("witness");
     rig.cluster
         .wait_status("the witness is back", LIMIT, |s| votes(s, "w"));
     let (_, verdict) = clients.finish("the witness was lost");
@@ -142,11 +140,7 @@ fn the_third_host_votes_and_holds_what_is_acknowledged() {
     let frozen = Frozen::new(rig.senders(&leader, Some(&standby)));
     clients.watch(Duration::from_millis(100));
     clients.wait_acknowledged("on the backup alone", 20);
-    rig.kill_host(&leader);
-    drop(frozen);
-    rig.cluster.wait_status("the other one leads", LIMIT, |s| {
-        s["writable"] == true && s["leader"] == standby.as_str()
-    });
+    rig.lose_leader(&leader, || drop(frozen));
     let (_, verdict) = clients.finish("the backup alone had the newest rows");
     assert_eq!(verdict.lost, Vec::<u64>::new());
 

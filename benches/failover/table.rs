@@ -16,7 +16,10 @@ struct Cell {
     outages: BTreeMap<String, Vec<u64>>,
     lost: Vec<u64>,
     ghosts: u64,
-    failed: Vec<u64>,
+    /// Statements and connections that failed, of the clients that go through the proxy.
+    errors: Vec<u64>,
+    /// Runs after which another member led.
+    moved: usize,
     two_ms: Vec<u64>,
     whole_ms: Vec<u64>,
     not_whole: usize,
@@ -33,7 +36,13 @@ impl Cell {
         }
         self.lost.push(sum("lost"));
         self.ghosts += sum("ghosts");
-        self.failed.push(sum("errors"));
+        let of_proxy = |s: &&Value| s["entry"].as_str().is_some_and(|e| e.starts_with("proxy"));
+        let through = seen.iter().filter(of_proxy);
+        self.errors
+            .push(through.filter_map(|s| s["errors"].as_u64()).sum());
+        let leader = |at: usize| outcome["leaders"][at].as_str();
+        let known = |at: usize| leader(at).filter(|l| !l.is_empty());
+        self.moved += usize::from(known(1).is_some() && known(0) != known(1));
         self.two_ms
             .push(outcome["two_acknowledging_ms"].as_u64().unwrap_or_default());
         match outcome["whole_ms"].as_u64() {
@@ -142,7 +151,7 @@ pub fn render(file: &Path) -> String {
         }
     }
     let mut table = String::from(
-        "| fault | system | runs | outage by proxy, s: median (max) | outage by multi-host, s: median (max) | acknowledged and lost, per run | two acknowledging, s | whole again, s: median (max) | longer than craton |\n|---|---|---|---|---|---|---|---|---|\n",
+        "| fault | system | runs | outage by proxy, s: median (max) | outage by multi-host, s: median (max) | errors by proxy: median (max) | another leads after | acknowledged and lost, per run | two acknowledging, s | whole again, s: median (max) | longer than craton |\n|---|---|---|---|---|---|---|---|---|---|---|\n",
     );
     for fault in faults {
         let ours = cells
@@ -171,6 +180,10 @@ fn row(table: &mut String, fault: &str, system: &str, cell: &Cell, ours: Option<
         }
         _ => String::new(),
     };
+    let errors = match (median(&cell.errors), cell.errors.iter().max()) {
+        (Some(median), Some(most)) => format!("{median:.0} ({most})"),
+        _ => "-".into(),
+    };
     let two = cell.two_ms.iter().max().copied().unwrap_or_default();
     let ghosts = if cell.ghosts > 0 {
         format!(" (and {} there that failed)", cell.ghosts)
@@ -179,10 +192,11 @@ fn row(table: &mut String, fault: &str, system: &str, cell: &Cell, ours: Option<
     };
     let _ = writeln!(
         table,
-        "| {fault} | {system} | {} | {} | {} | {}{ghosts} | {} | {whole} | {ratio} |",
+        "| {fault} | {system} | {} | {} | {} | {errors} | {} | {}{ghosts} | {} | {whole} | {ratio} |",
         cell.runs(),
         cell.outage("proxy"),
         cell.outage("multi-host"),
+        cell.moved,
         lost.join(", "),
         seconds(two),
     );

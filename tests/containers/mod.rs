@@ -13,8 +13,9 @@
 )]
 
 use std::cell::RefCell;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -48,7 +49,8 @@ pub fn text(out: &Output) -> String {
     format!("{}{}", part(&out.stdout), part(&out.stderr))
 }
 
-fn ok(command: &mut Command) -> String {
+/// Runs what must succeed, and returns its output.
+pub fn ok(command: &mut Command) -> String {
     let out = run(command);
     assert!(
         out.status.success(),
@@ -94,10 +96,83 @@ pub fn images() {
         build
             .env("CRATON_BIN", env!("CARGO_BIN_EXE_craton"))
             .env("TAG", tag());
+        sweep();
         let begun = Instant::now();
         ok(&mut build);
         eprintln!("images are there after {:?}", begun.elapsed());
     });
+}
+
+/// Takes away what runs that were killed left behind: projects carry the number of the process that made them.
+fn sweep() {
+    let mut left = std::collections::BTreeSet::new();
+    for kind in [&["ps", "-a"][..], &["network", "ls"], &["volume", "ls"]] {
+        let project = "{{.Label \"com.docker.compose.project\"}}";
+        let mut list = Command::new("docker");
+        list.args(kind)
+            .args(["--filter", "label=com.docker.compose.project"])
+            .args(["--format", project]);
+        left.extend(ok(&mut list).lines().map(str::to_owned));
+    }
+    let dead = |project: &String| {
+        let number = project.strip_prefix("craton-test-");
+        let number = number.and_then(|p| p.rsplit('-').next()?.parse::<u32>().ok());
+        number.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+    };
+    for project in left.iter().filter(|p| dead(p)) {
+        eprintln!("an earlier run left {project}: removed");
+        let label = format!("label=com.docker.compose.project={project}");
+        let name = format!("name=^{project}[-_]");
+        for (kind, list, remove) in [
+            (
+                "container",
+                ["ls", "-aq", "--filter", &name],
+                ["rm", "-f", "-v"].as_slice(),
+            ),
+            ("network", ["ls", "-q", "--filter", &label], &["rm"]),
+            ("volume", ["ls", "-q", "--filter", &label], &["rm", "-f"]),
+        ] {
+            let found = ok(Command::new("docker").arg(kind).args(list));
+            let ids: Vec<&str> = found.lines().collect();
+            if !ids.is_empty() {
+                run(Command::new("docker").arg(kind).args(remove).args(ids));
+            }
+        }
+    }
+}
+
+/// Runs what must succeed with this as its input.
+pub fn feed(command: &mut Command, input: &str) {
+    let mut child = command.stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    stdin.write_all(input.as_bytes()).unwrap();
+    drop(stdin);
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{command:?}: {status}");
+}
+
+/// Looks until it finds something, and fails with the logs when that does not come within the limit.
+pub fn wait<T>(
+    what: &str,
+    limit: Duration,
+    logs: impl Fn() -> String,
+    mut look: impl FnMut() -> Result<T, String>,
+) -> T {
+    let begun = Instant::now();
+    loop {
+        match look() {
+            Ok(found) => {
+                eprintln!("{what}: after {:.1} s", begun.elapsed().as_secs_f64());
+                return found;
+            }
+            Err(why) => assert!(
+                begun.elapsed() < limit,
+                "{what}: not within {limit:?}: {why}\n{}",
+                logs()
+            ),
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
 }
 
 /// A project of compose, removed with its volumes when the test ends.
@@ -156,6 +231,8 @@ impl Stack {
         command
             .args(args)
             .env("CRATON_TAG", self.tag.borrow().as_str())
+            // Six containers at once on a busy disk: more than the minute that version 1 waits.
+            .env("COMPOSE_HTTP_TIMEOUT", "600")
             .envs(self.variables.iter().map(|(k, v)| (k, v)));
         for port in PORTS {
             command.env(port, "0");
@@ -196,6 +273,25 @@ impl Stack {
 
     pub fn network(&self) -> String {
         format!("{}_cluster", self.project)
+    }
+
+    /// Starts a container beside the stack, in its network, that runs a script of bash; its id.
+    pub fn client(&self, name: &str, image: &str, variables: &[&str], script: &str) -> String {
+        let name = format!("{}-{name}", self.project);
+        let network = self.network();
+        let image = format!("craton/{image}:{}", tag());
+        let mut run = vec![
+            "run",
+            "-d",
+            "--init",
+            "--name",
+            &name,
+            "--network",
+            &network,
+        ];
+        run.extend(variables.iter().flat_map(|v| ["-e", *v]));
+        run.extend([image.as_str(), "bash", "-c", script]);
+        self.docker(&run)
     }
 
     pub fn volume(&self, name: &str) -> String {
@@ -277,25 +373,9 @@ impl Stack {
         &self,
         what: &str,
         limit: Duration,
-        mut look: impl FnMut() -> Result<T, String>,
+        look: impl FnMut() -> Result<T, String>,
     ) -> T {
-        let begun = Instant::now();
-        let mut last;
-        loop {
-            match look() {
-                Ok(found) => {
-                    eprintln!("{what}: after {:.1} s", begun.elapsed().as_secs_f64());
-                    return found;
-                }
-                Err(why) => last = why,
-            }
-            assert!(
-                begun.elapsed() < limit,
-                "{what}: not within {limit:?}: {last}\n{}",
-                self.logs()
-            );
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        wait(what, limit, || self.logs(), look)
     }
 
     /// Waits until these nodes lead or stream, with one leader among them, and returns it.

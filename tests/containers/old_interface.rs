@@ -84,6 +84,8 @@ fn old_interface() {
     told_of_the_role(&stack);
     clean_over_rewind(&stack);
     commands_of_a_node(&stack);
+    crate::old_hands::options(&stack);
+    crate::old_hands::taken_out(&stack);
     // Taken down with the files that it was brought up with.
     drop(stack);
 }

@@ -62,18 +62,8 @@ fn point_in_time() {
 
     look_at_it(&stack, &point);
     stack.compose_ok(&["stop"]);
-    let alone = |service: &str, more: &[&str], command: &[&str]| {
-        let args = [
-            &["run", "--rm", "--no-deps"][..],
-            more,
-            &[service, "craton", "container"],
-            command,
-        ]
-        .concat();
-        stack.compose_ok(&args)
-    };
     for node in ["pgslave1", "pgslave2", "pgslave3"] {
-        let said = alone(node, &[], &["set-aside"]);
+        let said = alone(&stack, node, &[], &["set-aside"]);
         assert!(
             said.contains("what was there is in /var/lib/postgresql/data/before-"),
             "{said}"
@@ -81,6 +71,7 @@ fn point_in_time() {
     }
     let repository = format!("{}:/var/backups:ro", stack.volume("backup"));
     let said = alone(
+        &stack,
         "pgmaster",
         &["-v", &repository],
         &["recover", "--to", &point],
@@ -97,6 +88,56 @@ fn point_in_time() {
         assert_eq!(words(&stack, node), "before wanted wanted-too", "{node}");
     }
     goes_on(&stack);
+    only_the_repository_is_left(&stack);
+}
+
+/// A command of the image, for a service whose container does not run.
+fn alone(stack: &Stack, service: &str, more: &[&str], command: &[&str]) -> String {
+    let args = [
+        &["run", "--rm", "--no-deps"][..],
+        more,
+        &[service, "craton", "container"],
+        command,
+    ];
+    stack.compose_ok(&args.concat())
+}
+
+/// Every node is lost with its volume. What was written last is in the repository: WAL is streamed.
+fn only_the_repository_is_left(stack: &Stack) {
+    insert(stack, "streamed");
+    let leader = stack.leader("pgslave1").unwrap();
+    let end = stack.sql_on(&leader, "postgres", "SELECT pg_current_wal_flush_lsn()");
+    let reached = format!(
+        "SELECT flush_lsn >= '{}' FROM pg_stat_replication WHERE application_name = 'craton_backup'",
+        end.unwrap()
+    );
+    stack.wait(
+        "it is in the repository",
+        Duration::from_secs(60),
+        || match stack.sql_on(&leader, "postgres", &reached)?.as_str() {
+            "t" => Ok(()),
+            other => Err(other.to_owned()),
+        },
+    );
+    let words_then = words(stack, &leader);
+    let nodes = [&["rm", "-f", "-s", "-v"][..], &NODES].concat();
+    stack.compose_ok(&nodes);
+    for node in NODES {
+        stack.docker(&["volume", "rm", &stack.volume(node)]);
+    }
+    stack.compose_ok(&["stop"]);
+    let repository = format!("{}:/var/backups:ro", stack.volume("backup"));
+    let said = alone(stack, "pgmaster", &["-v", &repository], &["recover"]);
+    assert!(said.contains("is whole and stopped"), "{said}");
+    stack.compose_ok(&["up", "-d"]);
+    stack.whole("pgslave1", &NODES, Duration::from_secs(240));
+    for node in NODES {
+        assert_eq!(words(stack, node), words_then, "{node}");
+    }
+    insert(stack, "again");
+    stack.wait("WAL comes in again", Duration::from_secs(60), || {
+        stack.try_sh("backup", "barman check all")
+    });
 }
 
 /// The data of that time beside the cluster, in a container that sees the repository.
@@ -126,8 +167,9 @@ fn look_at_it(stack: &Stack, point: &str) {
             point,
         ]);
         // It says how to start it.
-        let start = said.lines().last().unwrap().trim();
-        assert!(start.starts_with("pg_ctl -D "), "{said}");
+        let mut lines = said.lines().map(str::trim);
+        let start = lines.rfind(|l| l.starts_with("pg_ctl -D "));
+        let start = start.unwrap_or_else(|| panic!("{said}"));
         exec(&["bash", "-c", start]);
         let sql = "SELECT string_agg(word, ' ' ORDER BY id) FROM words";
         stack.wait(
@@ -198,7 +240,7 @@ fn goes_on(stack: &Stack) {
     stack.whole("pgslave1", &NODES, Duration::from_secs(120));
     for service in ALL {
         stack.wait("it is healthy", Duration::from_secs(30), || {
-            stack.try_sh(service, "craton container health")
+            stack.try_sh(service, "craton container health --ready")
         });
     }
     assert_eq!(

@@ -95,7 +95,7 @@ fn others(stack: &Stack) {
             assert!(ended.1 < limit, "{service}: {signal}: {:?}", ended.1);
             stack.docker(&["start", &stack.container_of_dead(service)]);
             stack.wait("it serves again", Duration::from_secs(60), || {
-                stack.try_sh(service, "craton container health")
+                stack.try_sh(service, "craton container health --ready")
             });
         }
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 
-use crate::containers::{self, Stack, tag};
+use crate::containers::{self, Stack};
 
 /// The table that they write into, one row a statement.
 pub const TABLE: &str = "CREATE TABLE w (who text, n bigint, PRIMARY KEY (who, n))";
@@ -40,28 +40,13 @@ impl<'s> Writer<'s> {
     }
 
     fn start(stack: &'s Stack, who: &str, script: &str) -> Self {
-        let name = format!("{}-{who}", stack.project());
-        let image = format!("craton/proxy:{}", tag());
         let who_is = format!("WHO={who}");
-        let id = stack.docker(&[
-            "run",
-            "-d",
-            "--init",
-            "--name",
-            &name,
-            "--network",
-            &stack.network(),
-            "-e",
-            &who_is,
-            "-e",
+        let variables = [
+            who_is.as_str(),
             "PGPASSWORD=monkey_pass",
-            "-e",
             "PGCONNECT_TIMEOUT=60",
-            &image,
-            "bash",
-            "-c",
-            script,
-        ]);
+        ];
+        let id = stack.client(who, "proxy", &variables, script);
         let writer = Self {
             stack,
             who: who.to_owned(),

@@ -327,6 +327,58 @@ impl Etcd {
         self.servers[i].wait_port();
     }
 
+    /// Saves what is there now; the file is good for [`Self::restore`].
+    pub fn snapshot(&self, name: &str) -> PathBuf {
+        let file = self.dir.path().join(name);
+        let out = Command::new("etcdctl")
+            .env("ETCDCTL_API", "3")
+            .args(["--endpoints", &self.servers[0].url])
+            .args(&self.trusted)
+            .args(["snapshot", "save"])
+            .arg(&file)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success(), "snapshot save: {said}");
+        file
+    }
+
+    /// All servers end, and begin again with what was saved.
+    pub fn restore(&mut self, snapshot: &Path) {
+        for i in 0..self.servers.len() {
+            self.kill(i);
+        }
+        for server in &self.servers {
+            let flag = |name: &str| {
+                let at = server.arguments.iter().position(|a| a == name).unwrap();
+                server.arguments[at + 1].clone()
+            };
+            std::fs::remove_dir_all(flag("--data-dir")).unwrap();
+            let kept = [
+                "--name",
+                "--data-dir",
+                "--initial-cluster",
+                "--initial-advertise-peer-urls",
+            ];
+            let out = Command::new("etcdctl")
+                .env("ETCDCTL_API", "3")
+                .args(["snapshot", "restore"])
+                .arg(snapshot)
+                .args(kept.into_iter().flat_map(|n| [n.to_owned(), flag(n)]))
+                .output()
+                .unwrap();
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(out.status.success(), "snapshot restore: {said}");
+        }
+        for server in &mut self.servers {
+            server.start();
+        }
+        for server in &self.servers {
+            server.wait_port();
+        }
+        self.leader();
+    }
+
     pub fn pause(&self, i: usize) {
         self.servers[i].signal("STOP");
     }

@@ -73,6 +73,15 @@ impl Cluster {
 
     /// The end of every log.
     pub fn logs(&self) -> String {
+        self.last_lines(60)
+    }
+
+    /// Every log.
+    pub fn whole_logs(&self) -> String {
+        self.last_lines(usize::MAX)
+    }
+
+    fn last_lines(&self, most: usize) -> String {
         let mut all = String::new();
         let mut places = vec![self.dir.join("log")];
         if let Ok(members) = std::fs::read_dir(self.dir.join("members")) {
@@ -88,7 +97,7 @@ impl Cluster {
                 .filter(|p| p.extension().is_some_and(|e| e == "log"))
             {
                 let log = std::fs::read_to_string(&path).unwrap_or_default();
-                let tail: Vec<&str> = log.lines().rev().take(60).collect();
+                let tail: Vec<&str> = log.lines().rev().take(most).collect();
                 all.push_str(&format!("== {}\n", path.display()));
                 for line in tail.iter().rev() {
                     all.push_str(line);
@@ -101,20 +110,31 @@ impl Cluster {
 
     /// Waits for a condition of `craton status`.
     pub fn wait_status(&self, what: &str, limit: Duration, met: impl Fn(&Value) -> bool) -> Value {
+        self.wait(what, limit, || {
+            let out = self.craton(&["--json", "status"]);
+            let status = serde_json::from_slice::<Value>(&out.stdout);
+            status.ok().filter(|s| met(s)).ok_or_else(|| text(&out))
+        })
+    }
+
+    /// Looks until it finds what it looks for, and fails with the logs when that does not come within the limit.
+    pub fn wait<T, W: std::fmt::Display>(
+        &self,
+        what: &str,
+        limit: Duration,
+        mut look: impl FnMut() -> Result<T, W>,
+    ) -> T {
         let deadline = Instant::now() + limit;
         loop {
-            let out = self.craton(&["--json", "status"]);
-            if let Ok(status) = serde_json::from_slice::<Value>(&out.stdout)
-                && met(&status)
-            {
-                return status;
+            match look() {
+                Ok(found) => return found,
+                Err(why) => assert!(
+                    Instant::now() < deadline,
+                    "{what} not within {limit:?}: {why}\n{}",
+                    self.logs()
+                ),
             }
-            assert!(
-                Instant::now() < deadline,
-                "{what} not within {limit:?}: {}\n{}",
-                text(&out),
-                self.logs()
-            );
+            pause();
         }
     }
 }
@@ -130,6 +150,20 @@ impl Drop for Cluster {
             files_below(&self.dir, &mut left);
             panic!("craton down --purge left {left:?}");
         }
+    }
+}
+
+/// Between two looks, which must not be what keeps the machine busy.
+fn pause() {
+    std::thread::sleep(Duration::from_millis(50));
+}
+
+/// Looks all the while for so long: what must never be can only be watched for.
+pub fn watch(length: Duration, mut look: impl FnMut()) {
+    let end = Instant::now() + length;
+    while Instant::now() < end {
+        look();
+        pause();
     }
 }
 
@@ -151,12 +185,12 @@ pub fn free_base_port() -> u16 {
     // The tests of this process look at ranges of their own: two that look at once would find the same one.
     static TAKEN: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
     let own = TAKEN.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 4;
-    for base in (20_000..60_000_u16)
-        .step_by(100)
-        .skip(own)
-        .step_by(4)
-        .skip(usize::from(std::process::id() as u16 % 50))
-    {
+    // Below the ports that the system gives to clients (from 32768): one of those could take a port of ours while the
+    // member that has it is down.
+    let mut bases: Vec<u16> = (20_000..32_600).step_by(100).skip(own).step_by(4).collect();
+    let first = std::process::id() as usize % bases.len();
+    bases.rotate_left(first);
+    for base in bases {
         let free = (0..60).all(|offset| TcpListener::bind(("127.0.0.1", base + offset)).is_ok());
         if free {
             return base;

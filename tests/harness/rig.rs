@@ -31,9 +31,6 @@ use super::harness::Cluster;
 /// How long anything may take that has to happen.
 pub const LIMIT: Duration = Duration::from_secs(60);
 
-/// How long a killed member stays away: longer than the lease.
-pub const DOWN_FOR: Duration = Duration::from_secs(3);
-
 /// A client waits this long for an answer: longer than anything that is waited for here.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -157,12 +154,20 @@ impl Rig {
         pids.filter_map(ProcessId::of).collect()
     }
 
-    /// SIGKILL to everything of a member at once; its agent is not started again for `DOWN_FOR`.
-    pub fn kill_host(&self, member: &str) {
-        self.kill_host_for(member, DOWN_FOR);
+    /// The leader's host is lost, `after` happens, and another one leads; only then it may come back: in time it could
+    /// win the election of its own loss.
+    pub fn lose_leader(&self, leader: &str, after: impl FnOnce()) -> Value {
+        self.kill_host_for(leader, LIMIT * 2);
+        after();
+        let status = self.cluster.wait_status("another leader", LIMIT, |s| {
+            s["writable"] == true && s["leader"].as_str().is_some_and(|l| l != leader)
+        });
+        self.power_on(leader);
+        status
     }
 
-    /// The same for another time.
+    /// SIGKILL to everything of a member at once; its agent is not started again for so long, or until
+    /// [`Self::power_on`].
     pub fn kill_host_for(&self, member: &str, time: Duration) {
         self.hold_down(&format!("node-{member}"), time);
         let id = member.parse().unwrap();
@@ -191,7 +196,12 @@ impl Rig {
 
     /// A member that was killed may start now.
     pub fn power_on(&self, member: &str) {
-        Hold::release(&self.layout, &format!("node-{member}"));
+        self.let_up(&format!("node-{member}"));
+    }
+
+    /// The supervisor may start this daemon now.
+    pub fn let_up(&self, daemon: &str) {
+        Hold::release(&self.layout, daemon);
     }
 
     /// The supervisor does not start this daemon for so long.
@@ -279,6 +289,14 @@ impl Clients<'_> {
             pause();
         }
         self.acknowledged() - before
+    }
+
+    /// Waits until nothing is acknowledged any more: what was on its way has come.
+    pub fn wait_silence(&self, what: &str) {
+        let deadline = Instant::now() + LIMIT;
+        while self.watch(Duration::from_millis(300)) > 0 {
+            assert!(Instant::now() < deadline, "{what}: commits do not wait");
+        }
     }
 
     pub fn no_error(&self, what: &str) {

@@ -11,6 +11,7 @@ use std::io::Write as _;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -73,12 +74,17 @@ pub fn impossible() -> Option<String> {
 
 /// The mounted control groups that can freeze and kill: version 2, wherever it is.
 fn cgroup_root() -> Option<PathBuf> {
-    mounted("cgroup2", "").filter(|root| {
-        let probe = root.join(format!("{PREFIX}{}-probe", std::process::id()));
-        let made = std::fs::create_dir(&probe).is_ok() && probe.join("cgroup.freeze").exists();
-        let _ = std::fs::remove_dir(&probe);
-        made
-    })
+    // Once for all runs of this process: two that tried at the same moment would take each other's group for none.
+    static ROOT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let look = || {
+        mounted("cgroup2", "").filter(|root| {
+            let probe = root.join(format!("{PREFIX}{}-probe", std::process::id()));
+            let made = std::fs::create_dir(&probe).is_ok() && probe.join("cgroup.freeze").exists();
+            let _ = std::fs::remove_dir(&probe);
+            made
+        })
+    };
+    ROOT.get_or_init(look).clone()
 }
 
 /// Where a kind of file system with this option is mounted.

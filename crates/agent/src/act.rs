@@ -13,8 +13,8 @@ use craton_core::slots::Notes;
 use craton_core::sync::{SyncSet, application_name};
 use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
-    CloneProgress, InitOptions, KnownTimeline, PgError, RelationNames, RolePasswords, StartMode,
-    StopMode, SyncNames, Upstream,
+    CloneProgress, InitArgs, InitOptions, KnownTimeline, PgError, RelationNames, RolePasswords,
+    StartMode, StopMode, SyncNames, Upstream,
 };
 use tokio::sync::watch;
 
@@ -45,10 +45,8 @@ const PROMISE_LOOK: Duration = Duration::from_millis(5);
 const SYNC_MAX: Duration = Duration::from_secs(5);
 /// After a promotion the standbys' arrival is looked for this long, so that no commit waits for it.
 const LIVELY: Duration = Duration::from_secs(4);
-/// A checkpoint under load.
-const CHECKPOINT_MAX: Duration = Duration::from_secs(300);
 /// A query of the agent's own.
-const QUERY_MAX: Duration = Duration::from_secs(10);
+pub(crate) const QUERY_MAX: Duration = Duration::from_secs(10);
 /// Until a started server answers.
 const READY_MAX: Duration = Duration::from_secs(60);
 /// Until a started standby answers. One that needs more (a rewound one needs WAL from the leader) is left
@@ -102,6 +100,8 @@ pub struct Actor {
     pub clone: CloneConfig,
     /// What a new cluster begins with.
     pub initial_data: Option<PathBuf>,
+    /// What a new cluster is made with.
+    pub initdb_args: InitArgs,
     /// The program that restores out of the repository, and that PostgreSQL calls for WAL.
     pub program: PathBuf,
 }
@@ -325,7 +325,7 @@ impl Actor {
             },
             Task::TakeSlots { from, term } => self.take_slots(&from, term, members).await,
             Task::SetSync(set) => self.set_sync(set).await,
-            Task::Checkpoint => Ok(self.server.control.checkpoint(CHECKPOINT_MAX).await?),
+            Task::Checkpoint => Ok(self.prepare_handover().await?),
             Task::Configure => self.configure().await,
             Task::Reinit { incarnation, term } => self.reinit(incarnation, term).await,
         }
@@ -355,9 +355,12 @@ impl Actor {
     async fn init_db(&self) -> Result<(), ActError> {
         let options = InitOptions {
             superuser_password: self.secrets.superuser.clone(),
+            args: self.initdb_args.clone(),
         };
         // Before there is data: a database without an incarnation could not be recorded.
         self.reborn(Term(0)).await?;
+        // And nothing that was promised in another cluster's terms counts for this one.
+        self.state.change(StateFile::forget_floor).await?;
         match &self.initial_data {
             Some(made) => {
                 tracing::info!(from = %made.display(), "the cluster begins with this database");
@@ -399,8 +402,9 @@ impl Actor {
         let mut config = self
             .server
             .managed(upstream.map(|(u, _, _)| u), SyncNames::Nobody);
-        if let Some((_, term)) = whom.clone() {
+        if let Some((from, term)) = whom.clone() {
             self.state.change(move |file| file.follow(term)).await?;
+            self.make_way_for_copies(&from).await?;
         }
         if !config.decodes() {
             for slot in self.server.instance.discard_logical_slots().await? {
@@ -465,7 +469,9 @@ impl Actor {
         let config = self.server.managed(None, sync_names(&sync));
         self.server.instance.write_config(&config).await?;
         self.server.data_changed();
+        self.check_deadline("PostgreSQL was started as the primary")?;
         let process = self.server.instance.start(StartMode::Primary).await?;
+        // From here on the fence looks at the deadline.
         self.fencing.guard(&process);
         self.server.hold(process.clone(), true);
         self.server.set_in_force(Some(sync));
@@ -476,6 +482,16 @@ impl Actor {
         self.server.instance.wait_ready(&process, READY_MAX).await?;
         self.server.poke();
         Ok(())
+    }
+
+    /// What came before may have taken long, on a slow disk: somebody else may lead by now.
+    fn check_deadline(&self, before: &str) -> Result<(), ActError> {
+        if self.fencing.is_before_deadline() {
+            return Ok(());
+        }
+        Err(ActError::Stale(format!(
+            "the lease ran out before {before}"
+        )))
     }
 
     pub(crate) async fn stop(&self, how: StopHow, why: &str) -> Result<(), ActError> {
@@ -632,6 +648,7 @@ impl Actor {
             .wait_armed()
             .await
             .map_err(ActError::Unguarded)?;
+        self.check_deadline("the promotion")?;
         let got = self.server.control.promote(PROMOTE_MAX).await?;
         tracing::info!(%term, timeline = %got, "promoted");
         self.leave_room_for_consumers().await;
@@ -649,20 +666,6 @@ impl Actor {
             .remove_reserved_history_files(got)
             .await?;
         Ok(())
-    }
-
-    /// The first checkpoint on a new timeline: until then pg_rewind on the others sees the old one.
-    fn checkpoint_soon(&self) {
-        let server = Arc::clone(&self.server);
-        tokio::spawn(async move {
-            match server.control.checkpoint(CHECKPOINT_MAX).await {
-                Ok(()) => server.data_changed(),
-                Err(error) => {
-                    tracing::warn!(%error, "the first checkpoint on the new timeline failed");
-                }
-            }
-            server.poke();
-        });
     }
 
     async fn bootstrap(&self) -> Result<(), ActError> {
@@ -727,7 +730,10 @@ impl Actor {
                 why,
                 "this member is not brought back by pg_rewind: cloning it anew"
             );
-            self.server.instance.discard_data_dir().await?;
+            // Others may be doing the same: until one copy is complete, the leader's would be the only one.
+            if let Some(former) = self.server.instance.set_aside_data_dir().await? {
+                tracing::info!(former = %former.display(), "what was here is kept until the clone is complete");
+            }
             return self.clone_from(from, term, members).await;
         }
         let upstream = self.upstream(from, members, "craton_replication")?;

@@ -5,6 +5,7 @@ use craton_core::Term;
 use craton_pg::AdoptOptions;
 
 use crate::act::{ActError, Actor};
+use crate::state::StateFile;
 
 impl Actor {
     /// The claim is won. Whatever is cut off here is done again: the directory gets its life last.
@@ -20,6 +21,7 @@ impl Actor {
         }
         self.server.instance.prepare_adopted(&options).await?;
         self.reborn(Term(0)).await?;
+        self.state.change(StateFile::forget_floor).await?;
         self.server.data_changed();
         Ok(())
     }

@@ -16,7 +16,7 @@ use craton_core::settings::Settings;
 use craton_core::topology::{MemberRole, Topology};
 use craton_core::{BootTime, MemberId};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
 use crate::act::{ActError, Actor};
 use crate::clock;
@@ -33,6 +33,8 @@ use crate::storage::Storage;
 use crate::store;
 use crate::views;
 
+/// Running transactions are counted often for so long after clients are held.
+const HOLD_LOOKS: Duration = Duration::from_secs(5);
 /// The loop runs at least this often.
 const TICK: Duration = Duration::from_millis(50);
 /// Processes that do not die within this are tried again with the next decision.
@@ -60,6 +62,22 @@ type TaskEnd = (Task, Result<(), ActError>);
 struct Submission {
     handle: JoinHandle<Submitted>,
     first_read: bool,
+}
+
+/// What woke the loop.
+enum Ended {
+    /// Nothing that it had begun.
+    Nothing,
+    Task(Result<TaskEnd, JoinError>),
+    Submission(Result<Submitted, JoinError>),
+}
+
+/// Waits for the end of what was begun, for ever if nothing was.
+async fn end_of<T>(handle: Option<&mut JoinHandle<T>>) -> Result<T, JoinError> {
+    match handle {
+        Some(handle) => handle.await,
+        None => std::future::pending().await,
+    }
 }
 
 /// What came of it.
@@ -94,6 +112,8 @@ pub struct Agent {
     task: Option<(TaskView, JoinHandle<TaskEnd>)>,
     failures: BTreeMap<TaskKind, TaskFailure>,
     submission: Option<Submission>,
+    /// Clients are held for a handover, and running transactions are waited for.
+    holding: bool,
     /// The revision that our last transaction made, and until when it is waited for.
     echo: Option<(u64, BootTime)>,
     /// The revision of the first linearizable read since the start: the local copy is believed from there on.
@@ -153,6 +173,7 @@ impl Agent {
             task: None,
             failures: BTreeMap::new(),
             submission: None,
+            holding: false,
             echo: None,
             known_from: None,
             parsed: None,
@@ -177,13 +198,23 @@ impl Agent {
         let server = Arc::clone(&self.server);
         while !*shutdown.borrow() {
             self.step().await;
-            tokio::select! {
-                _ = shutdown.changed() => {}
-                _ = store.changed() => {}
-                _ = presence.changed() => {}
-                _ = lease.changed() => {}
-                () = server.changed.notified() => {}
-                () = tokio::time::sleep(TICK) => {}
+            let task = self.task.as_mut().map(|(_, handle)| handle);
+            let submission = self.submission.as_mut().map(|s| &mut s.handle);
+            let ended = tokio::select! {
+                _ = shutdown.changed() => Ended::Nothing,
+                _ = store.changed() => Ended::Nothing,
+                _ = presence.changed() => Ended::Nothing,
+                _ = lease.changed() => Ended::Nothing,
+                () = server.changed.notified() => Ended::Nothing,
+                // Their own ends wake the loop: whatever they announce before, they have not ended yet.
+                result = end_of(task) => Ended::Task(result),
+                result = end_of(submission) => Ended::Submission(result),
+                () = tokio::time::sleep(TICK) => Ended::Nothing,
+            };
+            match ended {
+                Ended::Nothing => {}
+                Ended::Task(result) => self.task_ended(result),
+                Ended::Submission(result) => self.submission_ended(result.unwrap_or_default()),
             }
         }
         self.end_task().await;
@@ -209,8 +240,6 @@ impl Agent {
     }
 
     async fn step(&mut self) {
-        self.collect_task().await;
-        self.collect_submission().await;
         self.learn_store();
         let observation = self.observe().await;
         let decision = decide(&observation, &self.memory);
@@ -224,7 +253,10 @@ impl Agent {
 
     /// The local copy may be old just after a start: the store is believed once it was read linearizably.
     fn learn_store(&mut self) {
-        if self.known_from.is_some() || self.submission.is_some() {
+        if self.known_from.is_some()
+            || self.submission.is_some()
+            || clock::now() < self.submit_after
+        {
             return;
         }
         let coordinator = Arc::clone(&self.coordinator);
@@ -243,14 +275,15 @@ impl Agent {
         });
     }
 
-    async fn collect_submission(&mut self) {
-        let Some(s) = self.submission.take_if(|s| s.handle.is_finished()) else {
+    fn submission_ended(&mut self, Submitted { revision, failed }: Submitted) {
+        let Some(s) = self.submission.take() else {
             return;
         };
-        let Submitted { revision, failed } = s.handle.await.unwrap_or_default();
         let pause = match (&failed, revision) {
             (_, None) if self.lease.promises().0.is_some() => SUBMIT_PAUSE,
             (Some(_), _) => FAILED_PAUSE,
+            // The store could not be read yet.
+            (None, None) if s.first_read => FAILED_PAUSE,
             (None, _) => Duration::ZERO,
         };
         self.submit_after = clock::now().after(pause);
@@ -269,13 +302,13 @@ impl Agent {
         }
     }
 
-    async fn collect_task(&mut self) {
-        let Some((view, handle)) = self.task.take_if(|(_, h)| h.is_finished()) else {
+    fn task_ended(&mut self, result: Result<TaskEnd, JoinError>) {
+        let Some((view, _)) = self.task.take() else {
             return;
         };
         let kind = view.task.kind();
         self.server.set_busy(false);
-        match handle.await {
+        match result {
             Ok((task, Ok(()))) => {
                 self.failures.remove(&kind);
                 self.bootstrap_done |= task == Task::Bootstrap;
@@ -474,6 +507,12 @@ impl Agent {
         }
         self.server
             .count_transactions(d.reasons.iter().any(|r| r.code == "switching"));
+        let holding = d.reasons.iter().any(|r| r.code == "holding");
+        if holding && !self.holding {
+            // Clients wait for the end of the last transaction.
+            self.server.look_often_for(HOLD_LOOKS);
+        }
+        self.holding = holding;
         let echoed = self.echo.is_none_or(|(rev, until)| {
             o.view.as_ref().is_some_and(|v| v.revision >= rev) || o.now > until
         });

@@ -31,6 +31,7 @@ use crate::views;
 
 mod config;
 pub mod coordinator;
+mod guarantees;
 mod operate;
 
 /// A change of leadership that takes longer is reported as still going on.
@@ -74,10 +75,12 @@ pub fn routes(api: Api) -> Router {
         .route("/v1/restart/cancel", post(operate::cancel_restart))
         .route("/v1/reinit", post(operate::reinit))
         .route("/v1/reload", post(operate::reload))
+        .route("/v1/guarantees", get(guarantees::show))
         .route("/v1/promise", post(promise))
         .route("/v1/coordinator", get(coordinator::show))
         .route("/v1/coordinator/probe", post(coordinator::probe))
         .route("/v1/coordinator/move", post(coordinator::relocate))
+        .route("/v1/coordinator/rebuild", post(coordinator::rebuild))
         .with_state(api)
 }
 
@@ -107,6 +110,7 @@ async fn status(State(api): State<Api>) -> Response {
             status.witnesses = members::witnesses(api.coordinator.as_ref(), view);
         }
         status.voters = members::voters(&api.coordinator);
+        views::count_voters(&mut status);
         let silent = status.witnesses.iter().filter(|w| !w.alive);
         let silent = silent.map(|w| format!("the witness {} has not been heard of", w.name));
         status.warnings.extend(silent);

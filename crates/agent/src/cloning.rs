@@ -68,12 +68,34 @@ impl Actor {
         let mut source = self.upstream(from, members, "craton_replication")?;
         source.slot = None;
         tracing::info!(%from, "cloning");
-        self.server
+        let made = self
+            .server
             .instance
             .clone_from(&source, self.clone.max_rate_kb, self.progress.clone())
-            .await?;
+            .await;
+        self.end_former(made.as_ref().err()).await;
+        made?;
         self.server.data_changed();
         self.start_standby().await
+    }
+
+    /// The former copy goes when there is a new one, or when there is no room for both.
+    async fn end_former(&self, failed: Option<&PgError>) {
+        let no_room = |e: &PgError| e.to_string().contains("No space left on device");
+        if failed.is_none_or(no_room) {
+            self.remove_former().await;
+        }
+    }
+
+    /// What cannot be removed now costs room, and no clone.
+    pub(crate) async fn remove_former(&self) {
+        match self.server.instance.discard_former().await {
+            Ok(true) => tracing::info!("what was here before the clone is removed"),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(%error, "what was here before the clone cannot be removed now");
+            }
+        }
     }
 
     /// Restores the newest backup, and replays the WAL that the archive has.
@@ -94,6 +116,9 @@ impl Actor {
             .await?;
         self.server.data_changed();
         let caught_up = self.read_archive(repository).await;
+        if caught_up.is_ok() {
+            self.end_former(None).await;
+        }
         if let Err(error) = caught_up {
             // Half of a copy would pass for a whole one; the next try takes another source.
             while !self.kill(KILL_MAX).await {}

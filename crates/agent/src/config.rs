@@ -7,6 +7,7 @@ use craton_coordinator::place::Place;
 use craton_core::MemberId;
 pub use craton_core::observe::FirstStart;
 use craton_core::settings::Settings;
+use craton_pg::InitArgs;
 use craton_trust::TlsSettings;
 use serde::{Deserialize, Serialize};
 
@@ -157,6 +158,12 @@ pub struct AgentConfig {
     /// cluster.
     #[serde(default)]
     pub initial_data: Option<PathBuf>,
+    /// Arguments of initdb, `["--locale=de_DE.UTF-8"]`, for the database that a new cluster begins with; of no meaning
+    /// later. Locale and encoding may be chosen (`--locale`, `--lc-*`, `--locale-provider`, `--icu-locale`,
+    /// `--icu-rules`, `--builtin-locale`, `--encoding`, `--text-search-config`, `--no-locale`); where none is, they are
+    /// `C.UTF-8` and `UTF8`. Any of `peers` may make the database: set it alike on all of them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub initdb_args: Vec<String>,
     /// How an empty data directory is filled.
     #[serde(default)]
     pub clone: CloneConfig,
@@ -255,6 +262,11 @@ impl AgentConfig {
             .unwrap_or_else(|| self.peer_listen.clone())
     }
 
+    /// What a new cluster is made with, or which argument it cannot be.
+    pub fn initdb_args(&self) -> Result<InitArgs, String> {
+        InitArgs::parse(&self.initdb_args).map_err(|e| format!("node.initdb_args: {e}"))
+    }
+
     /// Says what is wrong, if anything.
     pub fn validate(&self) -> Result<(), String> {
         if self.join.is_empty() && !self.peers.iter().any(|p| p.member == self.member) {
@@ -274,6 +286,7 @@ impl AgentConfig {
         if self.upstream.as_ref() == Some(&self.member) {
             return Err("node.upstream is this member itself: name another one, or none".into());
         }
+        self.initdb_args()?;
         self.clone.validate()?;
         self.hooks.validate()?;
         self.initial

@@ -150,7 +150,8 @@ impl Fencing {
         }
     }
 
-    fn report(&self) -> Option<Report> {
+    /// What the fence said last.
+    pub fn report(&self) -> Option<Report> {
         self.board.report().ok().flatten()
     }
 
@@ -209,6 +210,11 @@ impl Fencing {
             o.target = Some(target);
             o.armed = true;
         });
+    }
+
+    /// True while the last deadline that was given has not passed.
+    pub fn is_before_deadline(&self) -> bool {
+        lock(&self.order).deadline_ns > boottime_ns()
     }
 
     /// The deadline; none means that it has passed.

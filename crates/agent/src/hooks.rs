@@ -241,19 +241,24 @@ async fn follow<T>(
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
     use std::path::Path;
 
     use super::*;
 
     fn hooks(dir: &Path, script: &str, limit: Duration) -> Hooks {
-        let program = dir.join("hook");
+        let (program, text) = (dir.join("hook"), dir.join("text"));
         std::fs::write(
-            &program,
+            &text,
             format!("#!/bin/sh\ncd {}\n{script}\n", dir.display()),
         )
         .unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        // Another process writes it: a child that another test starts at this moment would inherit the descriptor, and
+        // what is open for writing cannot be executed.
+        let made = std::process::Command::new("install")
+            .args(["-m", "755"])
+            .args([&text, &program])
+            .status();
+        assert!(made.unwrap().success());
         Hooks {
             program,
             limit,

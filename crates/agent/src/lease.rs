@@ -264,11 +264,14 @@ impl Shared {
     }
 
     /// Whom to ask for a promise now: nobody while renewals come through, or where the voters refuse the term.
-    fn to_ask(&self, term: Term, ttl: Duration, now: BootTime) -> Option<Arc<Plan>> {
+    /// A renewal is late a third of the ttl after the last one that was granted, and no sooner than half a heartbeat
+    /// after it was to be sent: a heartbeat may be a third of the ttl.
+    fn to_ask(&self, term: Term, timing: LeaseTiming, now: BootTime) -> Option<Arc<Plan>> {
+        let late = (timing.ttl / 3).max(timing.heartbeat.saturating_mul(3) / 2);
         let held = self.held();
         let fresh = held
             .renewed
-            .is_some_and(|(t, sent_at)| t == term && now.since(sent_at) < ttl / 3);
+            .is_some_and(|(t, sent_at)| t == term && now.since(sent_at) < late);
         let leads = held.lease.is_some_and(|l| l.term == term);
         (leads && !fresh && held.refused < term).then(|| Arc::clone(&held.plan))
     }
@@ -350,7 +353,7 @@ fn ask_all(
     term: Term,
     timing: LeaseTiming,
 ) {
-    let Some(plan) = shared.to_ask(term, timing.ttl, clock::now()) else {
+    let Some(plan) = shared.to_ask(term, timing, clock::now()) else {
         return;
     };
     for ((member, incarnation), address) in plan.targets() {
@@ -567,12 +570,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let shared = shared(dir.path());
         shared.set_plan(plan(&[(&["b", "c"], 1), (&["b", "x"], 1)]));
-        let ttl = Duration::from_nanos(300);
-        let asks = |at| {
+        let timing = |heartbeat| LeaseTiming {
+            ttl: Duration::from_nanos(300),
+            margin: Duration::from_nanos(30),
+            heartbeat: Duration::from_nanos(heartbeat),
+        };
+        let asked = |heartbeat, at| {
             shared
-                .to_ask(Term(4), ttl, BootTime(at))
+                .to_ask(Term(4), timing(heartbeat), BootTime(at))
                 .map(|p| p.targets().len())
         };
+        let asks = |at| asked(45, at);
         assert_eq!(asks(1), None, "no lease");
         shared.accept(Term(4), BootTime(0), BootTime(270));
         assert_eq!(asks(99), None, "renewed a moment ago");
@@ -581,6 +589,8 @@ mod tests {
             Some(2),
             "each once, and only those whose address is known"
         );
+        assert_eq!(asked(100, 149), None, "a heartbeat of a third of the ttl");
+        assert_eq!(asked(100, 150), Some(2), "with it, one renewal is missing");
         shared.refuse(Term(4));
         assert_eq!(asks(100), None, "the voters called it over");
     }

@@ -8,7 +8,7 @@
 //! * [`places`]: where the cluster's records are.
 //! * [`state`]: what must survive the agent; [`store`]: the coordinator's texts, typed.
 //! * `trust`: the agent's certificate; `enrol`: new parts, and new certificates for them.
-//! * [`api`], [`views`], [`metrics`], [`hooks`]: what others see. [`run()`] wires it all.
+//! * [`api`], [`views`], [`metrics`], [`hooks`], `live`: what others see. [`run()`] wires it all.
 
 pub mod act;
 mod adopting;
@@ -20,9 +20,11 @@ mod cloning;
 pub mod config;
 mod enrol;
 pub mod fencing;
+mod handover;
 pub mod hooks;
 pub mod lease;
 pub mod libraries;
+mod live;
 pub mod logical;
 pub mod members;
 pub mod metrics;
@@ -40,7 +42,7 @@ mod trust;
 pub mod views;
 pub mod witness;
 
-pub use api::coordinator::{MoveRequest, ProbeRequest};
+pub use api::coordinator::{MoveRequest, ProbeRequest, RebuildRequest};
 pub use config::{AgentConfig, CloneConfig, FirstStart, Peer, Secrets, VoterWish, WatchdogMode};
 pub use craton_coordinator::embedded::{RecoverError, Survey, stand_alone, survey};
 pub use craton_coordinator::etcd;

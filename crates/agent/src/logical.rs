@@ -1,6 +1,8 @@
-//! Logical replication slots that survive a failover (before PostgreSQL 17, which does it by itself): what this member
-//! tells of them, its copies of the leader's, and what becomes of them at a promotion. The rules are
-//! [`craton_core::slots`]'s.
+//! Logical replication slots that survive a failover (before PostgreSQL 17, which does it by itself, with some help:
+//! [`own_sync`]): what this member tells of them, its copies of the leader's, and what becomes of them at a promotion.
+//! The rules are [`craton_core::slots`]'s.
+
+mod own_sync;
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -166,8 +168,12 @@ pub async fn once(actor: &Actor, o: &Observation) -> Result<(), ActError> {
     let here = logical_slots(&sample);
     let leads = l.leader.is_some() && l.leader == o.me.reference();
     let own = major(server) >= OWN_SYNC_FROM;
-    if leads && !s.in_recovery && !own {
-        return lead(actor, l.term, &here).await;
+    if leads && !s.in_recovery {
+        return if own {
+            own_sync::lead(server, o, &sample, &here).await
+        } else {
+            lead(actor, l.term, &here).await
+        };
     }
     let leader = l.leader.as_ref().and_then(|m| o.peers.get(&m.member));
     let serves = |p: &&PeerView| p.status.role == MemberRole::Leader && p.status.term == l.term;
@@ -175,38 +181,9 @@ pub async fn once(actor: &Actor, o: &Observation) -> Result<(), ActError> {
         return Ok(());
     };
     if own {
-        return make_way(server, &leader.status.logical, &here).await;
+        return own_sync::follow(server, &leader.status.logical, &here).await;
     }
     follow(actor, o, (l.term, leader), (&sample, &here)).await
-}
-
-/// PostgreSQL 17 copies no slot to a standby that has one of that name, as a former leader has: it gives up on all of
-/// them instead. The leader's copy is newer, and becomes this member's.
-async fn make_way(
-    server: &LocalServer,
-    leader: &Told,
-    here: &[LogicalSlot],
-) -> Result<(), ActError> {
-    for slot in in_the_way(leader, here) {
-        tracing::info!(
-            slot,
-            "dropping a former leader's logical slot, so that it can be copied"
-        );
-        server.control.drop_slot(slot, QUERY_MAX).await?;
-    }
-    Ok(())
-}
-
-fn in_the_way<'a>(leader: &Told, here: &'a [LogicalSlot]) -> Vec<&'a str> {
-    let there = leader.slots.iter().flatten();
-    let copied: BTreeSet<&str> = there
-        .filter(|s| s.failover == Some(true))
-        .map(|s| s.name.as_str())
-        .collect();
-    here.iter()
-        .filter(|s| s.synced == Some(false) && copied.contains(s.name.as_str()))
-        .map(|s| s.name.as_str())
-        .collect()
 }
 
 /// The leader's own slots: what is noted of them is for the time after this leadership.
@@ -581,35 +558,5 @@ async fn give(State(server): State<Arc<LocalServer>>, Path(name): Path<String>) 
             &error.to_string(),
             Some("it is asked for again"),
         ),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_former_leaders_slots_make_way_for_the_servers_own_copies() {
-        let slot = |name: &str, failover, synced| LogicalSlot {
-            name: name.into(),
-            failover: Some(failover),
-            synced: Some(synced),
-            ..LogicalSlot::default()
-        };
-        let leader = Told {
-            slots: Some(vec![
-                slot("a", true, true),
-                slot("b", true, true),
-                slot("c", false, false),
-            ]),
-            ..Told::default()
-        };
-        let here = [
-            slot("a", true, false),
-            slot("b", true, true),
-            slot("c", false, false),
-            slot("mine", false, false),
-        ];
-        assert_eq!(in_the_way(&leader, &here), ["a"]);
     }
 }

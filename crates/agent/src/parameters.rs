@@ -289,8 +289,8 @@ fn promises_kept(name: &str, value: &str, members: usize) -> Result<(), String> 
         "synchronous_commit" if !["on", "remote_apply"].contains(&value) => Err(format!(
             "postgresql.synchronous_commit = {value} would acknowledge commits that no standby has: set durability for the cluster, or synchronous_commit in a session that may lose its own"
         )),
-        "restart_after_crash" if !["on", "true", "yes", "1"].contains(&value) => Err(
-            "postgresql.restart_after_crash = off would end PostgreSQL with every crash of a session".into(),
+        "restart_after_crash" if !["off", "false", "no", "0"].contains(&value) => Err(
+            "postgresql.restart_after_crash = on would show clients what PostgreSQL recovered after the crash of a session before any standby has it: the agent starts it again, or hands over".into(),
         ),
         _ => Ok(()),
     }
@@ -352,7 +352,7 @@ mod tests {
             ("max_replication_slots", "2"),
             ("wal_level", "minimal"),
             ("synchronous_commit", "local"),
-            ("restart_after_crash", "off"),
+            ("restart_after_crash", "on"),
         ] {
             assert!(promises_kept(name, value, 3).is_err(), "{name} = {value}");
         }

@@ -12,7 +12,7 @@ use craton_coordinator::api::Coordinator;
 use craton_core::MemberId;
 use craton_core::decide::AskSeal;
 use craton_core::observe::ReceiverView;
-use craton_core::receiver::{Known, ReceiverStatus, Report, SealAnswer, SealRequest};
+use craton_core::receiver::{self, Known, ReceiverStatus, Report, SealAnswer, SealRequest};
 use craton_core::records::{At, Change, ClusterView, Key, ReceiverRecord, Record};
 use craton_core::{BootTime, Term};
 use tokio::sync::watch;
@@ -103,14 +103,7 @@ impl Receivers {
     fn heard(&self, at: BootTime, status: ReceiverStatus) {
         let mut seen = locked(&self.seen);
         let former = seen.remove(&status.name);
-        let view = ReceiverView {
-            heard_at: at,
-            incarnation: status.incarnation,
-            timeline: status.timeline,
-            lsn: status.lsn,
-            streams_from: status.streams_from,
-            seal: former.and_then(|f| f.seal),
-        };
+        let view = receiver::seen(at, &status, former);
         seen.insert(status.name, view);
     }
 
@@ -161,14 +154,7 @@ impl Receivers {
             return Err("it sealed for another election".into());
         }
         tracing::info!(receiver = %ask.receiver, term = %seal.term, timeline = %seal.timeline, lsn = %seal.lsn, "a backup receiver sealed");
-        let view = ReceiverView {
-            heard_at: clock::now(),
-            incarnation: seal.incarnation,
-            timeline: seal.timeline,
-            lsn: seal.lsn,
-            streams_from: None,
-            seal: Some(seal),
-        };
+        let view = receiver::seen_sealed(clock::now(), seal);
         locked(&self.seen).insert(ask.receiver.clone(), view);
         Ok(())
     }
@@ -211,21 +197,7 @@ async fn report(
         ));
     }
     let term = leadership.value.term;
-    update(&api, |view| {
-        let known = view.receivers.get(&report.name).map(|r| &r.value);
-        let record = ReceiverRecord {
-            api: report.api.clone(),
-            incarnation: report.incarnation,
-            leaving: known.is_some_and(|k| k.leaving),
-        };
-        let key = Key::Receiver(report.name.clone());
-        (known != Some(&record)).then(|| Change {
-            expect: vec![(key.clone(), view.revision_of(&key))],
-            puts: vec![Record::Receiver(report.name.clone(), record)],
-            deletes: vec![],
-        })
-    })
-    .await?;
+    update(&api, |view| receiver::on_record(view, &report)).await?;
     Ok(Json(Known { term }))
 }
 

@@ -36,7 +36,7 @@ use crate::receivers::{self, Receivers};
 use crate::server::LocalServer;
 use crate::state::{StateFile, StateKeeper};
 use crate::storage::Storage;
-use crate::{libraries, logical, parameters, places, slots, trust};
+use crate::{libraries, live, logical, parameters, places, slots, trust};
 
 /// How often the metrics are brought up to date.
 const METRICS_INTERVAL: Duration = Duration::from_secs(1);
@@ -65,7 +65,7 @@ pub enum AgentError {
         source: std::io::Error,
     },
     /// The others have removed this member.
-    #[error("this member was removed from the cluster: its agent stops. To bring the host back in, empty {} and set node.join", .0.display())]
+    #[error("this member was removed from the cluster: its agent and its PostgreSQL stop; the files in {} stay", .0.display())]
     Removed(PathBuf),
     /// The coordinator could not start.
     #[error("the coordinator cannot start: {0}")]
@@ -177,6 +177,10 @@ pub async fn run_with(
     let reached = (presence, others.clone());
     let actor = actor(&config, &server, &fencing, secrets, reached, &receivers)?;
     actor.end_strays_soon().await;
+    // A clone was complete when the agent ended, and what was there before it was not removed yet.
+    if let Err(error) = server.instance.remove_late_former().await {
+        tracing::warn!(%error, "what was here before the last clone cannot be removed now");
+    }
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(
@@ -306,6 +310,7 @@ fn actor(
         strays_ended: tokio::sync::OnceCell::new(),
         clone: config.clone.clone(),
         initial_data: config.initial_data.clone(),
+        initdb_args: config.initdb_args().map_err(AgentError::Config)?,
         program: match &config.fence_program {
             Some(program) => program.clone(),
             None => std::env::current_exe().map_err(io("cannot find this program's own path"))?,
@@ -407,6 +412,7 @@ async fn stop(
 fn empty_topology(config: &AgentConfig) -> Topology {
     Topology {
         cluster: config.cluster.clone(),
+        system_id: None,
         term: Term(0),
         revision: 0,
         writable: None,
@@ -563,7 +569,8 @@ async fn serve_http(
         secrets: config.secrets.clone(),
         coordinator: Arc::clone(coordinator),
     };
-    let mut service = Service::new(Arc::new(metrics), move || health(&seen));
+    let alive = live::routes(seen.clone());
+    let mut service = Service::new(Arc::new(metrics), move || health(&seen)).with_open(alive);
     // Keys and passwords are handed out through TLS alone.
     let routes = if admission.trust.is_some() {
         service = service.with_open(enrol::open_routes(enrolment.clone()));

@@ -27,6 +27,8 @@ const SAMPLE_TIMEOUT: Duration = Duration::from_secs(1);
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(100);
 /// How often while it changes its role.
 const SAMPLE_INTERVAL_BUSY: Duration = Duration::from_millis(10);
+/// Looks at a server that was told to end: its exit is noticed without them.
+const SAMPLE_INTERVAL_ENDING: Duration = Duration::from_millis(50);
 /// A reading of the data directory that takes longer is not waited for.
 const DATA_TIMEOUT: Duration = Duration::from_secs(2);
 /// A sample older than this says nothing any more.
@@ -86,17 +88,13 @@ const KNOCK_AGE_MAX: Duration = Duration::from_millis(2500);
 const CRASHES_KEPT: usize = 100;
 
 impl Known {
-    /// Compares a new sample with the last one: does WAL move, did a backend crash? True if one did.
-    fn note_wal(&mut self, sample: &ServerSample) -> bool {
+    /// Compares a new sample with the last one: does WAL move?
+    fn note_wal(&mut self, sample: &ServerSample) {
         let last = self.sample.as_ref().map(|(s, _)| s);
         let moved = last.and_then(|s| s.flush_lsn) != sample.flush_lsn;
-        let crashed = last
-            .and_then(|s| s.checkpointer_pid)
-            .zip(sample.checkpointer_pid)
-            .is_some_and(|(before, now)| before != now);
         if sample.in_recovery || sample.flush_lsn.is_none() {
             self.wal_waits_since = None;
-            return crashed;
+            return;
         }
         let now = clock::now();
         if moved {
@@ -107,7 +105,6 @@ impl Known {
             Some(since) => Some(since),
             None => Some(now),
         };
-        crashed
     }
 }
 
@@ -534,7 +531,10 @@ impl LocalServer {
             let interval = {
                 let k = self.known();
                 let lively = k.busy || clock::now() < k.lively_until;
-                if lively {
+                if k.ending {
+                    // It lets nobody in any more, and is busy with its end.
+                    SAMPLE_INTERVAL_ENDING
+                } else if lively {
                     SAMPLE_INTERVAL_BUSY
                 } else {
                     SAMPLE_INTERVAL
@@ -593,7 +593,7 @@ impl LocalServer {
         {
             return false;
         }
-        let (mut arrived, mut crashed) = (false, false);
+        let mut arrived = false;
         if let Some(sample) = looked.sample {
             let streaming: BTreeSet<i32> = sample
                 .replication
@@ -607,7 +607,7 @@ impl LocalServer {
                 *timeline = sample.checkpoint_timeline;
             }
             k.maybe_primary = !sample.in_recovery || k.maybe_primary && k.busy;
-            crashed = k.note_wal(&sample);
+            k.note_wal(&sample);
             k.sample = Some((sample, clock::now()));
             k.sample_begun = looked.begun;
         }
@@ -615,10 +615,6 @@ impl LocalServer {
             k.active_transactions = looked.active.map(|n| u32::try_from(n).unwrap_or(u32::MAX));
         }
         drop(k);
-        if crashed {
-            tracing::warn!("a backend crashed: PostgreSQL started all its processes again");
-            self.note_crash();
-        }
         arrived
     }
 

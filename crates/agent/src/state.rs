@@ -123,6 +123,14 @@ impl StateFile {
         Ok(())
     }
 
+    /// For the first member of a new cluster: what was promised in another one's terms does not count.
+    pub fn forget_floor(&mut self) -> io::Result<()> {
+        self.set(MemberState {
+            floor: Term(0),
+            ..self.get().clone()
+        })
+    }
+
     /// Raises the floor; never lowers it.
     pub fn raise_floor(&mut self, term: Term) -> io::Result<()> {
         if term <= self.now.floor {

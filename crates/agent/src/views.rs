@@ -167,6 +167,10 @@ pub fn topology(o: &Observation, own: &MemberStatus) -> Option<Topology> {
             .cluster
             .as_ref()
             .map_or_else(|| o.cluster_name.clone(), |c| c.value.name.clone()),
+        system_id: view
+            .cluster
+            .as_ref()
+            .and_then(|c| c.value.system_id.clone()),
         term: leadership.map(|l| l.term).unwrap_or_default(),
         revision: view.revision,
         writable: leadership
@@ -268,6 +272,7 @@ fn lease(o: &Observation, view: &ClusterView, holder: Option<MemberId>) -> Lease
             .promises
             .living_since
             .map(|t| u64::try_from(o.now.since(t).as_millis()).unwrap_or(u64::MAX)),
+        held_term: o.lease.map(|l| l.term),
     }
 }
 
@@ -410,6 +415,7 @@ fn election(view: &ClusterView, l: &craton_core::records::Leadership) -> Electio
             .cloned()
             .collect(),
         sealed,
+        recovered: l.may_be_old(),
     }
 }
 
@@ -596,6 +602,28 @@ fn next(
         "if {leader} fails, {} takes over (lease: {ttl} ms)",
         heirs.join(" or ")
     )
+}
+
+/// What would happen next also needs a majority of the voters without the leader: a word on that, where there would be
+/// none.
+pub(crate) fn count_voters(status: &mut StatusView) {
+    let Some(leader) = status.leader.as_ref().filter(|_| status.paused.is_none()) else {
+        return;
+    };
+    let alive = |v: &&MemberId| {
+        let member = status.members.iter().any(|m| m.id == **v && m.agent_alive);
+        *v != leader && (member || status.witnesses.iter().any(|w| w.name == **v && w.alive))
+    };
+    let (all, left) = (
+        status.voters.len(),
+        status.voters.iter().filter(alive).count(),
+    );
+    let majority = all / 2 + 1;
+    if all > 1 && left < majority {
+        status.next = format!(
+            "if {leader} fails now, nobody takes over: {left} of {all} voters would be left, and {majority} are needed"
+        );
+    }
 }
 
 /// `GET /v1/explain`.

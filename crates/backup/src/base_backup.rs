@@ -86,6 +86,7 @@ pub(crate) async fn take(shared: &Arc<Shared>, source: &TopologyMember) -> Resul
         stored_bytes: contents.stored_bytes,
         minimum_settings,
     };
+    publish(shared, |p| p.phase = Phase::Ending);
     commit(repository, summary.clone(), contents, &tablespaces).await?;
     Ok(summary)
 }

@@ -13,9 +13,10 @@ use craton_core::receiver::{Known, ReceiverStatus, Report, SealAnswer, SealReque
 use craton_core::records::Seal;
 use craton_core::sync::application_name;
 use craton_core::{Incarnation, Lsn, MemberId, Term, TimelineId};
+use craton_repo::continuity;
 use craton_repo::layout::{self, SegmentForm};
 use craton_repo::segment::SegmentId;
-use craton_repo::wal_end::last_record_end;
+use craton_repo::wal_end::{NewestEnd, last_record_end, newest_end};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
@@ -236,15 +237,15 @@ impl Copy {
                 }
                 Err(_) => {}
             }
-            // A life that ended is followed by another at once.
+            // A life that ended is followed by another at once, also one that ended while the answer came.
             let mut moved = self.moved.subscribe();
             let ended = async {
                 loop {
-                    if moved.changed().await.is_err() {
-                        std::future::pending::<()>().await;
-                    }
                     if self.standing().is_none() {
                         return;
+                    }
+                    if moved.changed().await.is_err() {
+                        std::future::pending::<()>().await;
                     }
                 }
             };
@@ -322,14 +323,7 @@ async fn tell(
 pub(crate) fn end_of_wal(repository: &Repository) -> Result<(TimelineId, Lsn)> {
     let size = repository.segment_size();
     let inventory = repository.inventory()?;
-    let mut newest: Vec<SegmentId> = Vec::new();
-    for id in inventory.keys() {
-        match newest.last_mut().filter(|n| n.timeline == id.timeline) {
-            Some(last) => last.number = last.number.max(id.number),
-            None => newest.push(*id),
-        }
-    }
-    for id in newest.into_iter().rev() {
+    for id in continuity::newest_of_each(&inventory) {
         sync_partial(repository, id)?;
         let history = repository.history(id.timeline)?;
         let fork = history.ancestors.last().map(|a| a.end);
@@ -347,11 +341,10 @@ pub(crate) fn end_of_wal(repository: &Repository) -> Result<(TimelineId, Lsn)> {
             }
         }
         let end = end.map(Lsn);
-        // Of a timeline that has just begun there may be less than was held of the one before.
-        match end.filter(|end| fork.is_none_or(|fork| *end > fork)) {
-            Some(end) => return Ok((id.timeline, end)),
-            None if fork.is_some() => {}
-            None => break,
+        match newest_end(fork, end) {
+            NewestEnd::Here(end) => return Ok((id.timeline, end)),
+            NewestEnd::Before => {}
+            NewestEnd::Nowhere => break,
         }
     }
     Err(BackupError::Refused(

@@ -13,7 +13,7 @@ use craton_console::server::failure;
 use craton_core::receiver::{SealRequest, WAL_PART_MAX};
 use craton_repo::manifest::BackupId;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use crate::catalog;
@@ -22,12 +22,14 @@ use crate::receiver::blocking;
 use crate::scheduler::Request;
 use crate::shared::Shared;
 use crate::store::Repository;
-use crate::views::{BackupStatusView, RunAcceptedView};
+use crate::views::{BackupStatusView, Phase, RunAcceptedView, RunsView};
 
 /// How long a request for a backup may take to be accepted.
 const ACCEPT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long removing a backup may take; it goes on to its end in any case.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a request waits for a run that is about to end.
+const ENDING_TIMEOUT: Duration = Duration::from_secs(30);
 
 #[derive(Clone)]
 struct Api {
@@ -57,8 +59,23 @@ pub(crate) fn health(shared: &Shared) -> Health {
     }
 }
 
+/// True while a base backup runs. One that writes its manifest is waited for: who sees a backup in
+/// the catalog may ask for the next thing, and is not told that it runs.
+async fn is_running(runs: &watch::Sender<RunsView>) -> bool {
+    let mut runs = runs.subscribe();
+    let settled = runs.wait_for(|runs| {
+        runs.running
+            .as_ref()
+            .is_none_or(|r| r.phase != Phase::Ending)
+    });
+    match timeout(ENDING_TIMEOUT, settled).await {
+        Ok(Ok(runs)) => runs.is_under_way(),
+        _ => true,
+    }
+}
+
 async fn run(State(api): State<Api>) -> Response {
-    if api.shared.runs.borrow().running.is_some() {
+    if is_running(&api.shared.runs).await {
         return failure(
             StatusCode::CONFLICT,
             "a backup runs already",
@@ -107,7 +124,7 @@ async fn delete(
             Some("ask again when it has ended: craton backup status"),
         )
     };
-    if api.shared.runs.borrow().running.is_some() {
+    if is_running(&api.shared.runs).await {
         return busy();
     }
     let (answer, done) = oneshot::channel();
@@ -242,5 +259,52 @@ fn answer<T: Serialize>(outcome: Result<T>) -> Response {
             failure(StatusCode::NOT_FOUND, &error.to_string(), None)
         }
         Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Poll;
+
+    use super::*;
+    use crate::views::ProgressView;
+
+    fn in_phase(phase: Phase) -> Option<ProgressView> {
+        Some(ProgressView {
+            id: BackupId::new("one").ok()?,
+            phase,
+            source: "m1".into(),
+            done_bytes: 1,
+            total_bytes: 1,
+            percent: 99,
+        })
+    }
+
+    #[tokio::test]
+    async fn a_run_that_is_about_to_end_is_waited_for_and_no_other() {
+        let runs = watch::Sender::new(RunsView::default());
+        assert!(!is_running(&runs).await);
+        runs.send_modify(|r| r.requested = 1);
+        assert!(is_running(&runs).await, "begun, and not yet at the server");
+        for phase in [Phase::Checkpoint, Phase::Reading, Phase::WaitingForWal] {
+            runs.send_modify(|r| r.running = in_phase(phase));
+            assert!(is_running(&runs).await, "{phase:?}");
+        }
+        runs.send_modify(|r| r.running = in_phase(Phase::Ending));
+        let mut asked = std::pin::pin!(is_running(&runs));
+        assert_eq!(poll_once(&mut asked).await, Poll::Pending);
+        runs.send_modify(|r| {
+            r.running = None;
+            r.last = Some(crate::views::RunResultView {
+                run: 1,
+                backup: None,
+                error: None,
+            });
+        });
+        assert!(!asked.await);
+    }
+
+    async fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+        std::future::poll_fn(|cx| Poll::Ready(std::pin::Pin::new(&mut *future).poll(cx))).await
     }
 }

@@ -57,6 +57,8 @@ impl Scheduler {
             let mut shutdown = self.shutdown.clone();
             let asked = tokio::select! {
                 request = self.requests.recv() => match request {
+                    // Whoever asked was told meanwhile that it does not run.
+                    Some(Request::Run(answer)) if answer.is_closed() => continue,
                     Some(Request::Run(answer)) => Some(answer),
                     Some(Request::Delete(id, answer)) => {
                         self.delete(id, answer).await;

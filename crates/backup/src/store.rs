@@ -3,7 +3,7 @@
 //! Every file is written under a temporary name, synced, renamed and its directory synced, so a
 //! crash leaves the old state or the new one. Only the segment being received grows in place.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -30,6 +30,14 @@ const TEMPORARY: &str = ".tmp";
 /// What is in here is all of the database, password hashes included.
 pub(crate) const FILE_MODE: u32 = 0o600;
 const DIRECTORY_MODE: u32 = 0o700;
+/// How often the names in a directory are read again because it changed meanwhile.
+const LISTINGS_MAX: usize = 8;
+/// In the order in which a segment takes them. It has the next one before it loses the one before.
+const FORMS: [SegmentForm; 3] = [
+    SegmentForm::Partial,
+    SegmentForm::Full,
+    SegmentForm::Compressed,
+];
 
 /// A repository in a directory. Cheap to clone; holds no open files.
 #[derive(Clone, Debug)]
@@ -38,6 +46,9 @@ pub struct Repository {
     descriptor: Descriptor,
     /// Manifests name every chunk and can be large; what is asked for every second is their summary.
     summaries: Arc<Mutex<BTreeMap<BackupId, (SystemTime, Summary)>>>,
+    /// Held while a whole segment takes its next form, and while one is removed: what was removed must not come back
+    /// compressed.
+    forms: Arc<Mutex<()>>,
 }
 
 /// Held by the one daemon that writes. Ends with the process, however that ends.
@@ -81,6 +92,7 @@ impl Repository {
             root: root.to_owned(),
             descriptor,
             summaries: Arc::default(),
+            forms: Arc::default(),
         })
     }
 
@@ -91,6 +103,7 @@ impl Repository {
                 root: root.to_owned(),
                 descriptor: Descriptor::new(system_id, wal_segment_size),
                 summaries: Arc::default(),
+                forms: Arc::default(),
             };
             for dir in [layout::BACKUPS, layout::PACKS, layout::WAL] {
                 create_dir_synced(&root.join(dir))?;
@@ -177,12 +190,9 @@ impl Repository {
 
     /// Removes a segment in all of its forms.
     pub(crate) fn remove_segment(&self, id: SegmentId) -> Result<u64> {
+        let _alone = self.forms.lock().unwrap_or_else(PoisonError::into_inner);
         let mut bytes = 0;
-        for form in [
-            SegmentForm::Partial,
-            SegmentForm::Full,
-            SegmentForm::Compressed,
-        ] {
+        for form in FORMS {
             bytes += self.remove(&layout::segment(id, form, self.segment_size()))?;
         }
         Ok(bytes)
@@ -231,24 +241,33 @@ impl Repository {
     pub fn segments(&self) -> Result<BTreeMap<SegmentId, (SegmentForm, u64)>> {
         let mut found = BTreeMap::new();
         for dir in subdirectories(&self.path(layout::WAL))? {
-            for entry in read_dir(&dir)? {
-                let entry = entry.map_err(BackupError::io("read", &dir))?;
-                let name = entry.file_name();
-                let Some((id, form)) = name
-                    .to_str()
-                    .and_then(|n| layout::parse_segment_name(n, self.segment_size()))
+            for name in names(&dir)? {
+                let Some((id, listed)) = layout::parse_segment_name(&name, self.segment_size())
                 else {
                     continue;
                 };
-                // It may have taken its next form in between; the other name is found then.
-                let Ok(metadata) = entry.metadata() else {
+                let Some(held) = self.held(id, listed)? else {
                     continue;
                 };
-                let best = found.entry(id).or_insert((form, metadata.len()));
-                *best = (*best).max((form, metadata.len()));
+                let best = found.entry(id).or_insert(held);
+                *best = (*best).max(held);
             }
         }
         Ok(found)
+    }
+
+    /// A segment that was listed in this form, and its length. It may have taken its next form since, under a name that
+    /// was not there then; `None` when it was removed.
+    fn held(&self, id: SegmentId, listed: SegmentForm) -> Result<Option<(SegmentForm, u64)>> {
+        for form in FORMS.into_iter().filter(|f| *f >= listed) {
+            let path = self.path(&layout::segment(id, form, self.segment_size()));
+            match fs::metadata(&path) {
+                Ok(metadata) => return Ok(Some((form, metadata.len()))),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(BackupError::io("read", &path)(e)),
+            }
+        }
+        Ok(None)
     }
 
     /// What continuity is proved from.
@@ -273,21 +292,25 @@ impl Repository {
 
     /// A whole segment's bytes, checked; `None` when it is not held whole.
     pub fn whole_segment(&self, id: SegmentId) -> Result<Option<Vec<u8>>> {
-        let relative = layout::segment(id, SegmentForm::Compressed, self.segment_size());
-        match self.read(&relative) {
-            Ok(stored) => {
-                return segment::decode(id, &stored)
-                    .map(Some)
-                    .map_err(BackupError::format(&self.path(&relative)));
+        let relative = |form| layout::segment(id, form, self.segment_size());
+        // It may be compressed between the first look and the second.
+        for form in [
+            SegmentForm::Compressed,
+            SegmentForm::Full,
+            SegmentForm::Compressed,
+        ] {
+            match self.read(&relative(form)) {
+                Ok(plain) if form == SegmentForm::Full => return Ok(Some(plain)),
+                Ok(stored) => {
+                    return segment::decode(id, &stored)
+                        .map(Some)
+                        .map_err(BackupError::format(&self.path(&relative(form))));
+                }
+                Err(e) if e.is_not_found() => {}
+                Err(e) => return Err(e),
             }
-            Err(e) if e.is_not_found() => {}
-            Err(e) => return Err(e),
         }
-        match self.read(&layout::segment(id, SegmentForm::Full, self.segment_size())) {
-            Ok(plain) => Ok(Some(plain)),
-            Err(e) if e.is_not_found() => Ok(None),
-            Err(e) => Err(e),
-        }
+        Ok(None)
     }
 
     /// The beginning of a segment that is still being received, as far as it came.
@@ -303,11 +326,17 @@ impl Repository {
         }
     }
 
-    /// Compresses one whole segment that waits for it; the plain file goes when the other is safe.
+    /// Compresses one whole segment that waits for it; the plain file goes when the other is safe. One that was removed
+    /// meanwhile is let go.
     pub(crate) fn compress_segment(&self, id: SegmentId) -> Result<()> {
+        let _alone = self.forms.lock().unwrap_or_else(PoisonError::into_inner);
         let plain_name = layout::segment(id, SegmentForm::Full, self.segment_size());
         let path = self.path(&plain_name);
-        let plain = self.read(&plain_name)?;
+        let plain = match self.read(&plain_name) {
+            Ok(plain) => plain,
+            Err(e) if e.is_not_found() => return Ok(()),
+            Err(e) => return Err(e),
+        };
         let received_at_ms = fs::metadata(&path)
             .and_then(|m| m.modified())
             .map_or(0, unix_ms);
@@ -634,6 +663,28 @@ fn read_dir(dir: &Path) -> Result<Box<dyn Iterator<Item = io::Result<fs::DirEntr
     }
 }
 
+/// The names in a directory. What is renamed while a large directory is read may come up under neither name, so it is
+/// read again when it has changed meanwhile.
+fn names(dir: &Path) -> Result<BTreeSet<String>> {
+    let changed = || match fs::metadata(dir).and_then(|m| m.modified()) {
+        Ok(at) => Ok(Some(at)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(BackupError::io("read", dir)(e)),
+    };
+    let mut found = BTreeSet::new();
+    for _ in 0..LISTINGS_MAX {
+        let before = changed()?;
+        for entry in read_dir(dir)? {
+            let entry = entry.map_err(BackupError::io("read", dir))?;
+            found.extend(entry.file_name().into_string());
+        }
+        if changed()? == before {
+            break;
+        }
+    }
+    Ok(found)
+}
+
 fn subdirectories(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in read_dir(dir)? {
@@ -654,4 +705,60 @@ pub(crate) fn unix_ms(time: SystemTime) -> u64 {
 /// Now, in milliseconds since 1970.
 pub(crate) fn now_ms() -> u64 {
     unix_ms(SystemTime::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+    const ID: SegmentId = SegmentId {
+        timeline: TimelineId(1),
+        number: 1,
+    };
+
+    fn with_a_whole_segment(dir: &Path) -> Repository {
+        let repository = Repository::open_or_create(dir, 7, SIZE).unwrap();
+        let plain = vec![5; usize::try_from(SIZE).unwrap()];
+        let name = layout::segment(ID, SegmentForm::Full, SIZE);
+        repository.write(&name, &plain).unwrap();
+        repository
+    }
+
+    #[test]
+    fn a_segment_that_changed_its_form_since_it_was_listed_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let repository = with_a_whole_segment(dir.path());
+        let held = |listed| repository.held(ID, listed).unwrap();
+        assert_eq!(
+            held(SegmentForm::Partial),
+            Some((SegmentForm::Full, SIZE)),
+            "received whole"
+        );
+        repository.compress_segment(ID).unwrap();
+        for listed in FORMS {
+            let (form, _) = held(listed).unwrap();
+            assert_eq!(form, SegmentForm::Compressed, "listed as {listed:?}");
+        }
+        repository.remove_segment(ID).unwrap();
+        assert_eq!(held(SegmentForm::Partial), None, "removed");
+    }
+
+    #[test]
+    fn what_is_removed_while_it_waits_for_compression_does_not_come_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let repository = with_a_whole_segment(dir.path());
+        let sweeps = repository.forms.lock().unwrap();
+        let other = repository.clone();
+        let compression = std::thread::spawn(move || other.compress_segment(ID));
+        // Long enough to be done with it, if it did not wait: that it does nothing has no other sign.
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        for form in FORMS {
+            let name = layout::segment(ID, form, SIZE);
+            repository.remove(&name).unwrap();
+        }
+        drop(sweeps);
+        compression.join().unwrap().unwrap();
+        assert!(repository.segments().unwrap().is_empty());
+    }
 }

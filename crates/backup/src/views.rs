@@ -121,6 +121,8 @@ pub enum Phase {
     Reading,
     /// Waits until the WAL that it needs is in the repository.
     WaitingForWal,
+    /// Writes its manifest: from here on it is in the catalog, and its run ends at once.
+    Ending,
 }
 
 /// How a base backup ended.
@@ -145,6 +147,13 @@ pub struct RunsView {
     pub running: Option<ProgressView>,
     /// The one that ended last.
     pub last: Option<RunResultView>,
+}
+
+impl RunsView {
+    /// A run has begun, if only to connect to its server, and has not ended.
+    pub fn is_under_way(&self) -> bool {
+        self.requested > self.last.as_ref().map_or(0, |l| l.run)
+    }
 }
 
 /// The answer to a request for a backup.

@@ -262,7 +262,7 @@ async fn what_the_leader_removed_comes_from_another_member() {
     daemon.until("first backup", |s| s.backups == 1).await;
     let config = daemon.config.clone();
     daemon.stop().await;
-    lose_wal(&leader);
+    lose_wal(&leader, Some(&standby));
     standby.until(
         &format!("select pg_last_wal_replay_lsn() >= '{}'", leader.wal_end()),
         "t",
@@ -288,12 +288,10 @@ async fn wal_that_nobody_has_is_said_to_be_missing_and_a_new_backup_is_taken() {
     daemon.until("first backup", |s| s.backups == 1).await;
     let config = daemon.config.clone();
     daemon.stop().await;
-    lose_wal(&leader);
+    lose_wal(&leader, None);
     let daemon = Daemon::start(config, topology(1, &[&leader]));
     let status = daemon
-        .until("a new backup", |s| {
-            s.backups == 2 && s.runs.running.is_none()
-        })
+        .until("a new backup", |s| s.backups == 2 && !s.runs.is_under_way())
         .await;
     assert_eq!(status.missing_wal.len(), 1, "{:?}", status.missing_wal);
     daemon.caught_up(&leader).await;
@@ -316,8 +314,9 @@ async fn wal_that_nobody_has_is_said_to_be_missing_and_a_new_backup_is_taken() {
     daemon.stop().await;
 }
 
-/// Makes a leader remove WAL that the daemon has not seen, as a leader without the slot would.
-fn lose_wal(leader: &Server) {
+/// Makes a leader remove WAL that the daemon has not seen, as a leader without the slot would. A standby, which has
+/// no slot either, has it before.
+fn lose_wal(leader: &Server, standby: Option<&Server>) {
     leader.until(
         "select count(*) from pg_replication_slots where active",
         "0",
@@ -325,6 +324,10 @@ fn lose_wal(leader: &Server) {
     leader.sql("select pg_drop_replication_slot('craton_backup')");
     for _ in 0..8 {
         leader.sql("insert into t values (1); select pg_switch_wal()");
+        if let Some(standby) = standby {
+            let end = leader.wal_end();
+            standby.until(&format!("select pg_last_wal_receive_lsn() >= '{end}'"), "t");
+        }
         leader.sql("checkpoint");
     }
 }

@@ -7,7 +7,7 @@
 //! The agents named at the start are enough to find the others: members that the topology names are followed too,
 //! for as long as it names them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -116,6 +116,10 @@ struct Heard {
 struct Views {
     heard: Vec<Option<Heard>>,
     published: Option<Arc<Topology>>,
+    /// The system identifier of the cluster that is followed: the first that was heard of.
+    system_id: Option<String>,
+    /// Agents of another cluster: what is said of them is said once.
+    strangers: BTreeSet<String>,
 }
 
 impl Views {
@@ -123,6 +127,8 @@ impl Views {
         Self {
             heard: vec![None; agents],
             published: None,
+            system_id: None,
+            strangers: BTreeSet::new(),
         }
     }
 
@@ -141,6 +147,7 @@ impl Views {
     /// Positions change without a new revision. Among views of the same revision the writable member's
     /// own is believed, because it alone knows who streams from it; failing that, the latest word.
     fn update(&mut self, index: usize, view: Option<Heard>) -> Option<Arc<Topology>> {
+        let view = view.filter(|v| !self.is_stranger(v));
         *self.heard.get_mut(index)? = view;
         let floor = self.published.as_deref().map(age);
         let best_age = self
@@ -168,8 +175,35 @@ impl Views {
         if self.published.as_ref() == Some(&chosen) {
             return None;
         }
+        if self.system_id.is_none() {
+            self.system_id.clone_from(&chosen.system_id);
+        }
         self.published = Some(Arc::clone(&chosen));
         Some(chosen)
+    }
+}
+
+impl Views {
+    /// Of another database cluster, whatever its name and however new: nobody's writes may go from one to the other.
+    fn is_stranger(&mut self, heard: &Heard) -> bool {
+        let (Some(known), Some(told)) = (&self.system_id, &heard.topology.system_id) else {
+            return false;
+        };
+        if known == told {
+            self.strangers.remove(&heard.agent);
+            return false;
+        }
+        if !self.strangers.insert(heard.agent.clone()) {
+            return true;
+        }
+        tracing::error!(
+            agent = heard.agent,
+            followed = known,
+            told,
+            "this agent speaks of another database cluster of the same name: it is not listened to. Name the agents of one cluster; \
+             if the other one takes the place of the one that is followed, start this process again"
+        );
+        true
     }
 }
 
@@ -295,6 +329,7 @@ mod tests {
         };
         Topology {
             cluster: "c".into(),
+            system_id: None,
             term: Term(term),
             revision,
             writable: writable.map(|id| MemberId::new(id).unwrap()),
@@ -329,6 +364,39 @@ mod tests {
         assert_eq!(
             views.update(1, Some(heard("api-b", &newer))).as_deref(),
             Some(&newer)
+        );
+    }
+
+    #[test]
+    fn another_cluster_of_the_same_name_is_not_followed_however_new() {
+        let of = |system: Option<&str>, revision| Topology {
+            system_id: system.map(Into::into),
+            ..topology(2, revision, Some("a"), false)
+        };
+        let mut views = Views::new(2);
+        // Before there are data nobody knows yet.
+        assert!(
+            views
+                .update(0, Some(heard("api-a", &of(None, 1))))
+                .is_some()
+        );
+        let own = of(Some("1"), 2);
+        assert!(views.update(0, Some(heard("api-a", &own))).is_some());
+        assert_eq!(
+            views.update(1, Some(heard("api-x", &of(Some("2"), 9)))),
+            None
+        );
+        assert_eq!(views.connected(), 1);
+        // Also while the one that is followed is silent.
+        assert_eq!(views.update(0, None), None);
+        assert_eq!(
+            views.update(1, Some(heard("api-x", &of(Some("2"), 10)))),
+            None
+        );
+        let back = of(Some("1"), 3);
+        assert_eq!(
+            views.update(0, Some(heard("api-a", &back))).as_deref(),
+            Some(&back)
         );
     }
 

@@ -101,6 +101,43 @@ pub struct EndpointView {
     pub error: Option<String>,
 }
 
+/// The answer to `GET /v1/guarantees`: what limits the guarantees on one member.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct GuaranteesView {
+    /// The member whose agent answers.
+    pub member: MemberId,
+    /// Settings of its PostgreSQL with which sessions are promised less of their commits.
+    pub settings: Vec<WeakSettingView>,
+    /// Why the settings could not be asked for.
+    pub error: Option<String>,
+    /// Its fence.
+    pub fence: FenceView,
+}
+
+/// A setting with which sessions are promised less of their commits.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct WeakSettingView {
+    /// `client_min_messages` or `synchronous_commit`.
+    pub name: String,
+    /// What it is set to.
+    pub value: String,
+    /// For whom: `role x`, `database y`, `role x in database y`; or the line of a file.
+    pub place: String,
+    /// True in the database, the same on every member; false in a file of this one.
+    pub shared: bool,
+}
+
+/// How the fence runs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct FenceView {
+    /// It gave a sign of life just now.
+    pub alive: bool,
+    /// Its memory cannot be swapped out.
+    pub memory_locked: bool,
+    /// It has the highest priority (nice -20).
+    pub hurried: bool,
+}
+
 /// A pause.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct PauseView {
@@ -164,6 +201,10 @@ pub struct LeaseView {
     /// milliseconds; known to the leader.
     #[serde(default)]
     pub promises_ms: Option<u64>,
+    /// The term for which the answering agent itself holds it; none: it holds none. It may have run out
+    /// (`remaining_ms`).
+    #[serde(default)]
+    pub held_term: Option<Term>,
 }
 
 /// An election that is open.
@@ -179,6 +220,10 @@ pub struct ElectionView {
     pub seals_needed: u32,
     /// Members whose seal is missing.
     pub missing: Vec<MemberId>,
+    /// An operator recovered the records from one member's disk: they may be old, so no seals suffice, and nobody is
+    /// promoted before `craton failover --allow-data-loss`.
+    #[serde(default)]
+    pub recovered: bool,
 }
 
 /// One member.

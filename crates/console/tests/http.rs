@@ -20,6 +20,7 @@ const TOKEN: &str = "0123456789abcdef0123";
 fn topology(revision: u64) -> Arc<Topology> {
     Arc::new(Topology {
         cluster: "test".into(),
+        system_id: None,
         term: Term(1),
         revision,
         writable: None,

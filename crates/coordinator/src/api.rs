@@ -210,6 +210,17 @@ pub trait Coordinator: Send + Sync + 'static {
         Box::pin(std::future::ready(Err(CoordinatorError::Refused(why))))
     }
 
+    /// Writes the records that this process knows into their store again, which was emptied or restored from an old
+    /// copy: the operator's order. Whoever leads names its term and how long its lease lasts, and is held to be the
+    /// holder of that term. Longer than other calls.
+    fn rebuild(&self, _lease: Option<(Term, Duration)>) -> Answer<'_, ()> {
+        let why = "these records are the members' own: nothing is to be written anew".to_owned();
+        Box::pin(std::future::ready(Err(CoordinatorError::Refused(why))))
+    }
+
+    /// What this process remembers of the lease is of a store that is no more: ask the store again.
+    fn forget(&self) {}
+
     /// Whether this process can read the records' store at `place`.
     fn probe(&self, place: Place) -> Answer<'_, ()> {
         let why = format!("this coordinator knows no other place than its own, so not {place}");

@@ -3,7 +3,7 @@
 //! The suite is given the handles of all members of one new, empty cluster. Terms are used in ascending
 //! order, since what is free stays free.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use crate::api::{
-    CALL_TIMEOUT, Compare, Coordinator, CoordinatorError, LeaseHint, Op, Txn, TxnOutcome,
+    CALL_TIMEOUT, Compare, Coordinator, CoordinatorError, LeaseHint, Op, Snapshot, Txn, TxnOutcome,
 };
 
 /// One member's handle, with its name.
@@ -23,6 +23,12 @@ const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The lease that the suite takes. Long enough that a busy machine does not lose it between two steps.
 const TTL: Duration = Duration::from_millis(1500);
+
+/// One whose end nobody waits for: what is free before it was released.
+const LONG_TTL: Duration = Duration::from_secs(15);
+
+/// How long until something is tried again.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// Runs all of it, in order.
 ///
@@ -80,24 +86,74 @@ pub async fn settle(members: &[Handle]) {
     }
 }
 
+/// What an operation may have met by chance, so that it is tried again: a leader that changes, a machine that is busy.
+fn passes(error: &CoordinatorError) -> bool {
+    matches!(
+        error,
+        CoordinatorError::Unavailable(_) | CoordinatorError::Unknown(_)
+    )
+}
+
+async fn read(member: &Arc<dyn Coordinator>) -> Arc<Snapshot> {
+    let due = Instant::now() + PATIENCE;
+    loop {
+        match member.read().await {
+            Ok(seen) => return seen,
+            Err(e) if passes(&e) && Instant::now() < due => sleep(PAUSE).await,
+            Err(e) => return fail("read", &e),
+        }
+    }
+}
+
+/// Tries until the outcome is known. `done` finds the revision at which the store holds what the transaction makes,
+/// and nobody else does: after an unknown outcome a conflict may be one with itself.
+async fn apply(
+    member: &Arc<dyn Coordinator>,
+    txn: &Txn,
+    done: impl Fn(&Snapshot) -> Option<u64>,
+) -> Result<TxnOutcome, CoordinatorError> {
+    let due = Instant::now() + PATIENCE;
+    let mut unsure = false;
+    loop {
+        match member.txn(txn.clone()).await {
+            Ok(TxnOutcome::Conflict) if unsure => {
+                let seen = read(member).await;
+                return Ok(done(&seen).map_or(TxnOutcome::Conflict, TxnOutcome::Committed));
+            }
+            Err(e) if passes(&e) && Instant::now() < due => {
+                unsure |= matches!(e, CoordinatorError::Unknown(_));
+                sleep(PAUSE).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Where a key has this value.
+fn holds<'a>(key: &'a str, value: &'a str) -> impl Fn(&Snapshot) -> Option<u64> + 'a {
+    move |seen| {
+        let found = seen.get(key).filter(|v| v.value == value);
+        found.map(|v| v.mod_revision)
+    }
+}
+
 async fn transactions(members: &[Handle]) {
+    const KEY: &str = "conformance/one";
     let a = first(members);
-    let before = a.read().await.unwrap_or_else(|e| fail("read", &e)).revision;
+    let before = read(a).await.revision;
     // Revisions grow; by how much is the backend's (etcd counts every key of everybody).
     let one = committed(
-        a.txn(put("conformance/one", 0, "1")).await,
+        apply(a, &put(KEY, 0, "1"), holds(KEY, "1")).await,
         "a key that does not exist compares as 0",
     );
     assert!(one > before, "revision {one} after {before}");
     assert_eq!(
-        a.txn(put("conformance/one", 0, "2")).await,
+        apply(a, &put(KEY, 0, "2"), holds(KEY, "2")).await,
         Ok(TxnOutcome::Conflict)
     );
     for (name, member) in members {
-        let seen = member.read().await.unwrap_or_else(|e| fail("read", &e));
-        let read = seen
-            .get("conformance/one")
-            .map(|v| (v.mod_revision, v.value.as_str()));
+        let seen = read(member).await;
+        let read = seen.get(KEY).map(|v| (v.mod_revision, v.value.as_str()));
         assert_eq!(
             read,
             Some((one, "1")),
@@ -105,80 +161,111 @@ async fn transactions(members: &[Handle]) {
         );
     }
     // All or nothing.
-    let mut both = put("conformance/one", one, "3");
+    let mut both = put(KEY, one, "3");
     both.compares.push(Compare {
         key: "conformance/absent".to_owned(),
         mod_revision: 9,
     });
-    assert_eq!(a.txn(both).await, Ok(TxnOutcome::Conflict));
+    assert_eq!(
+        apply(a, &both, holds(KEY, "3")).await,
+        Ok(TxnOutcome::Conflict)
+    );
     let delete = Txn {
         compares: vec![Compare {
-            key: "conformance/one".to_owned(),
+            key: KEY.to_owned(),
             mod_revision: one,
         }],
         ops: vec![Op::Delete {
-            key: "conformance/one".to_owned(),
+            key: KEY.to_owned(),
         }],
     };
-    let two = committed(nth(members, 1).1.txn(delete).await, "a delete");
+    let absent = |seen: &Snapshot| seen.get(KEY).is_none().then_some(seen.revision);
+    let two = committed(apply(&nth(members, 1).1, &delete, absent).await, "a delete");
     assert!(two > one, "revision {two} after {one}");
-    let seen = a.read().await.unwrap_or_else(|e| fail("read", &e));
-    assert!(seen.get("conformance/one").is_none());
+    assert!(read(a).await.get(KEY).is_none());
     // Nothing changed: no new revision.
     assert_eq!(
-        committed(a.txn(Txn::default()).await, "a transaction without changes"),
+        committed(
+            apply(a, &Txn::default(), |_| None).await,
+            "a transaction without changes"
+        ),
         two
     );
-    let refused = a.txn(put("", 0, "")).await;
+    let refused = apply(a, &put("", 0, ""), |_| None).await;
     assert!(
         matches!(refused, Err(CoordinatorError::Refused(_))),
         "an empty key: {refused:?}"
     );
 }
 
+/// How often each member added, as the counter says it.
+type Counts = BTreeMap<String, u64>;
+
+const COUNTER: &str = "conformance/counter";
+
+/// The counter as it is, and the revision to compare it with.
+async fn counted(member: &Arc<dyn Coordinator>) -> (u64, Counts) {
+    let seen = read(member).await;
+    let Some(found) = seen.get(COUNTER) else {
+        return (0, Counts::new());
+    };
+    let counts = serde_json::from_str(&found.value).unwrap_or_else(|e| fail(&found.value, &e));
+    (found.mod_revision, counts)
+}
+
 /// Each member adds to one counter with compare-and-set: nothing is lost, nothing counts twice.
 async fn concurrent_increments(members: &[Handle]) {
     const EACH: u64 = 10;
     let mut adders = JoinSet::new();
-    for (_, member) in members {
-        let member = Arc::clone(member);
-        adders.spawn(async move {
-            let mut added = 0;
-            while added < EACH {
-                let seen = member.read().await.unwrap_or_else(|e| fail("read", &e));
-                let (revision, value) = seen.get("conformance/counter").map_or((0, 0), |v| {
-                    (v.mod_revision, v.value.parse::<u64>().unwrap_or(0))
-                });
-                let next = (value + 1).to_string();
-                match member
-                    .txn(put("conformance/counter", revision, &next))
-                    .await
-                {
-                    Ok(TxnOutcome::Committed(_)) => added += 1,
-                    Ok(TxnOutcome::Conflict) => {}
-                    Err(e) => fail("txn", &e),
-                }
-            }
-        });
+    for (name, member) in members {
+        adders.spawn(add(Arc::clone(member), name.to_string(), EACH));
     }
     while let Some(done) = adders.join_next().await {
         assert!(done.is_ok(), "an adder failed");
     }
-    let seen = first(members)
-        .read()
-        .await
-        .unwrap_or_else(|e| fail("read", &e));
-    let total = seen.get("conformance/counter").map(|v| v.value.clone());
-    assert_eq!(total, Some((EACH * members.len() as u64).to_string()));
+    let (_, total) = counted(first(members)).await;
+    let all = members.iter().map(|(name, _)| (name.to_string(), EACH));
+    assert_eq!(total, all.collect());
+}
+
+async fn add(member: Arc<dyn Coordinator>, me: String, times: u64) {
+    // Of an addition whose outcome is unknown the counter tells it.
+    let (mut added, mut unsure) = (0, false);
+    let mut due = Instant::now() + PATIENCE;
+    loop {
+        let (revision, mut counts) = counted(&member).await;
+        let own = counts.entry(me.clone()).or_default();
+        assert!(
+            *own == added || (unsure && *own == added + 1),
+            "{me} added {added} times, the counter says {own}"
+        );
+        if *own > added {
+            (added, unsure) = (*own, false);
+        }
+        if added == times {
+            return;
+        }
+        *own += 1;
+        let next = serde_json::to_string(&counts).unwrap_or_else(|e| fail(COUNTER, &e));
+        match member.txn(put(COUNTER, revision, &next)).await {
+            Ok(TxnOutcome::Committed(_)) => {
+                (added, unsure) = (added + 1, false);
+                due = Instant::now() + PATIENCE;
+            }
+            Ok(TxnOutcome::Conflict) => {}
+            Err(e) if passes(&e) && Instant::now() < due => {
+                unsure |= matches!(e, CoordinatorError::Unknown(_));
+                sleep(PAUSE).await;
+            }
+            Err(e) => fail("txn", &e),
+        }
+    }
 }
 
 async fn watches(members: &[Handle]) {
-    let made = first(members)
-        .txn(put("conformance/watched", 0, "now"))
-        .await;
-    let Ok(TxnOutcome::Committed(revision)) = made else {
-        return fail("txn", &made);
-    };
+    const KEY: &str = "conformance/watched";
+    let made = apply(first(members), &put(KEY, 0, "now"), holds(KEY, "now")).await;
+    let revision = committed(made, "a key to watch");
     for (name, member) in members {
         let mut watch = member.watch();
         let seen = tokio::time::timeout(PATIENCE, watch.wait_for(|s| s.revision >= revision)).await;
@@ -193,21 +280,17 @@ async fn leases(members: &[Handle]) {
     let (holder, other) = (&nth(members, 0).1, &nth(members, 1).1);
     let one = Term(1);
     let began = Instant::now();
-    renewed(holder, one).await;
-    assert_eq!(
-        other.free(one).await,
-        Ok(false),
-        "a running lease is not free"
-    );
+    renewed(holder, one, TTL).await;
+    assert!(!free(other, one).await, "a running lease is not free");
     // Kept for twice its length.
     while began.elapsed() < TTL * 2 {
-        renewed(holder, one).await;
+        renewed(holder, one, TTL).await;
         sleep(TTL / 5).await;
     }
-    assert_eq!(other.free(one).await, Ok(false));
+    assert!(!free(other, one).await);
     until_held(holder, one).await;
     let last = Instant::now();
-    renewed(holder, one).await;
+    renewed(holder, one, TTL).await;
     until_free(other, one).await;
     assert!(
         last.elapsed() + Duration::from_millis(50) >= TTL,
@@ -215,54 +298,71 @@ async fn leases(members: &[Handle]) {
         last.elapsed()
     );
     for (name, member) in members {
-        assert_eq!(
-            member.free(one).await,
-            Ok(true),
-            "free stays free, for {name} too"
-        );
-        let late = member.renew(one, TTL).await;
-        assert!(
-            matches!(late, Err(CoordinatorError::Refused(_))),
-            "a lease that is over: {late:?}"
-        );
+        assert!(free(member, one).await, "free stays free, for {name} too");
+        is_refused(member, one, "a lease that is over").await;
     }
 }
 
 async fn releases(members: &[Handle]) {
     let (holder, other) = (&nth(members, 1).1, &nth(members, 0).1);
     let (two, three) = (Term(2), Term(3));
-    renewed(holder, two).await;
-    assert_eq!(other.free(two).await, Ok(false));
+    renewed(holder, two, LONG_TTL).await;
+    assert!(!free(other, two).await);
     let began = Instant::now();
-    assert_eq!(holder.release(two).await, Ok(()));
+    released(holder, two).await;
     until_free(other, two).await;
     assert!(
-        began.elapsed() < TTL,
+        began.elapsed() < LONG_TTL,
         "a released lease is free at once, not after {:?}",
         began.elapsed()
     );
-    renewed(other, three).await;
-    assert_eq!(
-        other.free(two).await,
-        Ok(true),
+    renewed(other, three, LONG_TTL).await;
+    assert!(
+        free(other, two).await,
         "free stays free under a later lease"
     );
-    assert_eq!(other.free(three).await, Ok(false));
+    assert!(!free(other, three).await);
     if members.len() > 1 {
-        let second = holder.renew(three, TTL).await;
-        assert!(
-            matches!(second, Err(CoordinatorError::Refused(_))),
-            "one term, one holder: {second:?}"
-        );
+        is_refused(holder, three, "one term, one holder").await;
     }
-    assert_eq!(other.release(three).await, Ok(()));
+    released(other, three).await;
     until_free(holder, three).await;
 }
 
-async fn renewed(holder: &Arc<dyn Coordinator>, term: Term) {
+async fn free(asker: &Arc<dyn Coordinator>, term: Term) -> bool {
+    let due = Instant::now() + PATIENCE;
+    loop {
+        match asker.free(term).await {
+            Ok(free) => return free,
+            Err(e) if passes(&e) && Instant::now() < due => sleep(PAUSE).await,
+            Err(e) => return fail("free", &e),
+        }
+    }
+}
+
+async fn released(holder: &Arc<dyn Coordinator>, term: Term) {
+    let due = Instant::now() + PATIENCE;
+    while let Err(e) = holder.release(term).await {
+        assert!(passes(&e) && Instant::now() < due, "release: {e}");
+        sleep(PAUSE).await;
+    }
+}
+
+async fn is_refused(member: &Arc<dyn Coordinator>, term: Term, why: &str) {
+    let due = Instant::now() + PATIENCE;
+    loop {
+        match member.renew(term, TTL).await {
+            Err(CoordinatorError::Refused(_)) => return,
+            Err(e) if passes(&e) && Instant::now() < due => sleep(PAUSE).await,
+            other => return fail(why, &other),
+        }
+    }
+}
+
+async fn renewed(holder: &Arc<dyn Coordinator>, term: Term, ttl: Duration) {
     let due = Instant::now() + CALL_TIMEOUT * 2;
     // A voter whose disk is slow may not have noted its first promise in time.
-    while let Err(e) = holder.renew(term, TTL).await {
+    while let Err(e) = holder.renew(term, ttl).await {
         assert!(Instant::now() < due, "renew: {e}");
         sleep(Duration::from_millis(10)).await;
     }
@@ -277,14 +377,14 @@ async fn until_held(holder: &Arc<dyn Coordinator>, term: Term) {
             "no hint of the lease of term {term}: {:?}",
             holder.lease_hint()
         );
-        renewed(holder, term).await;
+        renewed(holder, term, TTL).await;
         sleep(Duration::from_millis(10)).await;
     }
 }
 
 async fn until_free(asker: &Arc<dyn Coordinator>, term: Term) {
     let due = Instant::now() + PATIENCE;
-    while asker.free(term).await != Ok(true) {
+    while !free(asker, term).await {
         assert!(Instant::now() < due, "term {term} never becomes free");
         sleep(Duration::from_millis(10)).await;
     }

@@ -25,10 +25,11 @@ use std::time::Duration;
 use crate::observe::{DataView, Observation, Origin, ServerView};
 use crate::promise::PromiseNeed;
 use crate::records::{
-    Change, ClusterView, Event, Key, Leadership, MemberRecord, Record, Timelines,
+    Change, ClusterView, Event, Key, Leadership, MemberRecord, MemberRef, Record, Timelines,
 };
 use crate::settings::{Durability, Settings};
 use crate::sync::SyncSet;
+use crate::topology::MemberRole;
 use crate::types::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
 /// How PostgreSQL is stopped.
@@ -126,7 +127,8 @@ pub enum Task {
     },
     /// Put a sync set in force.
     SetSync(SyncSet),
-    /// Write a checkpoint, so that the shutdown of a switchover has little to do.
+    /// Write a checkpoint and begin a WAL segment, so that the shutdown of a switchover and the promotion have little to
+    /// do.
     Checkpoint,
     /// Write the operator's settings into the configuration, and let PostgreSQL read it. The role stays.
     Configure,
@@ -230,6 +232,8 @@ pub struct Memory {
     barrier: Option<(SyncSet, Lsn)>,
     /// Since when no sync set is proven in force.
     unproven_since: Option<BootTime>,
+    /// Where a leader was when it said last that it led. What it says afterwards, its PostgreSQL being down, has no position.
+    leader_at: Option<(MemberRef, Lsn)>,
     /// When each standby was last seen healthy by the leader, with its flush position then.
     healthy: BTreeMap<MemberId, (Lsn, BootTime)>,
     /// Since when this member leads and is a primary.
@@ -252,8 +256,8 @@ pub struct Memory {
     silent_since: Option<BootTime>,
     /// The term whose PostgreSQL is killed because it serves nobody, and why.
     giving_up: Option<(Term, String)>,
-    /// When this member last asked to hand over.
-    asked_at: Option<BootTime>,
+    /// Until when this member, which asked to hand over, does not ask again.
+    ask_not_before: Option<BootTime>,
     /// Since when the initializer is silent.
     initializer_silent_since: Option<BootTime>,
     /// Since when this member waits in an election that nobody has won.
@@ -262,8 +266,8 @@ pub struct Memory {
     stopped_to_start: bool,
     /// The order that this member works on, and since when.
     order_since: Option<(u64, BootTime)>,
-    /// The rolling restart that this leader works on: its id, how many are left, since when.
-    restart_step: Option<(u64, usize, BootTime)>,
+    /// The rolling restart that this leader works on: its id, how many are left, since when, and the end of WAL then.
+    restart_step: Option<(u64, usize, BootTime, Lsn)>,
 }
 
 /// The outcome.
@@ -446,6 +450,11 @@ impl Mind<'_> {
                 };
                 if l.leader.is_none() || l.leader != self.o.me.reference() {
                     Some(format!("term {} is not this member's", l.term))
+                } else if l.recovered {
+                    Some(format!(
+                        "an operator recovered the records of term {}: another may have led since",
+                        l.term
+                    ))
                 } else if !lease.is_some_and(|x| x.term == l.term && x.until > self.o.now) {
                     Some(format!(
                         "the lease of term {} ran out on this member",
@@ -500,6 +509,10 @@ pub fn decide(o: &Observation, memory: &Memory) -> Decision {
     if !matches!(o.server, ServerView::Silent { .. }) {
         mind.out.memory.silent_since = None;
     }
+    if !matches!(&o.server, ServerView::Running(s) if !s.in_recovery) {
+        // What comes up next may hold more than was there when the barrier was taken.
+        mind.out.memory.barrier = None;
+    }
     if matches!(o.server, ServerView::Running(_)) {
         mind.out.memory.stopped_to_start = false;
     }
@@ -553,6 +566,15 @@ fn remember_leadership(mind: &mut Mind<'_>, view: &ClusterView) {
         .is_none_or(|(seen, _)| seen != revision)
     {
         mind.out.memory.leadership_seen = Some((revision, mind.o.now));
+    }
+    let leader = view.leader();
+    let status = leader.and_then(|l| Some(&mind.o.peers.get(&l.member)?.status));
+    if let (Some(leader), Some(s)) = (leader, status)
+        && s.role == MemberRole::Leader
+        && s.incarnation == Some(leader.incarnation)
+        && let Some(lsn) = s.lsn
+    {
+        mind.out.memory.leader_at = Some((leader.clone(), lsn));
     }
 }
 

@@ -5,6 +5,9 @@
 //! members of V each (itself counted) holds every acknowledged commit; and so does the former leader.
 //! Positions compare by (timeline, LSN): a timeline number is used once, and a later one of this cluster
 //! contains what was acknowledged on an earlier.
+//!
+//! All of that rests on V being the one in force. In records that an operator recovered from one voter's disk it may
+//! be an old one: there no seal is proof of anything, and only the operator's word goes on.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
@@ -12,6 +15,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::records::{At, Leadership, MemberRecord, Seal};
 use crate::settings::Durability;
 use crate::types::{Lsn, MemberId, TimelineId};
+
+/// Why no seal proves anything in records that an operator recovered: the sync set itself may be an old one.
+const MAY_BE_OLD: &str = "an operator recovered the records from one member's disk, and they may be old: the lost members may have gone on, and acknowledged commits that nobody here has; if they are lost for good, run \"craton failover --allow-data-loss\"";
 
 /// The outcome of a count.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -65,7 +71,8 @@ pub struct Ballot<'a> {
     /// Members that had better not lead: their disk is full, their storage hangs, they crash again and again.
     /// One of them leads only if no other can.
     pub unfit: &'a BTreeSet<MemberId>,
-    /// In `async`: the last known flush position of the former leader.
+    /// In `async`: where the former leader was when it was heard last, as the leader. None where it was not heard here:
+    /// then its record of who streamed from it, and was near, has to do.
     pub leader_lsn: Option<Lsn>,
     /// In `async`: how far behind it a winner may be, bytes.
     pub max_lag_bytes: u64,
@@ -149,6 +156,16 @@ impl<'a> Ballot<'a> {
         } else {
             l.sync.seals_needed()
         };
+        if l.may_be_old() {
+            return Tally {
+                needed,
+                have,
+                missing,
+                winner: None,
+                catch_up: None,
+                why: MAY_BE_OLD.into(),
+            };
+        }
         let mut standing: Vec<Candidate<'_>> = self.standing().collect();
         standing.sort_by(|a, b| self.order(a, b));
         let safe = |c: &&Candidate<'_>| {
@@ -208,7 +225,8 @@ impl<'a> Ballot<'a> {
         }
     }
 
-    /// The best first: the most WAL, then the wish, then priority, then the name. Where the operator accepts a
+    /// The best first: the most WAL, then the wish, then who did not lead before, then priority, then the name: a leader
+    /// that hands over, or that has just failed, is not its own successor while another is as good. Where the operator accepts a
     /// loss, the one that was named comes first. Every candidate holds what was acknowledged, so where commits
     /// are kept nothing is lost with one that is fit; in `async` each byte of WAL may be an acknowledged commit.
     fn order(&self, a: &Candidate<'_>, b: &Candidate<'_>) -> Ordering {
@@ -216,6 +234,7 @@ impl<'a> Ballot<'a> {
         let wished = |c: &Candidate<'_>| l.preferred.as_ref() == Some(c.member);
         let forced = |c: &Candidate<'_>| l.allow_data_loss && wished(c);
         let fit = |c: &Candidate<'_>| !self.unfit.contains(c.member);
+        let led = |c: &Candidate<'_>| l.previous.as_ref().is_some_and(|p| p.member == *c.member);
         let fitter = fit(b).cmp(&fit(a));
         let lossless = l.durability.keeps_commits() && !l.allow_data_loss;
         forced(b)
@@ -224,6 +243,7 @@ impl<'a> Ballot<'a> {
             .then(b.position.cmp(&a.position))
             .then(fitter)
             .then(wished(b).cmp(&wished(a)))
+            .then(led(a).cmp(&led(b)))
             .then(b.priority.cmp(&a.priority))
             .then(a.member.cmp(b.member))
     }

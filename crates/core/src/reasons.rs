@@ -285,6 +285,11 @@ pub const MEANINGS: &[Meaning] = &[
         "",
     ),
     m(
+        "records_are_old",
+        "The store names an earlier term than this member has sealed or followed: it was restored from an old copy, so nobody votes or leads by it.",
+        "Restore the store's newest copy, or have the members write what they know: `craton coordinator rebuild`.",
+    ),
+    m(
         "recovering",
         "The leader restarted; it opens once enough standbys have flushed what it recovered.",
         "Bring a standby of the sync set back if none is there.",

@@ -6,8 +6,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::records::Seal;
-use crate::types::{Incarnation, Lsn, MemberId, Term, TimelineId};
+use crate::observe::ReceiverView;
+use crate::records::{Change, ClusterView, Key, ReceiverRecord, Record, Seal};
+use crate::types::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
 /// The daemon reports to an agent: `POST /v1/receivers`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -25,6 +26,46 @@ pub struct Report {
 pub struct Known {
     /// The term, read linearizably: the floor of a new life.
     pub term: Term,
+}
+
+/// What the agent writes that is reported to; none where it is on record already. Who is being taken out stays so.
+pub fn on_record(view: &ClusterView, report: &Report) -> Option<Change> {
+    let known = view.receivers.get(&report.name).map(|r| &r.value);
+    let record = ReceiverRecord {
+        api: report.api.clone(),
+        incarnation: report.incarnation,
+        leaving: known.is_some_and(|k| k.leaving),
+    };
+    let key = Key::Receiver(report.name.clone());
+    (known != Some(&record)).then(|| Change {
+        expect: vec![(key.clone(), view.revision_of(&key))],
+        puts: vec![Record::Receiver(report.name.clone(), record)],
+        deletes: vec![],
+    })
+}
+
+/// What an agent knows of a receiver that answered; it was asked at `at`. A seal that it gave before stays known.
+pub fn seen(at: BootTime, status: &ReceiverStatus, former: Option<ReceiverView>) -> ReceiverView {
+    ReceiverView {
+        heard_at: at,
+        incarnation: status.incarnation,
+        timeline: status.timeline,
+        lsn: status.lsn,
+        streams_from: status.streams_from.clone(),
+        seal: former.and_then(|f| f.seal),
+    }
+}
+
+/// What an agent knows of a receiver that sealed.
+pub fn seen_sealed(at: BootTime, seal: Seal) -> ReceiverView {
+    ReceiverView {
+        heard_at: at,
+        incarnation: seal.incarnation,
+        timeline: seal.timeline,
+        lsn: seal.lsn,
+        streams_from: None,
+        seal: Some(seal),
+    }
 }
 
 /// What a receiver says of itself: `GET /v1/receiver`.

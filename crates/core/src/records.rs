@@ -107,14 +107,54 @@ pub struct Leadership {
     pub timeline: TimelineId,
     /// True once the leader has promoted and what it holds is safe: clients may be sent to it.
     pub open: bool,
+    /// The leader's PostgreSQL is started in place, after it was open in this term: it opens again once what it
+    /// recovered is safe.
+    #[serde(default)]
+    pub restarted: bool,
     /// During an election: the member that a planned switchover wants, or an operator named.
     #[serde(default)]
     pub preferred: Option<MemberId>,
     /// During an election: the operator accepts the loss of acknowledged commits.
     #[serde(default)]
     pub allow_data_loss: bool,
+    /// An operator made one voter's disk all there is (`craton recover`): whoever led since, and what was acknowledged
+    /// then, may be unknown here. Nobody leads by such a record without [`Self::allow_data_loss`]; the next leader's
+    /// own record is a whole one again.
+    #[serde(default)]
+    pub recovered: bool,
     /// Why this term began, in words.
     pub cause: String,
+}
+
+/// Terms that a recovery leaps: more than the voters that are gone can have agreed on unseen.
+const RECOVERY_LEAP: u64 = 1000;
+
+impl Leadership {
+    /// The leader was open in this term, if only before its PostgreSQL was started in place: then what is acknowledged
+    /// is there, and it may be waiting for members that are to be brought back from it.
+    pub fn was_open(&self) -> bool {
+        self.open || self.restarted
+    }
+
+    /// Recovered by an operator who has not said yet that what others may have acknowledged is given up.
+    pub fn may_be_old(&self) -> bool {
+        self.recovered && !self.allow_data_loss
+    }
+
+    /// What is left of it when an operator recovers it from one voter's disk: nobody leads by it, and what was asked
+    /// for or accepted before does not count. Its term leaps past all that a survivor may have sealed or followed.
+    #[must_use]
+    pub fn into_recovered(self) -> Self {
+        Self {
+            term: Term(self.term.0.saturating_add(RECOVERY_LEAP)),
+            recovered: true,
+            open: false,
+            restarted: false,
+            preferred: None,
+            allow_data_loss: false,
+            ..self
+        }
+    }
 }
 
 /// One timeline of the cluster. A number is written here before it is used, and never used twice.

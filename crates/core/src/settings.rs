@@ -69,7 +69,7 @@ pub struct Settings {
     /// A leader whose commits, or whose probe of the storage, have not come to an end for this long fences
     /// itself and hands over, if another member can be promoted. 0: never.
     pub stall_after_ms: u64,
-    /// A leader whose PostgreSQL runs and does not answer (recovering from the crash of a backend, or stuck)
+    /// A leader whose PostgreSQL runs and does not answer (starting, or stuck)
     /// for this long counts as dead, if another member can be promoted.
     pub crash_grace_ms: u64,
     /// Parameters of PostgreSQL for every member, by name. A member's own `[node.postgresql]` goes over them.
@@ -387,7 +387,7 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         name: "crash_grace_ms",
-        doc: "A leader whose PostgreSQL runs and does not answer (recovering from the crash of a backend, or stuck) for this long counts as dead, if another member can be promoted.",
+        doc: "A leader whose PostgreSQL runs and does not answer (starting, or stuck) for this long counts as dead, if another member can be promoted.",
         unit: Unit::Milliseconds,
         kind: Kind::Number {
             min: 500,

@@ -50,6 +50,10 @@ pub struct TopologyMember {
 pub struct Topology {
     /// Cluster name.
     pub cluster: String,
+    /// PostgreSQL's system identifier of the cluster's data, once there are any: two clusters may have one name. An
+    /// older agent does not say.
+    #[serde(default)]
+    pub system_id: Option<String>,
     /// The term of `leader`, or of the election in progress.
     pub term: Term,
     /// Grows with every change of the coordinator's state.

@@ -1,6 +1,7 @@
 //! How a command finds a cluster's agents: by address and certificate (or token), or as the local cluster of a
 //! directory.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -162,6 +163,35 @@ impl Access {
             }
         }
         Err(self.nobody(last))
+    }
+
+    /// What the agent says that `is` is true of, by whatever address it answers first: the one that others know it by is
+    /// none of its own where it is cut off.
+    pub async fn get_of<T>(
+        &self,
+        api: &str,
+        path: &'static str,
+        is: impl Fn(&T) -> bool,
+    ) -> anyhow::Result<T>
+    where
+        T: DeserializeOwned + Send + 'static,
+    {
+        let mut asked = JoinSet::new();
+        let known = self.agents.iter().map(String::as_str);
+        for agent in known.chain([api]).collect::<BTreeSet<_>>() {
+            let (client, agent) = (self.client.clone(), agent.to_owned());
+            let its_own = agent == api;
+            asked.spawn(async move { (its_own, client.get_json::<T>(&agent, path).await) });
+        }
+        let mut silent = None;
+        while let Some(answer) = asked.join_next().await {
+            match answer {
+                Ok((_, Ok(view))) if is(&view) => return Ok(view),
+                Ok((true, Err(error))) => silent = Some(error),
+                _ => {}
+            }
+        }
+        Err(silent.map_or_else(|| self.nobody(None), Into::into))
     }
 
     /// What happened, by the agent that knows the newest state of the cluster: one that is cut off, or whose disk

@@ -26,8 +26,8 @@ use crate::{certificates, daemons};
 
 /// How often a running backup is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
-/// How long the daemon may take to remove a backup.
-const DELETE_TIMEOUT: Duration = Duration::from_secs(90);
+/// How long the daemon may take to begin a backup, or to remove one.
+pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// The sub-commands of `craton backup`.
 #[derive(Subcommand, Debug)]
@@ -197,7 +197,7 @@ impl Daemon {
 
     /// Removes a backup.
     pub async fn delete(&self, id: &BackupId) -> anyhow::Result<SweptView> {
-        let client = self.client.clone().with_timeout(DELETE_TIMEOUT);
+        let client = self.client.clone().with_timeout(CHANGE_TIMEOUT);
         let body = serde_json::json!({ "id": id });
         Ok(client
             .post_json(&self.address, "/v1/backup/delete", &body)
@@ -231,8 +231,8 @@ fn ask_or_read<T: serde::de::DeserializeOwned>(
 
 async fn take(dir: &Path, json: bool) -> anyhow::Result<u8> {
     let daemon = Daemon::here(dir)?;
-    let accepted: RunAcceptedView = daemon
-        .client
+    let client = daemon.client.clone().with_timeout(CHANGE_TIMEOUT);
+    let accepted: RunAcceptedView = client
         .post_json(&daemon.address, "/v1/backup/run", &serde_json::json!({}))
         .await?;
     let mut said = None;
@@ -289,6 +289,7 @@ fn progress(running: &ProgressView) -> String {
             running.percent
         ),
         Phase::WaitingForWal => format!("  {}: waiting for its WAL", running.id),
+        Phase::Ending => format!("  {}: writing its manifest", running.id),
     }
 }
 

@@ -120,10 +120,14 @@ pub async fn failover(access: &Access, args: FailoverArgs, json: bool) -> anyhow
         for line in at_stake(&status) {
             output::note(line);
         }
-        ask::must_be_meant(
-            args.yes,
-            "acknowledged commits that only missing members have are given up for good",
-        )?;
+        let mut what =
+            "acknowledged commits that only missing members have are given up for good".to_owned();
+        if goes_on(&status) {
+            what.push_str(
+                ", and so is what a former leader that is only cut off may acknowledge from now on",
+            );
+        }
+        ask::must_be_meant(args.yes, &what)?;
     }
     let request = FailoverRequest {
         to: args.to,
@@ -152,6 +156,10 @@ fn at_stake(status: &StatusView) -> Vec<String> {
         )),
         (None, None) => lines.push(format!("nobody leads term {}", status.term)),
     }
+    if status.election.as_ref().is_some_and(|e| e.recovered) {
+        lines.push("the records were recovered from one member's disk: what others acknowledged since they were written is not known here, and may be lost".into());
+    }
+    lines.extend(unconfirmed(status));
     let here: Vec<&MemberView> = status.members.iter().filter(|m| m.agent_alive).collect();
     let best = here
         .iter()
@@ -167,6 +175,60 @@ fn at_stake(status: &StatusView) -> Vec<String> {
     let best = best.map_or(Lsn::ZERO, |(lsn, _)| lsn);
     for m in status.members.iter().filter(|m| !m.agent_alive) {
         lines.push(missing(m, best));
+    }
+    lines
+}
+
+fn leader_is_here(status: &StatusView) -> bool {
+    let mut here = status.members.iter().filter(|m| m.agent_alive);
+    here.any(|m| status.leader.as_ref() == Some(&m.id))
+}
+
+/// The members of the synchronous set that have not confirmed that they follow no earlier leader any more.
+fn without_seal(status: &StatusView) -> &[MemberId] {
+    match &status.election {
+        // Among the others that have sealed is the former leader: it takes no more writes.
+        Some(e)
+            if status.durability != "async"
+                && e.sealed.iter().any(|m| !status.sync.members.contains(m)) =>
+        {
+            &[]
+        }
+        Some(e) => &e.missing,
+        // It is here, and will hear of it.
+        None if leader_is_here(status) => &[],
+        None => &status.sync.members,
+    }
+}
+
+/// True where a former leader that is cut off could go on: with those that have not sealed it has as many copies and
+/// promises as it needs. One that was alone goes by its lease, which is over soon.
+fn goes_on(status: &StatusView) -> bool {
+    let needed = match status.sync.acks as usize {
+        0 => status.sync.members.len(),
+        acks => acks,
+    };
+    let left = without_seal(status).len();
+    left > 0 && left >= needed
+}
+
+fn unconfirmed(status: &StatusView) -> Vec<String> {
+    let left: Vec<&str> = without_seal(status).iter().map(MemberId::as_str).collect();
+    if left.is_empty() {
+        return Vec::new();
+    }
+    let next = match &status.election {
+        Some(e) => e.term.0,
+        None => status.term.0.saturating_add(1),
+    };
+    let names = left.join(", ");
+    let mut lines = vec![format!(
+        "not confirmed, of the synchronous set, to follow no leader before term {next}: {names}"
+    )];
+    if goes_on(status) {
+        lines.push(format!(
+            "a leader before term {next} that is cut off together with {names} may go on and acknowledge writes until it or they hear of term {next}: two servers would take writes. Switch it off first, if you can"
+        ));
     }
     lines
 }
@@ -266,11 +328,51 @@ mod tests {
             at_stake(&status),
             [
                 "nobody leads; the election of term 5 has 1 of 2 seals",
+                "not confirmed, of the synchronous set, to follow no leader before term 5: c",
+                "a leader before term 5 that is cut off together with c may go on and acknowledge writes until it or they hear of term 5: two servers would take writes. Switch it off first, if you can",
                 "b has the most of what is here: WAL up to 0/6000000",
                 "a is missing: last heard 34.00 s ago, with WAL up to 0/7000000: 16.0 MiB that nobody here has, and whatever came after",
                 "c is missing: last heard 34.00 s ago, with WAL up to 0/5000000, which is here too; what came after is not known",
                 "d is missing, and nothing is known of its WAL",
             ]
         );
+        let mut recovered = status.clone();
+        recovered.election.as_mut().unwrap().recovered = true;
+        let said = at_stake(&recovered);
+        assert!(
+            said[1].contains("recovered from one member's disk"),
+            "{said:?}"
+        );
+        a_former_leader_that_may_go_on(status);
+    }
+
+    fn a_former_leader_that_may_go_on(mut status: StatusView) {
+        let id = |m| MemberId::new(m).unwrap();
+        assert!(goes_on(&status));
+        // It waits for two, and one has sealed.
+        status.sync.acks = 2;
+        assert!(!goes_on(&status));
+        assert_eq!(unconfirmed(&status).len(), 1, "c is named all the same");
+        status.sync.acks = 1;
+        // In `async` it would need the promise of everybody.
+        (status.sync.acks, status.durability) = (0, "async".into());
+        assert!(!goes_on(&status));
+        (status.sync.acks, status.durability) = (1, "quorum".into());
+        // The former leader itself has sealed.
+        status.election.as_mut().unwrap().sealed.push(id("a"));
+        assert!(!goes_on(&status) && unconfirmed(&status).is_empty());
+        // No election is open yet: nobody has confirmed anything.
+        (status.election, status.leader) = (None, Some(id("a")));
+        assert!(goes_on(&status));
+        assert!(unconfirmed(&status)[0].ends_with("term 6: b, c"));
+        status.leader = Some(id("b"));
+        assert!(
+            !goes_on(&status) && unconfirmed(&status).is_empty(),
+            "it hears"
+        );
+        status.leader = Some(id("a"));
+        // It was alone.
+        (status.sync.acks, status.sync.members) = (0, vec![]);
+        assert!(!goes_on(&status) && unconfirmed(&status).is_empty());
     }
 }

@@ -4,16 +4,15 @@
 //! * [`environment`]: the variables, their meaning, their `_FILE` forms; [`plan`]: from them to a daemon's settings. Pure.
 //! * [`entry`]: the image's command: environment, directories, [`keys`], [`adopt`], [`ssh`]; then away with root.
 //! * [`init`]: the first process: children, signals, the dead. [`leave`]: the handover before a stop.
-//! * [`daemon`]: waits for what must be there and becomes the daemon.
+//! * [`daemon`]: waits for what must be there and becomes the daemon. [`health`]: whether it is alive, whether it serves.
 //! * [`recover`]: a whole cluster back to a point in time.
 //! * [`settings`]: which variable each setting comes from.
 //! * [`side`]: metrics and health in the clear, [`first_start`], [`nodes_table`], the backups' [`schedule`].
-//! * [`names`]: links to the program; [`repmgr`], [`pcp`], [`barman`]: what they do; [`shown`]: files that are looked at.
+//! * [`names`]: links to the program; [`repmgr`], [`pcp`], [`barman`]: what they do, with their [`options`]; [`shown`]: files that are looked at.
 
 use clap::Subcommand;
 
 use crate::cli::wait_for;
-use crate::exit;
 
 pub mod adopt;
 pub mod barman;
@@ -21,11 +20,13 @@ pub mod daemon;
 pub mod entry;
 pub mod environment;
 pub mod first_start;
+pub mod health;
 pub mod init;
 pub mod keys;
 pub mod leave;
 pub mod names;
 pub mod nodes_table;
+pub mod options;
 pub mod pcp;
 pub mod plan;
 pub mod recover;
@@ -47,12 +48,18 @@ pub enum ContainerCommand {
     Proxy,
     /// Run the backup daemon, as its environment says
     Backup,
-    /// Whether this container serves: exit code 0 or 1
-    Health,
+    /// Whether this container is alive, also while it serves nobody because it is cloned, recovers, or waits for a leader:
+    /// exit code 0 or 1
+    Health {
+        /// Whether it serves
+        #[arg(long)]
+        ready: bool,
+    },
     /// Make this node's volume begin a new cluster with the database as it was at a point in time. In a container of
     /// its own, with the repository mounted, while the cluster is stopped
     Recover(recover::RecoverArgs),
-    /// Set aside what this node's volume holds, so that the node is cloned anew. While it is stopped
+    /// Set aside what this node's volume holds, so that the node is cloned anew. While it is stopped, or in its container
+    /// where that only waits because the node was removed from the cluster
     SetAside,
     /// The first process of a container (the commands above become it)
     #[command(hide = true)]
@@ -86,7 +93,8 @@ pub fn run(command: &ContainerCommand) -> anyhow::Result<u8> {
         ContainerCommand::Node => entry::run(Kind::Node),
         ContainerCommand::Proxy => entry::run(Kind::Proxy),
         ContainerCommand::Backup => entry::run(Kind::Backup),
-        ContainerCommand::Health => wait_for(health()),
+        ContainerCommand::Health { ready: false } => wait_for(async { Ok(health::alive().await) }),
+        ContainerCommand::Health { ready: true } => wait_for(async { Ok(health::ready().await) }),
         ContainerCommand::Recover(args) => recover::run(args),
         ContainerCommand::SetAside => recover::set_aside(),
         ContainerCommand::Init { kind } => init::run(*kind),
@@ -97,21 +105,5 @@ pub fn run(command: &ContainerCommand) -> anyhow::Result<u8> {
             wait_for(leave::run())
         }
         ContainerCommand::Links { kind } => names::make_links(*kind),
-    }
-}
-
-async fn health() -> anyhow::Result<u8> {
-    let at = format!("127.0.0.1:{}", plan::FRONT_PORT);
-    let client = craton_console::Client::new(None);
-    match client.get_text(&at, "/health").await {
-        Ok(text) => {
-            crate::output::line(text);
-            Ok(exit::OK)
-        }
-        // Docker knows 0 and 1 only.
-        Err(error) => {
-            crate::output::note(error.to_string());
-            Ok(exit::FAILURE)
-        }
     }
 }

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
-use craton_agent::{Backend, MoveRequest, Place};
-use craton_console::views::{CoordinatorView, DoneView};
+use craton_agent::{Backend, MoveRequest, Place, RebuildRequest};
+use craton_console::views::{CoordinatorView, DoneView, StatusView};
+use craton_core::MemberId;
 use tokio::task::JoinSet;
 
 use crate::access::Access;
@@ -97,6 +98,22 @@ pub enum CoordinatorCommand {
     /// Refused where a member cannot use the new place. A move that is cut off anywhere goes on by itself; asking
     /// for the same again is harmless, and asking for the former place takes back what has not begun.
     Move(MoveArgs),
+    /// Write the records anew into an etcd that was emptied, or restored from an old copy
+    ///
+    /// The leader writes what it knows. Restoring etcd's newest snapshot is the other way; where it is not older than the
+    /// last change of the leadership, nothing else is needed.
+    Rebuild(RebuildArgs),
+}
+
+/// `craton coordinator rebuild`
+#[derive(Args, Debug)]
+pub struct RebuildArgs {
+    /// Where nobody leads: the member that knows the newest records by `craton coordinator status`, with all members running. What it does not know is lost
+    #[arg(long, value_name = "MEMBER")]
+    pub from: Option<MemberId>,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
 }
 
 /// `craton coordinator move`
@@ -123,7 +140,87 @@ pub async fn run(
     match command {
         CoordinatorCommand::Status => show(access, json).await,
         CoordinatorCommand::Move(args) => relocate(access, dir, args, json).await,
+        CoordinatorCommand::Rebuild(args) => rebuild(access, args, json).await,
     }
+}
+
+async fn rebuild(access: &Access, args: RebuildArgs, json: bool) -> anyhow::Result<u8> {
+    ask::must_be_meant(
+        args.yes,
+        "whatever the etcd holds under this cluster's prefix is replaced by the records that a member knows",
+    )?;
+    let status = access.status().await?;
+    let request = RebuildRequest {
+        force: args.from.is_some(),
+        by: Some(who()),
+    };
+    let path = "/v1/coordinator/rebuild";
+    let done: DoneView = if let Some(from) = &args.from {
+        // No other member's records are meant.
+        let seen = views(access, &status).await;
+        let named = seen
+            .iter()
+            .find(|s| s.answer.as_ref().is_ok_and(|v| v.member == *from));
+        let Some(named) = named else {
+            return Err(Problem::new(
+                exit::FAILURE,
+                format!("no member {from} answers"),
+                "see craton coordinator status for the members that do",
+            )
+            .into());
+        };
+        let client = access.client().clone().with_timeout(MOVE_TIMEOUT);
+        client.post_json(&named.api, path, &request).await?
+    } else {
+        let first = ask::leader_api(&status);
+        access
+            .post(first.as_deref(), path, &request, MOVE_TIMEOUT)
+            .await?
+    };
+    if json {
+        output::json(&done)?;
+    } else {
+        output::line(&done.text);
+    }
+    Ok(exit::OK)
+}
+
+/// What one agent says of the records' store.
+struct Looked {
+    name: String,
+    api: String,
+    answer: Result<CoordinatorView, String>,
+}
+
+/// Every member's word. Where the records cannot be read nobody knows the members: then that of every agent whose address
+/// is known here.
+async fn views(access: &Access, status: &StatusView) -> Vec<Looked> {
+    let members = status
+        .members
+        .iter()
+        .map(|m| (m.id.to_string(), m.api.clone()));
+    let mut targets: Vec<_> = members.collect();
+    if targets.len() <= 1 {
+        targets = access
+            .agents
+            .iter()
+            .map(|a| (a.clone(), a.clone()))
+            .collect();
+    }
+    let client = access.client().clone().with_timeout(LOOK_TIMEOUT);
+    let mut asked = JoinSet::new();
+    for (i, (name, api)) in targets.into_iter().enumerate() {
+        let client = client.clone();
+        asked.spawn(async move {
+            let answer = client.get_json::<CoordinatorView>(&api, "/v1/coordinator");
+            let answer = answer.await.map_err(|e| e.to_string());
+            let name = answer.as_ref().map_or(name, |v| v.member.to_string());
+            (i, Looked { name, api, answer })
+        });
+    }
+    let mut answers = asked.join_all().await;
+    answers.sort_by_key(|(i, _)| *i);
+    answers.into_iter().map(|(_, looked)| looked).collect()
 }
 
 async fn relocate(access: &Access, dir: &Path, args: MoveArgs, json: bool) -> anyhow::Result<u8> {
@@ -166,21 +263,11 @@ async fn relocate(access: &Access, dir: &Path, args: MoveArgs, json: bool) -> an
 
 async fn show(access: &Access, json: bool) -> anyhow::Result<u8> {
     let status = access.status().await?;
-    let client = access.client().clone().with_timeout(LOOK_TIMEOUT);
-    let mut asked = JoinSet::new();
-    for (i, m) in status.members.iter().enumerate() {
-        let (client, api, id) = (client.clone(), m.api.clone(), m.id.clone());
-        asked.spawn(async move {
-            let view = client.get_json::<CoordinatorView>(&api, "/v1/coordinator");
-            (i, id, view.await.map_err(|e| e.to_string()))
-        });
-    }
-    let mut answers = asked.join_all().await;
-    answers.sort_by_key(|(i, ..)| *i);
+    let answers = views(access, &status).await;
     if json {
         let views: Vec<_> = answers
             .iter()
-            .filter_map(|(.., v)| v.as_ref().ok())
+            .filter_map(|looked| looked.answer.as_ref().ok())
             .collect();
         output::json(&views)?;
         return Ok(exit::OK);
@@ -192,9 +279,9 @@ async fn show(access: &Access, json: bool) -> anyhow::Result<u8> {
         status.coordinator
     ));
     let mut table = output::table(&["MEMBER", "RECORDS IN", "PREFIX", "STATE"]);
-    for (_, id, answer) in &answers {
-        let mut row = vec![cell(Colour::Cyan, id.as_str())];
-        match answer {
+    for looked in &answers {
+        let mut row = vec![cell(Colour::Cyan, &looked.name)];
+        match &looked.answer {
             Ok(view) => {
                 row.push(plain(&view.backend));
                 row.push(plain(view.prefix.as_deref().unwrap_or("-")));

@@ -4,6 +4,7 @@
 
 mod checks;
 mod facts;
+mod guarantees;
 mod slots;
 mod store;
 

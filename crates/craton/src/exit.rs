@@ -1,6 +1,11 @@
 //! Exit codes, and the error that carries one.
 
 use std::fmt;
+use std::path::Path;
+
+use craton_agent::AgentError;
+
+use crate::container::entry::Facts;
 
 /// Done.
 pub const OK: u8 = 0;
@@ -25,9 +30,11 @@ pub const RUNNING_ALREADY: u8 = 8;
 pub const DOCTOR_WARNING: u8 = 9;
 /// `craton doctor` found something that stops clients, or will with the next failure.
 pub const DOCTOR_CRITICAL: u8 = 10;
+/// A member's agent ended because the others have removed the member: another start would change nothing.
+pub const REMOVED: u8 = 11;
 
 /// Every code with its meaning, for the reference page.
-pub const MEANINGS: [(u8, &str); 11] = [
+pub const MEANINGS: [(u8, &str); 12] = [
     (OK, "done"),
     (FAILURE, "something went wrong that has no code of its own"),
     (
@@ -59,6 +66,10 @@ pub const MEANINGS: [(u8, &str); 11] = [
     (
         DOCTOR_CRITICAL,
         "craton doctor found something that stops clients, or will with the next failure",
+    ),
+    (
+        REMOVED,
+        "craton node: the member was removed from the cluster, and another start would change nothing",
     ),
 ];
 
@@ -103,6 +114,9 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
     if let Some(problem) = error.downcast_ref::<Problem>() {
         return problem.code;
     }
+    if let Some(AgentError::Removed(_)) = error.downcast_ref() {
+        return REMOVED;
+    }
     match error.downcast_ref::<ClientError>() {
         Some(
             ClientError::Unreachable { .. }
@@ -120,6 +134,10 @@ pub fn hint_of(error: &anyhow::Error) -> Option<String> {
     if let Some(problem) = error.downcast_ref::<Problem>() {
         return problem.hint.clone();
     }
+    if let Some(AgentError::Removed(dir)) = error.downcast_ref() {
+        let in_container = Facts::load().is_ok_and(|facts| facts.is_some());
+        return Some(how_to_return(dir, in_container));
+    }
     match error.downcast_ref::<ClientError>()? {
         error @ (ClientError::Refused { .. } | ClientError::Untrusted { .. }) => {
             error.hint().map(ToOwned::to_owned)
@@ -128,5 +146,41 @@ pub fn hint_of(error: &anyhow::Error) -> Option<String> {
             Some("is the cluster up? `craton up` starts a local one".to_owned())
         }
         _ => None,
+    }
+}
+
+fn how_to_return(dir: &Path, in_container: bool) -> String {
+    if in_container {
+        return SET_ASIDE.to_owned();
+    }
+    format!(
+        "to bring the host back in, empty {} and set node.join",
+        dir.display()
+    )
+}
+
+/// How a removed node's container comes back.
+pub const SET_ASIDE: &str = "to bring it back: `craton container set-aside` in this container, then restart it; the node joins anew and is cloned";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_removed_member_has_a_code_and_a_way_back() {
+        let error = anyhow::Error::from(AgentError::Removed("/var/lib/craton/d".into()));
+        assert_eq!(code_of(&error), REMOVED);
+        assert!(error.to_string().contains("removed from the cluster"));
+        let hint = hint_of(&error).unwrap();
+        assert!(hint.contains("empty /var/lib/craton/d"), "{hint}");
+        let hint = how_to_return(Path::new("/x"), true);
+        assert!(hint.contains("craton container set-aside"), "{hint}");
+    }
+
+    #[test]
+    fn every_code_has_one_meaning() {
+        for (at, (code, _)) in MEANINGS.iter().enumerate() {
+            assert_eq!(usize::from(*code), at);
+        }
     }
 }

@@ -5,7 +5,8 @@ use std::io::IsTerminal as _;
 use clap::Args;
 use craton_agent::{RecoverError, Survey, moved_to, stand_alone, survey};
 use craton_core::MemberId;
-use craton_core::records::Leadership;
+use craton_core::records::{History, Leadership};
+use jiff::Timestamp;
 
 use crate::cli::DaemonArgs;
 use crate::config;
@@ -40,13 +41,19 @@ pub fn run(args: &RecoverArgs) -> anyhow::Result<u8> {
     if !args.yes && !confirmed(&me)? {
         return Ok(exit::FAILURE);
     }
-    let after = stand_alone(&dir, &me).map_err(|e| problem(&e))?;
+    let now_ms = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or(0);
+    let after = stand_alone(&dir, &me, now_ms).map_err(|e| problem(&e))?;
     let removed: Vec<&str> = after.config.removed.iter().map(MemberId::as_str).collect();
+    let next = if moved_to(&after.snapshot).is_some() {
+        "Next: start its agent."
+    } else {
+        "Next: start its agent. It is not promoted by itself: this disk may be older than what the lost members\n\
+         acknowledged, and cannot tell. `craton failover --allow-data-loss` says what is known, asks, and goes on."
+    };
     output::line(format!(
         "{me} is the only voter now (epoch {}); removed: {}\n\
-         Next: start its agent. If `craton explain` then says that seals are missing which only the lost members\n\
-         could give, `craton failover --allow-data-loss` goes on without them. Bring other members back by emptying\n\
-         their coordinator directory (not their data) and setting node.join.",
+         {next}\n\
+         Bring other members back by emptying their coordinator directory (not their data) and setting node.join.",
         after.config.epoch,
         removed.join(", "),
     ));
@@ -85,6 +92,15 @@ fn known(survey: &Survey, me: &MemberId) -> String {
             )
         },
     );
+    let history = survey.snapshot.get("history");
+    let history = history.and_then(|v| serde_json::from_str::<History>(&v.value).ok());
+    let newest = history.and_then(|h| h.0.last().cloned());
+    let newest = newest.map_or_else(String::new, |e| {
+        let at = i64::try_from(e.at_ms).ok();
+        let at = at.and_then(|ms| Timestamp::from_millisecond(ms).ok());
+        let at = at.map_or_else(|| "an unknown time".to_owned(), |at| at.to_string());
+        format!("\nthe newest line of its history is of {at}: {}", e.text)
+    });
     let elsewhere = moved_to(&survey.snapshot).map_or_else(String::new, |place| {
         format!(
             "The records were moved to {place}, and do not need these voters: a leader is elected there. Recover only to add or remove members again, or to move the records back.\n"
@@ -92,7 +108,7 @@ fn known(survey: &Survey, me: &MemberId) -> String {
     });
     format!(
         "{elsewhere}on {me}'s disk: entry {} in Raft term {}; voters {} ({} needed); without a say: {}\n\
-         {led}\n\
+         {led}{newest}\n\
          Of several survivors, go on with the one whose Raft term, then entry, is greatest.",
         survey.last_index,
         survey.term,

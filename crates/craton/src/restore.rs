@@ -291,7 +291,7 @@ fn how_to_start(dir: &Path, view: &RestoredView) -> String {
         .unwrap_or_default();
     let directory = view.directory.display();
     format!(
-        "restored {} files ({}) of {} into {}\nWAL is there up to {} of timeline {}. Start it, as the directory's owner, with PostgreSQL {}:\n  {bin}pg_ctl -D {directory} -o '-p 5499 -k {directory}' -l {directory}/start.log start",
+        "restored {} files ({}) of {} into {}\nWAL is there up to {} of timeline {}. Start it, as the directory's owner, with PostgreSQL {}:\n  {bin}pg_ctl -D {directory} -o '-p 5499 -k {directory}' -l {directory}/start.log start\nand look into it:\n  {bin}psql -h {directory} -p 5499 -U postgres -d DATABASE",
         output::count(view.files),
         output::bytes(view.bytes),
         paint(Colour::Cyan, &view.backup.to_string()),

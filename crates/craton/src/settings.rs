@@ -172,6 +172,7 @@ fn agent(layout: &Layout, member: &MemberId) -> anyhow::Result<AgentConfig> {
         hooks: craton_agent::hooks::HooksConfig::default(),
         origins: BTreeMap::new(),
         initial_data: None,
+        initdb_args: Vec::new(),
         clone: CloneConfig {
             repository: Some(layout.repository()),
             ..CloneConfig::default()

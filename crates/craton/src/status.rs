@@ -15,6 +15,9 @@ const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Moves to the top left and clears what is below.
 const HOME_AND_CLEAR: &str = "\x1b[H\x1b[J";
 
+/// Under an election in records that an operator recovered.
+const RECOVERED: &str = "the records were recovered from one member's disk and may be old: nobody is promoted before `craton failover --allow-data-loss`";
+
 /// Runs the command.
 pub async fn run(access: &Access, args: &StatusArgs, json: bool) -> anyhow::Result<u8> {
     if !args.watch {
@@ -69,6 +72,9 @@ pub fn render(view: &StatusView) -> String {
             names(&election.sealed),
             names(&election.missing),
         ));
+        if election.recovered {
+            lines.push(RECOVERED.to_owned());
+        }
     }
     if !view.next.is_empty() {
         lines.push(format!("\n{} {}", paint(Colour::Dim, "next:"), view.next));

@@ -163,7 +163,15 @@ async fn joined(layout: &Layout) -> anyhow::Result<craton_console::views::Status
     let access = Access::local(layout)?;
     let deadline = Instant::now() + JOIN_TIMEOUT;
     loop {
-        let view = access.status().await?;
+        // Agents may be too busy to answer at this moment.
+        let view = match access.status().await {
+            Ok(view) => view,
+            Err(error) if Instant::now() > deadline => return Err(error),
+            Err(_) => {
+                sleep(JOIN_POLL).await;
+                continue;
+            }
+        };
         let there = |m: &craton_console::views::MemberView| {
             m.streaming || view.leader.as_ref() == Some(&m.id)
         };

@@ -41,6 +41,8 @@ const WORDS: usize = 8;
 const RECORD_BYTES: usize = WORDS * 8;
 const ORDER_AT: u64 = 0;
 const REPORT_AT: u64 = RECORD_BYTES as u64;
+/// The highest priority without a real-time class.
+const NICE: i32 = -20;
 /// How often a record that is being written right now is read again.
 const READ_TRIES: usize = 100;
 
@@ -75,6 +77,8 @@ pub struct Report {
     pub fired_count: u64,
     /// Its memory is locked, so that it cannot be swapped out.
     pub locked: bool,
+    /// Its priority is the highest that needs no real-time class (nice -20).
+    pub hurried: bool,
     /// The watchdog device.
     pub watchdog: WatchdogState,
 }
@@ -175,29 +179,28 @@ impl Board {
     /// What the fence says; none before it first ran.
     pub fn report(&self) -> io::Result<Option<Report>> {
         Ok(self.read(REPORT_AT)?.map(|words| {
-            let [_, pid, alive_ns, fired_ns, fired_count, locked, watchdog, _] = words;
-            let watchdog = WatchdogState::of_word(watchdog);
-            let locked = locked != 0;
+            let [_, pid, alive_ns, fired_ns, fired_count, awake, watchdog, _] = words;
             Report {
                 pid,
                 alive_ns,
                 fired_ns,
                 fired_count,
-                locked,
-                watchdog,
+                locked: awake & 1 != 0,
+                hurried: awake & 2 != 0,
+                watchdog: WatchdogState::of_word(watchdog),
             }
         }))
     }
 
     fn say(&self, r: &Report) -> io::Result<()> {
-        let locked = u64::from(r.locked);
+        let awake = u64::from(r.locked) | u64::from(r.hurried) << 1;
         let words = [
             MAGIC,
             r.pid,
             r.alive_ns,
             r.fired_ns,
             r.fired_count,
-            locked,
+            awake,
             r.watchdog.word(),
             0,
         ];
@@ -263,10 +266,11 @@ pub fn run(path: &Path, watchdog: Option<PathBuf>) -> io::Result<Ended> {
         Err(e) => return Err(e.into()),
     }
     let earlier = board.report().ok().flatten().unwrap_or_default();
-    let pid = u64::from(std::process::id());
+    let (locked, hurried) = stay_awake();
     let mut report = Report {
-        pid,
-        locked: stay_awake(),
+        pid: u64::from(std::process::id()),
+        locked,
+        hurried,
         ..earlier
     };
     let mut order = Order::default();
@@ -303,12 +307,16 @@ pub fn run(path: &Path, watchdog: Option<PathBuf>) -> io::Result<Ended> {
     }
 }
 
-/// Asks for what keeps the fence on time; all of it is optional. Returns whether the memory is locked.
-fn stay_awake() -> bool {
-    let _ = rustix::process::setpriority_process(None, -20);
+/// Asks for what keeps the fence on time; all of it is optional, and the limits of the service decide (`LimitNICE`,
+/// `LimitMEMLOCK`). Returns whether the memory is locked and whether the priority is the highest. A real-time class
+/// would be better still: rustix has no call for it, and a dependency for one call is not worth it here.
+fn stay_awake() -> (bool, bool) {
+    let hurried = rustix::process::setpriority_process(None, NICE).is_ok();
+    // Where a service's own score is low already, only root may go lower, and that one stays.
     let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
     // Only what is there now: under a limit, locking the future would make an allocation fail.
-    rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT).is_ok()
+    let locked = rustix::mm::mlockall(rustix::mm::MlockAllFlags::CURRENT).is_ok();
+    (locked, hurried)
 }
 
 pub(crate) fn sleep(time: Duration) {
@@ -317,4 +325,28 @@ pub(crate) fn sleep(time: Duration) {
     };
     // A signal may cut it short, which only means that the order is read earlier.
     let _ = poll(&mut [], Some(&time));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let board = Board::open(&dir.path().join("board")).unwrap();
+        for (locked, hurried) in [(false, false), (true, false), (false, true), (true, true)] {
+            let report = Report {
+                pid: 7,
+                alive_ns: 5,
+                fired_ns: 3,
+                fired_count: 2,
+                locked,
+                hurried,
+                watchdog: WatchdogState::Armed,
+            };
+            board.say(&report).unwrap();
+            assert_eq!(board.report().unwrap(), Some(report));
+        }
+    }
 }

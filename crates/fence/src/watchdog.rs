@@ -1,7 +1,8 @@
 //! The kernel's watchdog device, fed while a primary may run: if nobody is left to feed it, the host restarts.
 //!
-//! It covers what the fence cannot: a kernel or hypervisor that stops the fence itself, and processes that do
-//! not die. Its clock counts whole seconds, so it is not fed up to the deadline but up to `timeout` before
+//! It covers what the fence cannot: a kernel that does not let the fence run, and processes that do not die. It does
+//! not cover a virtual machine that is paused: `softdog` is a timer of the paused guest, and the clock of an emulated
+//! device may stop with it. Its clock counts whole seconds, so it is not fed up to the deadline but up to `timeout` before
 //! it (and a slack after, in which the fence kills PostgreSQL first): it never fires while the lease is
 //! renewed, and at the latest when nobody else may lead yet. Protocol: Documentation/watchdog/watchdog-api.rst.
 

@@ -264,8 +264,8 @@ fn carried(conf: &ConfFile, logical_slots: bool) -> BTreeMap<String, String> {
             continue;
         };
         let keep = match *key {
-            // Without these there is no way back for a former leader, no look at a standby, no restart in place.
-            "wal_log_hints" | "hot_standby" | "restart_after_crash" => false,
+            // Without these there is no way back for a former leader, no look at a standby.
+            "wal_log_hints" | "hot_standby" => false,
             "wal_level" => *value == "logical",
             "max_wal_senders" | "max_replication_slots" => {
                 let number = |text: &str| text.parse::<u32>().ok();

@@ -1,5 +1,6 @@
 //! A new data directory from a running server, by pg_basebackup.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -20,6 +21,10 @@ pub const APPLICATION_NAME: &str = "craton_clone";
 const OUTPUT_BYTES_MAX: usize = 64 << 10;
 /// pg_basebackup reports about once a second; this long without a word means that it hangs.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How often a removal is tried: for ten seconds.
+const REMOVALS_MAX: u32 = 200;
+/// How long until it is tried again.
+const REMOVAL_PAUSE: Duration = Duration::from_millis(50);
 
 /// How far a clone is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -110,7 +115,7 @@ impl Instance {
         let (this, place) = (self.clone(), making.clone());
         blocking(move || {
             this.check_data_dir_is_free()?;
-            files::remove_tree(&place)
+            remove_unfinished(&place)
         })
         .await?;
         Ok(making)
@@ -135,7 +140,7 @@ impl Instance {
         let this = self.clone();
         blocking(move || {
             if let Err(e) = result {
-                files::remove_tree(&making)?;
+                remove_unfinished(&making)?;
                 return Err(e);
             }
             if files::can_flush_file_systems() {
@@ -146,6 +151,22 @@ impl Instance {
         })
         .await
     }
+}
+
+/// Removes what a clone left. The process in which a killed pg_basebackup received WAL outlives it for a moment, and may
+/// put another file into a directory that has just been emptied.
+fn remove_unfinished(place: &Path) -> Result<()> {
+    for _ in 1..REMOVALS_MAX {
+        match files::remove_tree(place) {
+            Err(PgError::Io { source, .. })
+                if source.kind() == io::ErrorKind::DirectoryNotEmpty =>
+            {
+                std::thread::sleep(REMOVAL_PAUSE);
+            }
+            done => return done,
+        }
+    }
+    files::remove_tree(place)
 }
 
 /// Runs a tool to its end, handing each line of its standard error to `is_progress`, and keeps those that
@@ -232,5 +253,23 @@ mod tests {
             Some((102_400, 2_048_000))
         );
         assert_eq!(parse("waiting for checkpoint"), None);
+    }
+
+    #[test]
+    fn a_directory_that_is_still_written_to_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join("data.clone");
+        std::fs::create_dir(&place).unwrap();
+        let writes_to = place.clone();
+        let writer = std::thread::spawn(move || {
+            // Until the directory is gone.
+            (0..10_000).all(|n| std::fs::write(writes_to.join(format!("{n}")), "").is_ok());
+        });
+        while files::is_empty_dir(&place).unwrap() && !writer.is_finished() {
+            std::thread::yield_now();
+        }
+        remove_unfinished(&place).unwrap();
+        writer.join().unwrap();
+        assert!(!place.exists());
     }
 }

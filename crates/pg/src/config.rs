@@ -92,25 +92,28 @@ pub(crate) const DEFAULTS: &[(&str, &str)] = &[
     ("tcp_keepalives_interval", "2"),
     ("tcp_keepalives_count", "3"),
     ("tcp_user_timeout", "10s"),
-    // A backend that crashes restarts the server's other processes, not the postmaster.
-    ("restart_after_crash", "on"),
     ("log_line_prefix", "%m [%p] %q%u@%d %a "),
     ("log_checkpoints", "on"),
     ("log_lock_waits", "on"),
 ];
 
 /// What the data directory's own configuration, which was perhaps another system's, must not say otherwise.
-const FIXED: [(&str, &str); 10] = [
+const FIXED: [(&str, &str); 12] = [
     ("archive_cleanup_command", ""),
     ("external_pid_file", ""),
     ("fsync", "on"),
     ("full_page_writes", "on"),
+    // The agent reads in PostgreSQL's log why it did not start. A role may be given another language.
+    ("lc_messages", "C"),
     ("recovery_min_apply_delay", "0"),
     ("recovery_target", ""),
     ("recovery_target_lsn", ""),
     ("recovery_target_name", ""),
     ("recovery_target_time", ""),
     ("recovery_target_xid", ""),
+    // A server that starts its processes again by itself lets clients see what it recovered before standbys have it:
+    // the agent decides what becomes of it.
+    ("restart_after_crash", "off"),
 ];
 
 /// Settings that the agent owns: an operator's value for them is refused.
@@ -640,6 +643,7 @@ mod tests {
                 "hostssl postgres craton_rewind 10.0.0.0/24 scram-sha-256 clientcert=verify-ca",
                 "hostssl postgres craton_proxy 10.0.0.0/24 scram-sha-256 clientcert=verify-ca",
                 "host all craton_replication,craton_rewind,craton_proxy all reject",
+                "hostssl replication all 10.0.0.0/24 scram-sha-256 clientcert=verify-ca",
                 "host all all 10.0.0.0/24 scram-sha-256",
             ]
         );

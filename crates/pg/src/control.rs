@@ -178,6 +178,35 @@ impl Control {
         )
     }
 
+    /// Ends the WAL segment that is being written, if more than `used_min` bytes of it are in use and no more than
+    /// `left_max` are left: what is left is sent to the standbys. True if it did.
+    pub async fn end_wal_segment(
+        &self,
+        used_min: u32,
+        left_max: u32,
+        limit: Duration,
+    ) -> Result<bool> {
+        let what = "new WAL segment";
+        let sql = format!(
+            "SELECT coalesce((CASE WHEN used > {used_min} AND size - used <= {left_max} THEN pg_switch_wal() END)::text, '') \
+             FROM (SELECT (pg_walfile_name_offset(pg_current_wal_insert_lsn())).file_offset AS used, \
+             (SELECT setting::bigint FROM pg_settings WHERE name = 'wal_segment_size') AS size) segment"
+        );
+        Ok(!self.query_one(what, &sql, limit).await?.is_empty())
+    }
+
+    /// How many of the standbys that commits wait for (of all that stream, if commits wait for none) have not flushed
+    /// WAL up to `lsn`.
+    pub async fn standbys_behind(&self, lsn: Lsn, limit: Duration) -> Result<u64> {
+        let what = "standbys' flush positions";
+        let sql = format!(
+            "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming' \
+             AND (sync_state <> 'async' OR current_setting('synchronous_standby_names') = '') \
+             AND (flush_lsn < '{lsn}' OR flush_lsn IS NULL)"
+        );
+        parse(what, &self.query_one(what, &sql, limit).await?)
+    }
+
     /// How many client sessions other than ours are inside a transaction.
     pub async fn active_client_transactions(&self, limit: Duration) -> Result<u64> {
         let what = "running transactions";

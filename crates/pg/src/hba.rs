@@ -26,7 +26,8 @@ pub struct HbaRule {
 impl HbaRule {
     /// What each of the cluster's own roles may reach, and nothing else; then SCRAM for everybody else from these
     /// networks. With `tls` the own roles need TLS and a certificate of the authority besides their password: a
-    /// stolen password alone replicates nothing.
+    /// stolen password alone replicates nothing. Nor does any other role's: those with `REPLICATION` need the
+    /// certificate, too.
     pub fn standard(networks: &[&str], tls: bool) -> Vec<Self> {
         let rule = |database: &str, user: &str, address: &str, own: bool| Self {
             database: database.to_owned(),
@@ -50,6 +51,8 @@ impl HbaRule {
             method: "reject".to_owned(),
             ..rule("all", &own.map(|(_, role)| role).join(","), "all", false)
         });
+        // Below, `all` is every database, and replication is none.
+        rules.extend(networks.iter().map(|n| rule("replication", "all", n, true)));
         rules.extend(networks.iter().map(|n| rule("all", "all", n, false)));
         rules
     }
@@ -95,11 +98,13 @@ pub(crate) fn hba(place: &Place<'_>, rules: &[HbaRule]) -> Result<String> {
 
 /// The text of `pg_ident.conf`.
 pub(crate) fn ident(place: &Place<'_>) -> Result<String> {
+    let superuser = hba_token(place.superuser)?;
     Ok(format!(
-        "# Written by the craton agent: the owner of the server's processes is its superuser.\n\
-         craton {} {}\n",
+        "# Written by the craton agent: the owner of the server's processes is its superuser, and so is root, who can\n\
+         # become any user.\n\
+         craton {} {superuser}\n\
+         craton root {superuser}\n",
         hba_token(place.os_user)?,
-        hba_token(place.superuser)?
     ))
 }
 

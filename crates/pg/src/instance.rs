@@ -52,19 +52,6 @@ pub struct InstanceConfig {
     pub cluster_name: String,
 }
 
-/// For a new cluster. The password does not show in `Debug`.
-#[derive(Clone)]
-pub struct InitOptions {
-    /// The superuser's password for TCP connections.
-    pub superuser_password: String,
-}
-
-impl std::fmt::Debug for InitOptions {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("InitOptions(…)")
-    }
-}
-
 #[derive(Debug)]
 struct Inner {
     config: InstanceConfig,
@@ -262,55 +249,28 @@ impl Instance {
         ControlData::parse(&run_tool("pg_controldata", &mut command)?)
     }
 
-    /// Makes a new cluster: checksums on, UTF-8, SCRAM. It is made beside and renamed into place.
-    pub async fn initdb(&self, options: &InitOptions) -> Result<ControlData> {
-        let (this, options) = (self.clone(), options.clone());
-        blocking(move || this.initdb_blocking(&options)).await
-    }
-
-    fn initdb_blocking(&self, options: &InitOptions) -> Result<ControlData> {
-        self.check_data_dir_is_free()?;
-        let making = self.member_dir().join("data.init");
-        files::remove_tree(&making)?;
-        let mut command = self.writing_tool("initdb");
-        command
-            .arg("-D")
-            .arg(&making)
-            .args([
-                "-U",
-                &self.config().superuser,
-                "--data-checksums",
-                "--encoding=UTF8",
-                "--locale=C.UTF-8",
-            ])
-            .args([
-                "--auth-local=peer",
-                "--auth-host=scram-sha-256",
-                "--pwfile=/dev/stdin",
-            ])
-            .args(files::can_flush_file_systems().then_some("--no-sync"))
-            .env("LC_ALL", "C.UTF-8")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut child = command
-            .spawn()
-            .map_err(PgError::io("cannot run", Path::new("initdb")))?;
-        if let Some(mut stdin) = child.stdin.take() {
-            use std::io::Write;
-            // If initdb ended before it read the password, its own message is the better one.
-            let _ = writeln!(stdin, "{}", options.superuser_password);
+    /// Who may log in to a copy that is started by itself, as a restore is: the agent's own files are not in it. Its
+    /// owner is the superuser, whatever the system calls him.
+    pub(crate) fn let_owner_in(&self, data: &Path) -> Result<()> {
+        let (user, superuser) = (&self.inner.os_user, &self.config().superuser);
+        for (name, text) in [
+            (
+                "pg_hba.conf",
+                format!(
+                    "# For a copy of this directory that is started by itself; members have their own, outside.\n\
+                     local all \"{superuser}\" peer map=craton\nlocal all all scram-sha-256\n\
+                     host all all 127.0.0.1/32 scram-sha-256\nhost all all ::1/128 scram-sha-256\n"
+                ),
+            ),
+            (
+                "pg_ident.conf",
+                format!("craton \"{user}\" \"{superuser}\"\ncraton root \"{superuser}\"\n"),
+            ),
+        ] {
+            let path = data.join(name);
+            fs::write(&path, text).map_err(PgError::io("cannot write", &path))?;
         }
-        let output = child
-            .wait_with_output()
-            .map_err(PgError::io("cannot run", Path::new("initdb")))?;
-        if let Err(e) = succeeded("initdb", &output) {
-            files::remove_tree(&making)?;
-            return Err(e);
-        }
-        files::flush_data_dir(&making)?;
-        self.move_into_place(&making)?;
-        self.read_control_data()
+        Ok(())
     }
 
     pub(crate) fn check_data_dir_is_free(&self) -> Result<()> {
@@ -508,6 +468,7 @@ impl Instance {
                 self.conf_dir().join("postgresql.conf").display()
             ))
             .env_remove("PGDATA")
+            .envs(name_lookups())
             .current_dir(self.data_dir())
             .stdin(Stdio::null())
             .stdout(log)
@@ -554,7 +515,7 @@ impl Instance {
         processes::kill_leftovers(self.data_dir().to_owned(), limit).await
     }
 
-    async fn refuse_while_running(&self) -> Result<()> {
+    pub(crate) async fn refuse_while_running(&self) -> Result<()> {
         match self.adopt().await? {
             Some(p) => Err(PgError::Running {
                 pid: p.pid(),
@@ -728,6 +689,13 @@ fn check_socket_path(socket_dir: &Path, port: u16) -> Result<()> {
     })
 }
 
+/// A WAL receiver that looks up its primary's name cannot be ended meanwhile, and a standby that seals has to wait for it:
+/// one answer of a name server that is lost costs the C library 5 s (resolv.conf(5)). What an operator has set stays.
+fn name_lookups() -> Option<(&'static str, &'static str)> {
+    let set = std::env::var_os("RES_OPTIONS").is_some();
+    (!set).then_some(("RES_OPTIONS", "timeout:1"))
+}
+
 /// Runs a program to its end and returns its output.
 pub(crate) fn run_tool(tool: &'static str, command: &mut Command) -> Result<String> {
     let output = command
@@ -737,7 +705,7 @@ pub(crate) fn run_tool(tool: &'static str, command: &mut Command) -> Result<Stri
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-fn succeeded(tool: &'static str, output: &std::process::Output) -> Result<()> {
+pub(crate) fn succeeded(tool: &'static str, output: &std::process::Output) -> Result<()> {
     if output.status.success() {
         return Ok(());
     }

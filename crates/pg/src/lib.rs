@@ -3,7 +3,7 @@
 //!
 //! # Layout
 //! * [`binaries`]: which PostgreSQL is installed.
-//! * [`instance`]: the member's directory, [`Instance`] as the handle for everything about it.
+//! * [`instance`]: the member's directory, [`Instance`] as the handle for everything about it. [`initdb`]: a new cluster.
 //! * [`config`], `hba`: `postgresql.conf`, `pg_hba.conf`, `pg_ident.conf`, outside the data directory; `conf_file`: those of others.
 //! * [`adopt`]: a data directory that Craton did not make; `follow`: a standby of a primary that is not Craton's.
 //! * [`control_data`]: `pg_controldata`, typed.
@@ -14,11 +14,12 @@
 //! * [`sync`]: `synchronous_standby_names`, and the proof that a change of it is in force.
 //! * [`clone`], [`rewind`], [`divergence`]: ways to become a standby again.
 //! * [`history`]: timeline history files; `fetched`: WAL that came another way than by streaming.
+//! * [`guarantees`]: settings that give up what the cluster promises of commits.
 //! * [`libraries`]: versions of what sorts text and computes geometry.
 //! * [`disk`]: free space and the reserve file.
 //!
 //! # The member's directory
-//! `data/` (PGDATA), `run/` (Unix socket), `conf/` (ours), `pg.log`; `data.init/` and `data.clone/` while
+//! `data/` (PGDATA), `run/` (Unix socket), `conf/` (ours), `pg.log`; `data.init/`, `data.clone/` and `data.former/` while
 //! a cluster is being made: they are renamed to `data/` when complete, so that half a cluster is never
 //! taken for one.
 
@@ -36,8 +37,11 @@ mod error;
 mod fetched;
 mod files;
 mod follow;
+pub mod former;
+pub mod guarantees;
 mod hba;
 pub mod history;
+pub mod initdb;
 pub mod instance;
 pub mod libraries;
 mod logical_slots;
@@ -63,9 +67,11 @@ pub use disk::DiskSpace;
 pub use divergence::{DivergenceSummary, RelationNames};
 pub use error::{PgError, Result, RewindFailure};
 pub use fetched::{history_name, segment_name};
+pub use guarantees::Weakening;
 pub use hba::HbaRule;
 pub use history::{HistoryEntry, KnownTimeline};
-pub use instance::{InitOptions, Instance, InstanceConfig};
+pub use initdb::{InitArgs, InitOptions};
+pub use instance::{Instance, InstanceConfig};
 pub use logical_slots::{SLOT_FILE_MAX, SlotFile};
 pub use made::{Recovered, finish_recovery};
 pub use parameters::Parameter;

@@ -1,4 +1,4 @@
-//! Logical replication slots, as far as copies of them are kept on standbys before PostgreSQL 17.
+//! Logical replication slots: copies of them on standbys, which before PostgreSQL 17 are kept by agents.
 //!
 //! A server reads its slots when it starts, from `pg_replslot/NAME/state` (slot.c, `RestoreSlotFromDisk`); no standby
 //! before 16 makes a logical one in any other way. The file is replaced by renaming, so whoever reads it has a whole
@@ -7,6 +7,7 @@
 //! restart position a slot might come to a consistent state later than where its consumer is, and skip what lies
 //! between. So the two belong together.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -33,6 +34,13 @@ const PERSISTENCY_AT: usize = 84;
 const RESTART_AT: usize = 96;
 /// After an invalidation's position, or since 16 its cause.
 const CONFIRMED_AT: usize = 112;
+
+/// slot.c, `SLOT_VERSION`, from PostgreSQL 17 on.
+const VERSION_OWN_SYNC: u32 = 5;
+const VERSION_AT: usize = 8;
+/// In files of that version.
+const SYNCED_AT: usize = 193;
+const FAILOVER_AT: usize = 194;
 
 /// A logical slot as it lies on disk.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -79,6 +87,15 @@ fn is_name(name: &str) -> bool {
 /// True if this is the file of a slot that decodes a database.
 fn is_logical(state: &[u8]) -> bool {
     bytes_at::<4>(state, DATABASE_AT).is_ok_and(|b| u32::from_le_bytes(b) != 0)
+}
+
+/// True if this server made it itself, as a leader, to survive a failover.
+fn is_own_with_failover(state: &[u8]) -> bool {
+    let version = bytes_at::<4>(state, VERSION_AT).map(u32::from_le_bytes);
+    is_logical(state)
+        && version.is_ok_and(|v| v == VERSION_OWN_SYNC)
+        && state.get(SYNCED_AT) == Some(&0)
+        && state.get(FAILOVER_AT) == Some(&1)
 }
 
 impl SlotFile {
@@ -179,8 +196,8 @@ fn has_wal(wal: &Path, at: Lsn, segment_size: u64) -> bool {
     history::newest_timeline_of_segment(wal, next, segment_size).is_some()
 }
 
-/// The directories of logical slots.
-fn logical_dirs(data: &Path) -> Result<Vec<PathBuf>> {
+/// The directories of slots whose file is so.
+fn slot_dirs(data: &Path, wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<PathBuf>> {
     let dir = data.join("pg_replslot");
     let entries = match fs::read_dir(&dir) {
         Ok(entries) => entries,
@@ -190,11 +207,23 @@ fn logical_dirs(data: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in entries.flatten() {
         let path = entry.path();
-        if read_bounded(&path.join("state"))?.is_some_and(|state| is_logical(&state)) {
+        if read_bounded(&path.join("state"))?.is_some_and(|state| wanted(&state)) {
             found.push(path);
         }
     }
     Ok(found)
+}
+
+/// Renamed first, as PostgreSQL does: it removes such leftovers when it starts.
+fn discard(dir: &Path) -> Result<()> {
+    let doomed = dir.with_extension("tmp");
+    files::remove_tree(&doomed)?;
+    files::rename_durably(dir, &doomed)?;
+    files::remove_tree(&doomed)
+}
+
+fn name_of(dir: &Path) -> Option<String> {
+    Some(dir.file_name()?.to_string_lossy().into_owned())
 }
 
 impl Instance {
@@ -259,15 +288,28 @@ impl Instance {
         let data = self.data_dir().to_owned();
         blocking(move || {
             let mut names = Vec::new();
-            for dir in logical_dirs(&data)? {
-                // Renamed first, as PostgreSQL does: it removes such leftovers when it starts.
-                let doomed = dir.with_extension("tmp");
-                files::remove_tree(&doomed)?;
-                files::rename_durably(&dir, &doomed)?;
-                files::remove_tree(&doomed)?;
-                names.extend(dir.file_name().map(|n| n.to_string_lossy().into_owned()));
+            for dir in slot_dirs(&data, is_logical)? {
+                discard(&dir)?;
+                names.extend(name_of(&dir));
             }
             Ok(names)
+        })
+        .await
+    }
+
+    /// From PostgreSQL 17 on: takes those of these slots away that this server made as a leader. It copies no slots while
+    /// it has one of its own by the same name. Only while PostgreSQL is down.
+    pub async fn discard_own_failover_slots(&self, names: BTreeSet<String>) -> Result<Vec<String>> {
+        let data = self.data_dir().to_owned();
+        blocking(move || {
+            let mut gone = Vec::new();
+            for dir in slot_dirs(&data, is_own_with_failover)? {
+                if let Some(name) = name_of(&dir).filter(|n| names.contains(n)) {
+                    discard(&dir)?;
+                    gone.push(name);
+                }
+            }
+            Ok(gone)
         })
         .await
     }
@@ -320,6 +362,20 @@ impl Control {
         );
         let why = self.query_one("room for slots", &sql, limit).await?;
         Ok((!why.is_empty()).then_some(why))
+    }
+
+    /// A connection that asks for nothing: the postmaster looks after its workers when somebody comes.
+    pub async fn greet(&self, limit: Duration) -> Result<()> {
+        self.query_apart("greeting", None, "SELECT 1", limit)
+            .await
+            .map(|_| ())
+    }
+
+    /// Writes a list of the running transactions into the WAL, at which logical slots move on. From PostgreSQL 16.
+    pub async fn log_running_transactions(&self, limit: Duration) -> Result<()> {
+        let what = "list of running transactions";
+        let sql = "SELECT pg_log_standby_snapshot()";
+        self.query(what, sql, limit).await.map(|_| ())
     }
 
     /// Lets WAL go on at or behind `lsn`, by beginning new segments, at most so many.
@@ -423,7 +479,29 @@ mod tests {
         assert_eq!(slot.snapshot.as_deref(), Some(&b"rows"[..]));
         assert_eq!(read_slot(data, "none").unwrap(), None);
         assert_eq!(read_slot(data, "../dbz").unwrap(), None);
-        let logical = logical_dirs(data).unwrap();
+        let logical = slot_dirs(data, is_logical).unwrap();
         assert_eq!(logical, [data.join("pg_replslot/dbz")]);
+    }
+
+    #[test]
+    fn a_leaders_own_slots_are_told_from_copies() {
+        // As PostgreSQL 17 writes it.
+        let own = |synced: u8, failover: u8| {
+            let mut s = state("dbz", 5, 0);
+            s[VERSION_AT..VERSION_AT + 4].copy_from_slice(&VERSION_OWN_SYNC.to_le_bytes());
+            s[SYNCED_AT] = synced;
+            s[FAILOVER_AT] = failover;
+            s
+        };
+        assert!(is_own_with_failover(&own(0, 1)));
+        assert!(!is_own_with_failover(&own(1, 1)));
+        assert!(!is_own_with_failover(&own(0, 0)));
+        let mut physical = own(0, 1);
+        physical[DATABASE_AT..DATABASE_AT + 4].fill(0);
+        assert!(!is_own_with_failover(&physical));
+        let mut older = own(0, 1);
+        older[VERSION_AT] = 3;
+        assert!(!is_own_with_failover(&older));
+        assert!(!is_own_with_failover(&own(0, 1)[..FAILOVER_AT]));
     }
 }

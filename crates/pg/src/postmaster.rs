@@ -78,8 +78,12 @@ impl Postmaster {
     /// Takes hold of a process. `data_dir` must be its canonical working directory. Must be called inside
     /// a tokio runtime.
     pub(crate) fn hold(pid: i32, data_dir: &Path) -> io::Result<Self> {
-        let raw = Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
-        let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK)?;
+        // A server in single-user mode writes its own number with a minus: no postmaster.
+        let raw = Some(pid).filter(|pid| *pid > 0).and_then(Pid::from_raw);
+        let pidfd = pidfd_open(
+            raw.ok_or(io::ErrorKind::InvalidInput)?,
+            PidfdFlags::NONBLOCK,
+        )?;
         // Read after the pidfd is open: if the pidfd still lives now, both mean the same process.
         let stat = Stat::read(pid).ok_or(io::ErrorKind::NotFound)?;
         // Its successor is unsafe, for types whose descriptor may change; an OwnedFd's does not.
@@ -167,6 +171,11 @@ impl Postmaster {
     /// Makes it read its configuration files again. Returns before it, or anyone of its children, has.
     pub fn reload(&self) -> Result<()> {
         self.signal(Signal::HUP)
+    }
+
+    /// From PostgreSQL 17 on: wakes a standby's worker that copies logical slots. False if there is none now.
+    pub fn wake_slot_sync(&self) -> bool {
+        processes::hang_up_child(self.pid(), "slotsync worker")
     }
 
     /// Asks it to stop and waits for the end. After a `Timeout` it may still be stopping.

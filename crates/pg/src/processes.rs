@@ -130,12 +130,23 @@ pub(crate) fn has_postmaster_arguments(pid: i32) -> bool {
         .is_ok_and(|c| !c.is_empty() && !c.starts_with(b"postgres: ") && c.contains(&0))
 }
 
-/// True if a living child of the postmaster carries this word in its title ("postgres: a: walreceiver …").
-pub(crate) fn has_child_titled(postmaster: i32, word: &str) -> bool {
-    children_of(postmaster).iter().any(|child| {
+/// The living children of the postmaster that carry this word in their title ("postgres: a: walreceiver …").
+fn children_titled(postmaster: i32, word: &str) -> impl Iterator<Item = Stat> {
+    children_of(postmaster).into_iter().filter(move |child| {
         fs::read(format!("/proc/{}/cmdline", child.pid))
             .is_ok_and(|title| String::from_utf8_lossy(&title).contains(word))
     })
+}
+
+/// True if there is one.
+pub(crate) fn has_child_titled(postmaster: i32, word: &str) -> bool {
+    children_titled(postmaster, word).next().is_some()
+}
+
+/// SIGHUP for such a child, which makes it read its configuration again, and ends its sleep. False if there is none.
+pub(crate) fn hang_up_child(postmaster: i32, word: &str) -> bool {
+    let reached = children_titled(postmaster, word).filter(|c| signal_checked(c, Signal::HUP));
+    reached.count() > 0
 }
 
 /// Sends a signal by pid; a process that is gone is no error.
@@ -146,17 +157,12 @@ fn signal(pid: i32, signal: Signal) {
     }
 }
 
-/// SIGKILL, guarded against a pid that was given to another process meanwhile.
-fn kill_checked(target: &Stat) {
-    let Some(raw) = Pid::from_raw(target.pid) else {
-        return;
-    };
-    let Ok(fd) = pidfd_open(raw, PidfdFlags::empty()) else {
-        return;
-    };
-    if Stat::read(target.pid).is_some_and(|now| now.start_ticks == target.start_ticks) {
-        let _ = pidfd_send_signal(&fd, Signal::KILL);
-    }
+/// A signal, guarded against a pid that was given to another process meanwhile. True if it was sent.
+fn signal_checked(target: &Stat, signal: Signal) -> bool {
+    let pidfd = Pid::from_raw(target.pid).and_then(|p| pidfd_open(p, PidfdFlags::empty()).ok());
+    // The pidfd names the process that was looked at only if that one still has the number.
+    let same = Stat::read(target.pid).is_some_and(|now| now.start_ticks == target.start_ticks);
+    pidfd.is_some_and(|fd| same && pidfd_send_signal(&fd, signal).is_ok())
 }
 
 /// Kills a postmaster and all its children, and returns only when none of them is left. The order is what
@@ -175,9 +181,9 @@ pub(crate) async fn kill_all(postmaster: Stat, data_dir: PathBuf, limit: Duratio
             tokio::time::sleep(POLL).await;
         }
         for child in children_of(postmaster.pid) {
-            kill_checked(&child);
+            signal_checked(&child, Signal::KILL);
         }
-        kill_checked(&postmaster);
+        signal_checked(&postmaster, Signal::KILL);
     }
     // A child that was between fork and /proc's listing is found here: it lives in the data directory.
     kill_until_gone(|| living_in(&data_dir), limit, end)
@@ -210,7 +216,7 @@ async fn kill_until_gone(
         }
         for process in &left {
             if killed.insert((process.pid, process.start_ticks)) {
-                kill_checked(process);
+                signal_checked(process, Signal::KILL);
             }
         }
         if Instant::now() >= end {
@@ -241,6 +247,30 @@ mod tests {
             }
         );
         assert!(Stat::parse(42, "42 (x").is_none());
+    }
+
+    #[test]
+    fn a_child_is_found_by_its_title_and_hung_up() {
+        use std::os::unix::process::ExitStatusExt as _;
+        let me = i32::try_from(std::process::id()).unwrap();
+        // Whoever runs the tests may ignore the signal, and what is started inherits that.
+        let mut child = std::process::Command::new("env")
+            .args(["--default-signal=HUP", "sleep", "61.25"])
+            .spawn()
+            .unwrap();
+        assert!(!hang_up_child(me, "sleep\x0061.5"));
+        // Until it has become what it is to be the signal may come to nothing.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let ended = loop {
+            if let Some(status) = child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "it is not found");
+            hang_up_child(me, "sleep\x0061.25");
+            std::thread::sleep(POLL);
+        };
+        assert_eq!(ended.signal(), Some(1));
+        assert!(!hang_up_child(me, "sleep\x0061.25"));
     }
 
     #[test]

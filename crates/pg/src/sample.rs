@@ -150,10 +150,6 @@ pub struct ServerSample {
     /// Some process waits for a write or a flush of WAL at this moment.
     #[serde(default)]
     pub wal_waits: bool,
-    /// The checkpointer: another one under the same postmaster means that a backend crashed, and that all
-    /// processes were started again.
-    #[serde(default)]
-    pub checkpointer_pid: Option<i32>,
 }
 
 impl ServerSample {
@@ -210,7 +206,6 @@ struct RawRest {
     primary_conninfo: String,
     system_identifier: u64,
     wal_waits: bool,
-    checkpointer_pid: Option<i32>,
 }
 
 fn sql() -> String {
@@ -246,8 +241,7 @@ fn sql() -> String {
   'primary_conninfo', current_setting('primary_conninfo'),
   'system_identifier', (SELECT system_identifier FROM pg_control_system()),
   'wal_waits', EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'IO'
-      AND lower(wait_event) IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite')),
-  'checkpointer_pid', (SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer' LIMIT 1)
+      AND lower(wait_event COLLATE \"C\") IN ('walsync', 'walwrite', 'walinitsync', 'walinitwrite'))
 ) FROM (SELECT pg_is_in_recovery() AS standby) AS r"
     )
 }
@@ -278,7 +272,6 @@ impl Control {
             primary_conninfo: rest.primary_conninfo,
             system_identifier: rest.system_identifier,
             wal_waits: rest.wal_waits,
-            checkpointer_pid: rest.checkpointer_pid,
         })
     }
 
@@ -324,7 +317,6 @@ mod tests {
             primary_conninfo: String::new(),
             system_identifier: 1,
             wal_waits: false,
-            checkpointer_pid: None,
         }
     }
 

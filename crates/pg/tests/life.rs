@@ -34,6 +34,7 @@ async fn initdb_is_whole_or_nothing() {
 
     let options = InitOptions {
         superuser_password: PASSWORD.into(),
+        args: craton_pg::InitArgs::default(),
     };
     let control = member.instance.initdb(&options).await.unwrap();
     assert!(control.checksums && control.shut_down_cleanly() && control.system_identifier != 0);
@@ -68,6 +69,15 @@ async fn a_server_outlives_its_handle_and_is_adopted() {
     let root = tempfile::tempdir().unwrap();
     let mut member = Member::new_primary(root.path(), "a").await;
     let pid = member.postmaster.take().unwrap().pid();
+    // A name that cannot be looked up must not hold up a seal.
+    let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap();
+    let environment = String::from_utf8_lossy(&environment);
+    assert!(
+        environment
+            .split('\0')
+            .any(|v| v.starts_with("RES_OPTIONS=")),
+        "{environment}"
+    );
     assert!(matches!(
         member.instance.start(StartMode::Standby).await,
         Err(PgError::Running { .. })
@@ -148,7 +158,7 @@ async fn a_postmaster_that_dies_is_noticed_and_its_orphans_die_before_the_next_s
     }
     let pid = rustix::process::Pid::from_raw(postmaster.pid()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-    let exit = tokio::time::timeout(Duration::from_secs(2), postmaster.exited())
+    let exit = tokio::time::timeout(LIMIT, postmaster.exited())
         .await
         .unwrap();
     assert_eq!(exit, ExitReason::Signal(9));
@@ -169,6 +179,7 @@ async fn a_start_that_fails_says_why() {
         .instance
         .initdb(&InitOptions {
             superuser_password: PASSWORD.into(),
+            args: craton_pg::InitArgs::default(),
         })
         .await
         .unwrap();
@@ -263,6 +274,7 @@ async fn a_stale_pid_file_that_names_another_process_is_not_believed() {
         .instance
         .initdb(&InitOptions {
             superuser_password: PASSWORD.into(),
+            args: craton_pg::InitArgs::default(),
         })
         .await
         .unwrap();

@@ -152,17 +152,43 @@ async fn seal_promote_rewind() {
     a.run("INSERT INTO public.t SELECT generate_series(1, 1000)")
         .await;
     let flushed = a.control.current_flush_lsn(LIMIT).await.unwrap();
-    until("b has it all", || async {
-        b.control.sample(LIMIT).await.unwrap().end_of_wal() >= flushed
+    until("b has it all, and has replayed it", || async {
+        let sample = b.control.sample(LIMIT).await.unwrap();
+        sample.end_of_wal() >= flushed && sample.is_streaming() && sample.has_replayed_local_wal()
     })
     .await;
     let sample = b.control.sample(LIMIT).await.unwrap();
-    assert!(sample.in_recovery && sample.is_streaming() && sample.has_replayed_local_wal());
+    assert!(sample.in_recovery);
     assert_eq!(sample.timeline, TimelineId(1));
 
+    begins_a_segment(&a, &b).await;
     seal(&a, &b).await;
     promote(&b).await;
     rewind(&mut a, &b).await;
+}
+
+/// Before a handover, see `prepare_handover` of the agent.
+async fn begins_a_segment(a: &Member, b: &Member) {
+    const SEGMENT: u64 = 16 << 20;
+    let at = || async { a.control.current_flush_lsn(LIMIT).await.unwrap().0 };
+    let used = u32::try_from(at().await % SEGMENT).unwrap();
+    let ends = |used_min, left_max| a.control.end_wal_segment(used_min, left_max, LIMIT);
+    assert!(
+        !ends(used + (1 << 20), 16 << 20).await.unwrap(),
+        "too little is used"
+    );
+    assert!(!ends(0, 1 << 10).await.unwrap(), "too much is left");
+    let before = at().await;
+    assert!(ends(0, 16 << 20).await.unwrap());
+    let begun = at().await;
+    assert_eq!(begun / SEGMENT, before / SEGMENT + 1);
+    until("b has the rest of the segment", || async {
+        a.control.standbys_behind(Lsn(begun), LIMIT).await.unwrap() == 0
+    })
+    .await;
+    assert!(b.control.sample(LIMIT).await.unwrap().end_of_wal() >= Lsn(begun));
+    let ahead = Lsn(begun + SEGMENT);
+    assert_eq!(a.control.standbys_behind(ahead, LIMIT).await.unwrap(), 1);
 }
 
 /// After the cut nothing arrives any more, whatever the upstream writes.
@@ -339,19 +365,42 @@ async fn a_clone_that_fails_leaves_nothing_that_looks_like_a_cluster() {
     assert!(cut.await.is_err());
     let control = b
         .instance
-        .clone_from(&source, None, progress)
+        .clone_from(&source, None, progress.clone())
         .await
         .unwrap();
     assert_eq!(
         control.system_identifier,
         a.instance.control_data().await.unwrap().system_identifier
     );
+    // Kept beside while another is made, and put away afterwards.
+    let former = b.instance.set_aside_data_dir().await.unwrap().unwrap();
+    assert!(former.join("PG_VERSION").exists());
+    assert_eq!(
+        b.instance.data_dir_state().await.unwrap(),
+        craton_pg::DataDir::Empty
+    );
+    b.instance
+        .clone_from(&source, None, progress)
+        .await
+        .unwrap();
+    assert!(b.instance.discard_former().await.unwrap());
+    assert!(!former.exists() && !b.instance.discard_former().await.unwrap());
+    // Left behind beside a whole copy, it goes at the next start.
+    std::fs::create_dir(&former).unwrap();
+    b.instance.remove_late_former().await.unwrap();
+    assert!(!former.exists());
+    // Half of a rewind is no copy.
+    std::fs::write(b.instance.member_dir().join("rewind.incomplete"), "").unwrap();
+    assert_eq!(b.instance.set_aside_data_dir().await.unwrap(), None);
+    assert!(!former.exists());
     b.instance.discard_data_dir().await.unwrap();
     assert_eq!(
         b.instance.data_dir_state().await.unwrap(),
         craton_pg::DataDir::Empty
     );
     let in_use = a.instance.discard_data_dir().await;
+    assert!(matches!(in_use, Err(PgError::Running { .. })), "{in_use:?}");
+    let in_use = a.instance.set_aside_data_dir().await;
     assert!(matches!(in_use, Err(PgError::Running { .. })), "{in_use:?}");
 }
 

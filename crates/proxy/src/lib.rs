@@ -54,7 +54,7 @@ use worker::{Arrival, Shared, WorkerHandle};
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// How long a worker may take to end after its drain time.
-const WORKER_END: Duration = Duration::from_secs(2);
+const WORKER_END: Duration = Duration::from_secs(10);
 
 /// The largest password file that is read, in bytes.
 const PASSWORD_BYTES_MAX: u64 = 4096;

@@ -158,6 +158,7 @@ impl View {
         );
         Topology {
             cluster: "static".into(),
+            system_id: None,
             term: Term(u64::from(self.highest.0)),
             revision: self.revision,
             writable: writable.and_then(name),

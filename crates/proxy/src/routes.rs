@@ -238,6 +238,7 @@ mod tests {
     fn topology(term: u64, writable: Option<&str>, roles: &[(&str, MemberRole, bool)]) -> Topology {
         Topology {
             cluster: "c".into(),
+            system_id: None,
             term: Term(term),
             revision: 1,
             writable: writable.map(|w| MemberId::new(w).unwrap()),

@@ -42,6 +42,19 @@ pub struct Coverage {
     pub missing: Vec<Missing>,
 }
 
+/// The newest segment held of each timeline, the newest timeline first.
+pub fn newest_of_each(inventory: &Inventory) -> Vec<SegmentId> {
+    let mut newest: Vec<SegmentId> = Vec::new();
+    for id in inventory.keys() {
+        match newest.last_mut().filter(|n| n.timeline == id.timeline) {
+            Some(last) => last.number = last.number.max(id.number),
+            None => newest.push(*id),
+        }
+    }
+    newest.reverse();
+    newest
+}
+
 /// Walks from `from` along `history` to `to`, or to the newest WAL held.
 pub fn prove(
     inventory: &Inventory,

@@ -4,10 +4,33 @@
 //! PostgreSQL recovers up to the last record that is whole (`xlogreader.c`); nothing behind it can have been
 //! acknowledged.
 
+use craton_core::Lsn;
+
 use crate::wal_scan::{
     CONTINUES, LONG_HEADER, LONG_HEADER_BYTES, RECORD_HEADER_BYTES, SHORT_HEADER_BYTES, aligned,
     u16_at, u32_at, u64_at,
 };
+
+/// What the newest WAL of one timeline says of where all that is held ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NewestEnd {
+    /// Here.
+    Here(Lsn),
+    /// On an older timeline: of this one less has come than was held of the one before.
+    Before,
+    /// Nothing whole is held.
+    Nowhere,
+}
+
+/// `end` is that of the last whole record held of a timeline, and `fork` where the timeline began, if another one
+/// came before it. Asked of one timeline after the other, the newest first.
+pub fn newest_end(fork: Option<Lsn>, end: Option<Lsn>) -> NewestEnd {
+    match end.filter(|end| fork.is_none_or(|fork| *end > fork)) {
+        Some(end) => NewestEnd::Here(end),
+        None if fork.is_some() => NewestEnd::Before,
+        None => NewestEnd::Nowhere,
+    }
+}
 
 /// `XLP_FIRST_IS_OVERWRITE_CONTRECORD` and a page without `XLP_FIRST_IS_CONTRECORD` both end a record that began
 /// before: its rest was never written.

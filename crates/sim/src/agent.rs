@@ -33,8 +33,7 @@ impl World {
         if self.members[m].agent.is_some() || !self.members[m].up {
             return;
         }
-        let (life, now) = (self.id(), self.clock(m));
-        let id = self.name(m);
+        let (life, now, id) = (self.id(), self.clock(m), self.name(m));
         let forgets = self.options.flaw == Some(Flaw::StandbyPromiseForgotten);
         let member = &mut self.members[m];
         member.voter.restart(now);
@@ -104,6 +103,7 @@ impl World {
             ledger: Ledger::default(),
             needs: Vec::new(),
             renewed: None,
+            asking: BTreeMap::new(),
             refused: Term(0),
         });
         self.log(|w| format!("{} agent starts", w.name(m)));
@@ -144,6 +144,7 @@ impl World {
         for to in (0..self.members.len()).filter(|to| *to != m) {
             self.send(m, to, Msg::Status(Box::new(status.clone())));
         }
+        self.tell_backups(m);
         self.after(TICK, Event::Tick { m, life });
     }
 
@@ -369,6 +370,7 @@ impl World {
             self.pg_exit(m, false);
         }
         self.keep_wish(m, life, d.lease);
+        self.ask_seals(m, life, d.ask_seals);
         let Some(agent) = self.agent(m, life) else {
             return;
         };
@@ -433,6 +435,7 @@ impl World {
         }
         self.renew(m, life);
         self.ask_promises(m, life);
+        self.look_at_backups(m, life);
         let pause = u64::try_from(self.settings.heartbeat().as_nanos()).unwrap_or(MS);
         self.after(pause, Event::Keep { m, life });
     }
@@ -598,6 +601,7 @@ impl World {
                     agent.obs.peers.insert(name, peer);
                 }
             }
+            other => self.hear_backup(to, from, other),
         }
     }
 

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use craton_core::observe::MemberStatus;
 use craton_core::promise::Ask;
-use craton_core::records::{Change, ClusterView};
+use craton_core::receiver::{Known, ReceiverStatus, SealRequest};
+use craton_core::records::{Change, ClusterView, Seal};
 use craton_core::{BootTime, Incarnation, Term};
 
 use crate::faults::{Fault, Repair};
@@ -69,6 +70,68 @@ pub enum Msg {
     },
     /// A member's announcement.
     Status(Box<MemberStatus>),
+    /// A backup reports its present life to an agent.
+    Report {
+        /// That life.
+        incarnation: Incarnation,
+    },
+    /// It is on record.
+    Known {
+        /// The life that was reported.
+        incarnation: Incarnation,
+        /// The answer.
+        known: Known,
+    },
+    /// An agent asks a backup how it is.
+    Look {
+        /// On the agent's clock.
+        asked_at: BootTime,
+    },
+    /// The backup's answer.
+    Looked {
+        /// As in the question.
+        asked_at: BootTime,
+        /// How it is.
+        status: Box<ReceiverStatus>,
+    },
+    /// An agent asks a backup for its seal.
+    AskSeal(SealRequest),
+    /// The seal.
+    Sealed(Box<Seal>),
+    /// An agent tells a backup who leads and is open.
+    Topology {
+        /// The term.
+        term: Term,
+        /// Of the coordinator's state.
+        revision: u64,
+        /// The leader, if there is one.
+        leader: Option<usize>,
+    },
+}
+
+/// What a backup daemon does.
+#[derive(Clone, Copy, Debug)]
+pub enum Chore {
+    /// It looks after itself, as often as its clock ticks.
+    Tick,
+    /// It looks after itself: something has happened.
+    Look,
+    /// This note is on disk.
+    Noted(u64),
+    /// What came over this connection is flushed up to this record.
+    Flushed {
+        /// The connection.
+        conn: u64,
+        /// The record.
+        upto: usize,
+    },
+    /// It has read where its WAL ends, and answers with its seal.
+    Answer {
+        /// The agent that asked.
+        to: usize,
+        /// What it asked for.
+        request: SealRequest,
+    },
 }
 
 /// An event. `life` and `run` name the process it is meant for: one that has ended gets nothing.
@@ -128,6 +191,16 @@ pub enum Event {
     Pump { m: usize, conn: u64, up: bool },
     /// The fence looks at the deadline.
     Fence { m: usize },
+    /// A backup daemon does something.
+    Backup { h: usize, run: u64, chore: Chore },
+    /// An agent writes down that a backup has reported.
+    OnRecord {
+        m: usize,
+        life: u64,
+        h: usize,
+        incarnation: Incarnation,
+        term: Term,
+    },
     /// A client writes.
     Client,
     /// The next fault is due.
@@ -159,7 +232,9 @@ impl Event {
             | Self::Flushed { m, .. }
             | Self::Reread { m, .. }
             | Self::Pump { m, .. }
+            | Self::OnRecord { m, .. }
             | Self::Fence { m } => Some(*m),
+            Self::Backup { h, .. } => Some(*h),
             Self::Deliver { to, .. } => Some(*to),
             Self::Submit { .. }
             | Self::Client
@@ -180,6 +255,10 @@ impl Event {
                 | Self::Ready { .. }
                 | Self::Exact { .. }
                 | Self::Stopping { .. }
+                | Self::Backup {
+                    chore: Chore::Noted(_) | Chore::Flushed { .. } | Chore::Answer { .. },
+                    ..
+                }
         )
     }
 
@@ -194,6 +273,7 @@ impl Event {
                 | Self::Deliver { .. }
                 | Self::Answered { .. }
                 | Self::View { .. }
+                | Self::OnRecord { .. }
         )
     }
 }

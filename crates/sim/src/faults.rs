@@ -1,19 +1,15 @@
 //! What goes wrong, when it ends, and whether the cluster comes back.
 
-use craton_core::decide::LeaseWish;
 use craton_core::records::{
     Change, Key, Order, OrderKind, Pause, Record, Request, RequestKind, RequestPhase, RestartPlan,
 };
 use craton_core::settings::{Durability, Settings};
 
+use crate::backup_faults::BackupFault;
 use crate::event::Event;
 use crate::wal::Data;
+use crate::whole::SETTLED_LOOK;
 use crate::world::{MS, SECOND, World};
-
-/// The cluster must be whole again this long after the last fault.
-const SETTLED_MAX: u64 = 60 * SECOND;
-/// How often that is looked at.
-const SETTLED_LOOK: u64 = 100 * MS;
 
 /// What goes wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -75,6 +71,8 @@ pub enum Fault {
     Mode(Durability, u32),
     /// A standby lags; another one loses its disk, or goes away; then the leader dies, and perhaps the next one.
     Ambush,
+    /// Something befalls a backup.
+    Backup(BackupFault, usize),
 }
 
 /// What ends it.
@@ -108,6 +106,12 @@ pub enum Repair {
     AllBack,
     /// The operator ends the pause.
     Resume,
+    /// The host of a backup starts, or the daemon.
+    StartBackup(usize),
+    /// The host of a backup goes on.
+    ThawBackup(usize),
+    /// The disk of a backup is itself again.
+    BackupDisk(usize),
 }
 
 /// The state of the faults.
@@ -116,7 +120,7 @@ pub struct Faults {
     /// No more of them.
     pub calm: bool,
     /// When they ended.
-    calm_since: u64,
+    pub calm_since: u64,
     /// A disk was lost and the cluster has not been whole since.
     disk_lost: bool,
     /// Numbers of operators' requests.
@@ -144,11 +148,13 @@ impl World {
             return;
         }
         if self.options.ambushes {
-            self.fault(Fault::Ambush);
+            let fault = self.draw_backup_fault();
+            self.fault(fault.unwrap_or(Fault::Ambush));
             let pause = self.rng.between(6 * SECOND, 12 * SECOND);
             return self.after(pause, Event::NextFault);
         }
-        let fault = self.draw_special().unwrap_or_else(|| self.draw_fault());
+        let special = self.draw_backup_fault().or_else(|| self.draw_special());
+        let fault = special.unwrap_or_else(|| self.draw_fault());
         self.fault(fault);
         let pause = if self.rng.chance(30) {
             self.rng.between(10 * MS, 400 * MS)
@@ -244,7 +250,11 @@ impl World {
             2 * SECOND
         };
         let lasts = self.rng.between(20 * MS, long);
-        if let Some(repair) = self.strike(fault) {
+        let repair = match fault {
+            Fault::Backup(what, h) => self.strike_backup(what, h),
+            _ => self.strike(fault),
+        };
+        if let Some(repair) = repair {
             self.after(lasts, Event::Repair(repair));
         }
     }
@@ -273,7 +283,8 @@ impl World {
             | Fault::RollingRestart
             | Fault::BrokenPromise
             | Fault::DeafVoters
-            | Fault::Ambush => {
+            | Fault::Ambush
+            | Fault::Backup(..) => {
                 self.ask_or_arrange(fault);
                 return None;
             }
@@ -312,14 +323,7 @@ impl World {
                 Repair::ThawAgent(m)
             }
             Fault::Isolate(_) | Fault::CutOneWay(..) | Fault::CutPair(..) => self.cut(fault)?,
-            Fault::Loss => {
-                self.net.loss = self.rng.between(5, 40);
-                Repair::Net
-            }
-            Fault::SlowNet => {
-                self.net.delay_factor = self.rng.between(5, 200);
-                Repair::Net
-            }
+            Fault::Loss | Fault::SlowNet => self.strike_net(fault),
             Fault::CrashLeader => {
                 let m = self.leader()?;
                 self.crash_host(m);
@@ -337,11 +341,21 @@ impl World {
         Some(repair)
     }
 
+    /// All of the network.
+    fn strike_net(&mut self, fault: Fault) -> Repair {
+        if fault == Fault::Loss {
+            self.net.loss = self.rng.between(5, 40);
+        } else {
+            self.net.delay_factor = self.rng.between(5, 200);
+        }
+        Repair::Net
+    }
+
     /// Parts of the network.
-    fn cut(&mut self, fault: Fault) -> Option<Repair> {
+    pub(crate) fn cut(&mut self, fault: Fault) -> Option<Repair> {
         let repair = match fault {
             Fault::Isolate(m) => {
-                for o in (0..self.members.len()).filter(|o| *o != m) {
+                for o in (0..self.hosts()).filter(|o| *o != m) {
                     self.net.cut[m][o] = true;
                     self.net.cut[o][m] = true;
                 }
@@ -365,11 +379,8 @@ impl World {
     fn strike_disk(&mut self, fault: Fault, m: usize) -> Repair {
         match fault {
             Fault::LoseDisk(_) => {
-                // Two copies at once are more than k = 1 promises to survive: only out of a whole cluster.
-                // A leader on its way to going alone may be thought alone whether it was or not.
-                if !self.faults.disk_lost && self.is_whole() && self.submitted == 0 {
+                if self.may_lose_a_disk() {
                     self.members[m].data = Data::Empty;
-                    self.faults.disk_lost = true;
                 }
                 self.crash_host(m);
                 Repair::StartHost(m)
@@ -400,6 +411,14 @@ impl World {
                 Repair::Wal(m)
             }
         }
+    }
+
+    /// Two copies at once are more than k = 1 promises to survive: only out of a whole cluster.
+    /// A leader on its way to going alone may be thought alone whether it was or not.
+    pub(crate) fn may_lose_a_disk(&mut self) -> bool {
+        let may = !self.faults.disk_lost && self.is_whole() && self.submitted == 0;
+        self.faults.disk_lost |= may;
+        may
     }
 
     /// The leader by the coordinator's word.
@@ -617,7 +636,7 @@ impl World {
                 self.go_on(m);
             }
             Repair::Join(m) => {
-                for o in 0..self.members.len() {
+                for o in 0..self.hosts() {
                     self.net.cut[m][o] = false;
                     self.net.cut[o][m] = false;
                 }
@@ -639,6 +658,9 @@ impl World {
             Repair::Wal(m) => self.net.wal_lag[m] = 0,
             Repair::Back(m) => self.net.away[m] = false,
             Repair::AllBack => self.net.away.fill(false),
+            Repair::StartBackup(_) | Repair::ThawBackup(_) | Repair::BackupDisk(_) => {
+                self.mend_backup(repair);
+            }
             Repair::Net => {
                 self.net.loss = 0;
                 self.net.delay_factor = 1;
@@ -647,8 +669,11 @@ impl World {
     }
 
     /// What was held back happens now, in order, a little apart.
-    fn go_on(&mut self, m: usize) {
-        let held = std::mem::take(&mut self.members[m].held);
+    pub(crate) fn go_on(&mut self, h: usize) {
+        let held = match self.backup_mut(h) {
+            Some(b) => std::mem::take(&mut b.held),
+            None => std::mem::take(&mut self.members[h].held),
+        };
         let mut at = self.now;
         for event in held {
             at += self.rng.between(1, 20_000);
@@ -681,95 +706,7 @@ impl World {
             }
             self.agent_start(m);
         }
+        self.mend_backups();
         self.after(SETTLED_LOOK, Event::Settled);
-    }
-
-    /// A leader is open, every other member streams from it and is in the sync set.
-    pub fn is_whole(&self) -> bool {
-        let view = self.store.view();
-        let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
-            return false;
-        };
-        let Some(m) = l.leader.as_ref().and_then(|r| self.number(&r.member)) else {
-            return false;
-        };
-        let held = self.members[m]
-            .agent
-            .as_ref()
-            .is_some_and(|a| a.wish == LeaseWish::Hold(l.term) && a.running.is_none());
-        let Some(pg) = self.members[m].pg.as_ref().filter(|p| p.primary) else {
-            return false;
-        };
-        let others = || (0..self.members.len()).filter(|o| *o != m);
-        let streams = others().all(|o| {
-            let member = &self.members[o];
-            let standby = member.pg.as_ref().is_some_and(|p| !p.primary && p.ready);
-            let counted = member
-                .incarnation
-                .is_some_and(|i| l.sync.holds(&member.id, i));
-            member.up
-                && !member.frozen
-                && standby
-                && counted
-                && pg.senders.iter().any(|s| s.member == o)
-        });
-        let wish = view.settings();
-        let k = u64::from(wish.sync_standbys).min(others().count() as u64);
-        let k = if l.durability.keeps_commits() { k } else { 0 };
-        let full = u64::from(l.sync.k) == k && l.durability == wish.durability;
-        l.open && held && streams && full && view.request.is_none()
-    }
-
-    /// Has the cluster come back, and does it hold everything?
-    pub fn settled(&mut self) {
-        if self.is_whole() && self.acknowledged_calm > 0 {
-            self.settled_after = Some(self.now - self.faults.calm_since);
-            if self.keeps_commits() {
-                let view = self.store.view();
-                let leader = view.leader().and_then(|l| self.number(&l.member));
-                let db = leader
-                    .and_then(|m| self.members[m].data.database())
-                    .cloned();
-                if let Some(db) = db {
-                    self.check.holds_everything("the last leader", &db.wal);
-                }
-            }
-            self.over = true;
-            return;
-        }
-        if self.now > self.faults.calm_since + SETTLED_MAX {
-            let text = self.describe();
-            self.check.broken(format!("no progress: {text}"));
-            return;
-        }
-        self.after(SETTLED_LOOK, Event::Settled);
-    }
-
-    /// The state of the cluster, for a failed run.
-    pub fn describe(&self) -> String {
-        use std::fmt::Write as _;
-        let view = self.store.view();
-        let mut text = format!("{:?}", view.leadership.as_ref().map(|l| &l.value));
-        for (i, m) in self.members.iter().enumerate() {
-            let reasons = m.agent.as_ref().map(|a| {
-                let d = craton_core::decide::decide(&a.obs, &a.memory);
-                d.reasons.iter().map(|r| r.text.clone()).collect::<Vec<_>>()
-            });
-            let _ = write!(
-                text,
-                "\n  {} up={} incarnation={:?} floor={} lease={:?} now={:?} server={} reasons={reasons:?}",
-                m.id,
-                m.up,
-                m.incarnation,
-                m.floor,
-                m.agent.as_ref().and_then(|a| a.obs.lease),
-                self.clock(i),
-                m.pg.as_ref().map_or("down".into(), |p| format!(
-                    "ready={} primary={}",
-                    p.ready, p.primary
-                )),
-            );
-        }
-        text
     }
 }

@@ -31,11 +31,19 @@ pub enum Flaw {
     SealDespitePromise,
     /// 3: the coordinator hears of `quorum` before PostgreSQL waits for anybody.
     ModeBeforePostgres,
+    /// 3.1.2: a backup answers with its seal, and goes on receiving.
+    ReceiverKeepsReceiving,
+    /// 3: a backup reports WAL as flushed that is only written.
+    ReceiverReportsWritten,
+    /// 2.7: a leader goes on as if a backup had promised.
+    ReceiverPromises,
+    /// 3.1.4: who is to get the missing WAL says that it has it, and is promoted without.
+    CatchUpClaimed,
 }
 
 impl Flaw {
     /// All of them.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 15] = [
         Self::OneSealTooFew,
         Self::NoWait,
         Self::OldLeaderLeftOut,
@@ -47,6 +55,10 @@ impl Flaw {
         Self::OnePromiseTooFew,
         Self::SealDespitePromise,
         Self::ModeBeforePostgres,
+        Self::ReceiverKeepsReceiving,
+        Self::ReceiverReportsWritten,
+        Self::ReceiverPromises,
+        Self::CatchUpClaimed,
     ];
 
     /// Its name on the command line.
@@ -63,6 +75,10 @@ impl Flaw {
             Self::OnePromiseTooFew => "one-promise-too-few",
             Self::SealDespitePromise => "seal-despite-promise",
             Self::ModeBeforePostgres => "mode-before-postgres",
+            Self::ReceiverKeepsReceiving => "receiver-keeps-receiving",
+            Self::ReceiverReportsWritten => "receiver-reports-written",
+            Self::ReceiverPromises => "receiver-promises",
+            Self::CatchUpClaimed => "catch-up-claimed",
         }
     }
 

@@ -15,6 +15,10 @@
 )]
 
 mod agent;
+mod backup;
+mod backup_agent;
+mod backup_daemon;
+mod backup_faults;
 mod check;
 mod event;
 mod faults;
@@ -32,6 +36,7 @@ mod store;
 mod tasks;
 mod voter;
 mod wal;
+mod whole;
 mod world;
 
 use craton_core::settings::Durability;
@@ -61,6 +66,8 @@ pub struct Options {
     pub operators: bool,
     /// So many members never lead.
     pub never_leading: usize,
+    /// So many backup daemons count as copies.
+    pub receivers: usize,
     /// A rule to break on purpose.
     pub flaw: Option<Flaw>,
     /// Faults that are drawn and do not strike, by their number: for the search of those that matter.
@@ -82,6 +89,7 @@ impl Default for Options {
             away: false,
             operators: false,
             never_leading: 0,
+            receivers: 0,
             flaw: None,
             skip: std::collections::BTreeSet::new(),
             trace: false,
@@ -102,6 +110,10 @@ pub struct Outcome {
     pub lost_in_async: u64,
     /// Terms that there were.
     pub terms: u64,
+    /// Elections in which a member got WAL out of a backup.
+    pub from_backups: u64,
+    /// Deadlines of leaders that rested on promises while V listed a backup.
+    pub carried_beside_backups: u64,
     /// How long the cluster took to be whole again after the last fault, milliseconds.
     pub settled_after_ms: Option<u64>,
     /// Decisions that were made.
@@ -127,6 +139,8 @@ pub fn run(seed: u64, options: &Options) -> Outcome {
         acknowledged: world.check.acknowledged_total,
         lost_in_async: world.check.lost_in_async,
         terms: view.leadership.as_ref().map_or(0, |l| l.value.term.0),
+        from_backups: world.from_backups,
+        carried_beside_backups: world.carried_beside_backups,
         settled_after_ms: world.settled_after.map(|t| t / world::MS),
         decisions: world.decisions,
         steps: world.steps,

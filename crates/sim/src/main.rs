@@ -10,7 +10,7 @@ use craton_sim::shrink::shrink;
 use craton_sim::{Flaw, Options, Outcome, run};
 
 /// How it is called.
-const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--modes] [--away] [--operators] [--never-leading N] [--strict] [--fault-seconds S] [--flaw NAME] [--shrink] [--skip N,N,…] [--keep-going]
+const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST] [--members N] [--sync K] [--async] [--lying-clocks] [--ambushes] [--modes] [--away] [--operators] [--never-leading N] [--receivers N] [--strict] [--fault-seconds S] [--flaw NAME] [--shrink] [--skip N,N,…] [--keep-going]
   --seed N         run one seed and print what broke; with --trace also everything that happened
   --seeds A..B     run the seeds from A to B - 1 (default 0..1000)
   --members N      2 to 26 members (default 3)
@@ -21,9 +21,10 @@ const USAGE: &str = "usage: craton-sim [--seed N [--trace]] [--seeds FIRST..LAST
   --operators      the operator pauses, restarts and reinitialises members at any moment
   --away           above all the coordinator is away, from the leader or from everybody
   --never-leading N  so many members have priority 0
+  --receivers N    so many backup daemons count as copies
   --lying-clocks   clocks run at any rate, and there is no fence
   --ambushes       only rare orders of events, made to order
-  --flaw NAME      break a rule on purpose: one-seal-too-few, no-wait, old-leader-left-out, incarnation-forgotten, seal-keeps-streaming, no-fence, promises-forgotten, standby-promise-forgotten, one-promise-too-few, seal-despite-promise, mode-before-postgres
+  --flaw NAME      break a rule on purpose: one-seal-too-few, no-wait, old-leader-left-out, incarnation-forgotten, seal-keeps-streaming, no-fence, promises-forgotten, standby-promise-forgotten, one-promise-too-few, seal-despite-promise, mode-before-postgres, receiver-keeps-receiving, receiver-reports-written, receiver-promises, catch-up-claimed
   --shrink         leave out the faults that a failing seed does not need, and print those that matter
   --skip N,N,…     faults that do not strike, by number, as --shrink prints them
   --keep-going     do not stop at the first seed that fails
@@ -84,6 +85,9 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Args, String> {
             "--never-leading" => {
                 parsed.options.never_leading = usize::try_from(number(value()?)?).unwrap_or(0);
             }
+            "--receivers" => {
+                parsed.options.receivers = usize::try_from(number(value()?)?).unwrap_or(0).min(8);
+            }
             "--lying-clocks" => parsed.options.lying_clocks = true,
             "--ambushes" => parsed.options.ambushes = true,
             "--trace" => parsed.options.trace = true,
@@ -133,9 +137,14 @@ fn report(out: &mut impl io::Write, args: &Args, o: &Outcome) -> io::Result<()> 
     for (_, flag) in flags.iter().filter(|(on, _)| *on) {
         more.push_str(flag);
     }
-    if options.never_leading > 0 {
-        more.push_str(" --never-leading ");
-        more.push_str(&options.never_leading.to_string());
+    for (name, number) in [
+        (" --never-leading ", options.never_leading),
+        (" --receivers ", options.receivers),
+    ] {
+        if number > 0 {
+            more.push_str(name);
+            more.push_str(&number.to_string());
+        }
     }
     if let Some(flaw) = options.flaw {
         more.push_str(" --flaw ");
@@ -213,6 +222,10 @@ fn check_model() -> ExitCode {
 }
 
 fn main() -> ExitCode {
+    if std::env::args().skip(1).any(|a| a == "--help" || a == "-h") {
+        let _ = write!(io::stdout(), "{USAGE}\n{}", model_command::USAGE);
+        return ExitCode::SUCCESS;
+    }
     if std::env::args().nth(1).is_some_and(|a| a == "model") {
         return check_model();
     }

@@ -105,6 +105,8 @@ pub struct Agent {
     pub needs: Vec<PromiseNeed>,
     /// The deadline by renewals alone, and when the last of them was sent.
     pub renewed: Option<(Lease, BootTime)>,
+    /// Backups that are being asked for their seals, in which term, and until when.
+    pub asking: BTreeMap<(MemberId, Term), u64>,
     /// A majority has refused the lease of this term.
     pub refused: Term,
 }

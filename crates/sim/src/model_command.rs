@@ -5,15 +5,16 @@ use std::io;
 use craton_sim::model::{Broken, Config, explore};
 
 /// How it is called.
-pub const USAGE: &str = "usage: craton-sim model [--level N] [--states N] [--broken RULE]
+pub const USAGE: &str = "usage: craton-sim model [--level N] [--only N] [--states N] [--broken RULE]
   --level N        how far: 1 is what the tests explore, each further one allows for more of everything (default 2)
+  --only N         the N-th of the bounds of that level, from 1
   --states N       states at most for each of the bounds (default 30000000, some 400 bytes each while they wait)
   --broken RULE    break a rule and tell the shortest way to the harm; \"all\" breaks one after the other
 ";
 
 /// What was asked for: the explorations, and whether harm is what is wanted.
 fn parse(mut args: impl Iterator<Item = String>) -> Result<(Vec<Config>, bool), String> {
-    let (mut level, mut states, mut broken) = (2u8, None, Vec::new());
+    let (mut level, mut only, mut states, mut broken) = (2u8, None, None, Vec::new());
     while let Some(arg) = args.next() {
         let value = args.next().ok_or_else(|| format!("{arg} needs a value"))?;
         match arg.as_str() {
@@ -23,6 +24,11 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<(Vec<Config>, bool), 
                     .ok()
                     .filter(|n| (1..=3).contains(n))
                     .ok_or_else(|| format!("--level: \"{value}\" is not a number from 1 to 3"))?;
+            }
+            "--only" => {
+                let number = value.parse::<usize>().ok().filter(|n| *n > 0);
+                let wrong = || format!("--only: \"{value}\" is not a number from 1 on");
+                only = Some(number.ok_or_else(wrong)?);
             }
             "--states" => {
                 let number = value
@@ -47,6 +53,12 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<(Vec<Config>, bool), 
     } else {
         Config::suite(level)
     };
+    if let Some(number) = only {
+        configs = configs.into_iter().skip(number - 1).take(1).collect();
+        if configs.is_empty() {
+            return Err(format!("--only: there are no {number} bounds"));
+        }
+    }
     for config in &mut configs {
         config.states = states.unwrap_or(config.states);
     }

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use craton_core::Incarnation;
 use craton_core::sync::SyncSet;
+use craton_core::{Incarnation, TimelineId};
 
 use crate::wal::Rec;
 
@@ -64,6 +64,8 @@ pub struct Sender {
     pub member: usize,
     /// The incarnation in its `application_name`.
     pub incarnation: Incarnation,
+    /// Only this timeline is sent, as to a backup; a standby is sent whatever comes.
+    pub timeline: Option<TimelineId>,
     /// What was sent.
     pub sent: usize,
     /// What the standby says it has flushed.
@@ -121,7 +123,7 @@ pub enum WalMsg {
         /// Position.
         from: usize,
         /// The timeline of what lies before it.
-        timeline: craton_core::TimelineId,
+        timeline: TimelineId,
         /// In `application_name`.
         incarnation: Incarnation,
     },
@@ -136,6 +138,8 @@ pub enum WalMsg {
         /// The records.
         records: Vec<Rec>,
     },
+    /// From the upstream: the timeline that was asked for ends here.
+    TimelineEnd,
     /// Nothing new.
     Keepalive,
     /// From the standby: flushed up to here.

@@ -43,6 +43,11 @@ impl World {
             };
             if let Some(to) = self.number(&member) {
                 self.send(m, to, Msg::AskPromise { ask, sent_at: now });
+            } else if let Some(h) = self.backup_host(&member)
+                && self.options.flaw == Some(Flaw::ReceiverPromises)
+            {
+                // It has no API to promise with; the broken rule takes its being there for a promise.
+                self.standby_promised(m, h, term, incarnation, now);
             }
         }
     }
@@ -113,6 +118,12 @@ impl World {
         let renewed = agent.renewed.map_or(BootTime(0), |(l, _)| l.until);
         if until > renewed {
             agent.obs.promises.living_since.get_or_insert(now);
+            let listed = needs.iter().flat_map(|n| n.members.keys());
+            let beside = self
+                .backups
+                .iter()
+                .any(|b| listed.clone().any(|m| *m == b.id));
+            self.carried_beside_backups += u64::from(beside);
             self.hold(m, Lease { term, until });
         }
     }

@@ -15,7 +15,7 @@ const RETRY: u64 = 300 * MS;
 /// How long a clean shutdown waits for the standbys.
 const STOP_MAX: u64 = 3 * SECOND;
 /// The run of a side of a connection that is closed.
-const CLOSED: u64 = 0;
+pub(crate) const CLOSED: u64 = 0;
 /// PostgreSQL's housekeeping.
 const PG_TICK: u64 = 100 * MS;
 
@@ -247,13 +247,23 @@ impl World {
             return;
         };
         let mut out = Vec::new();
-        for s in pg.senders.iter_mut().filter(|s| s.sent < db.flushed) {
-            let records = db.wal[s.sent..db.flushed].to_vec();
-            out.push((s.conn, s.sent, records));
-            s.sent = db.flushed;
+        let mut ended = Vec::new();
+        for s in &mut pg.senders {
+            let left = |t: craton_core::TimelineId| db.wal.partition_point(|r| r.timeline <= t);
+            let end = s.timeline.map_or(db.flushed, left).min(db.flushed);
+            if s.sent < end {
+                let (from, records) = (s.sent, db.wal[s.sent..end].to_vec());
+                out.push((s.conn, WalMsg::Data { from, records }));
+                s.sent = end;
+            }
+            if end < db.flushed {
+                ended.push(s.conn);
+                out.push((s.conn, WalMsg::TimelineEnd));
+            }
         }
-        for (conn, from, records) in out {
-            self.conn_send(conn, false, WalMsg::Data { from, records });
+        pg.senders.retain(|s| !ended.contains(&s.conn));
+        for (conn, msg) in out {
+            self.conn_send(conn, false, msg);
         }
     }
 
@@ -299,8 +309,10 @@ impl World {
         };
         if up {
             self.at_upstream(conn, &msg);
-        } else {
+        } else if m < self.members.len() {
             self.at_standby(conn, msg);
+        } else if let Some(run) = self.conns.get(&conn).map(|c| c.down.1) {
+            self.at_backup(conn, m, run, msg);
         }
     }
 
@@ -320,7 +332,7 @@ impl World {
                 incarnation,
             } => self.accept(conn, *from, *timeline, *incarnation),
             WalMsg::Ack(flush) => {
-                let name = |i: usize| self.members[i].id.clone();
+                let name = |i: usize| self.name(i);
                 let Some(pg) = &self.members[m].pg else {
                     return;
                 };
@@ -351,7 +363,7 @@ impl World {
             return;
         };
         let ((m, run), (standby, standby_run)) = (c.up, c.down);
-        let now = self.now;
+        let (now, is_backup) = (self.now, self.backup(standby).is_some());
         let serves = self.members[m]
             .data
             .database()
@@ -367,11 +379,43 @@ impl World {
             conn,
             member: standby,
             incarnation,
+            timeline: is_backup.then_some(timeline),
             sent: from,
             flush: 0,
             config,
             heard: now,
         });
+        if is_backup {
+            self.compare_with_backup(m, standby);
+        } else {
+            self.compare_with_standby(m, (standby, standby_run), timeline, from);
+        }
+        self.conn_send(conn, false, WalMsg::Accept);
+        self.push(m);
+        self.wake(m);
+    }
+
+    /// All that a backup holds along its upstream's history is what the upstream has.
+    pub fn compare_with_backup(&mut self, m: usize, h: usize) {
+        let (Some(b), Some(db)) = (self.backup(h), self.members[m].data.database()) else {
+            return;
+        };
+        if !b.repository.agrees(&db.wal, db.flushed) {
+            let (a, b) = (self.name(m), self.name(h));
+            self.check.broken(format!(
+                "{b} streams from {a} as if healthy, but its WAL is another"
+            ));
+        }
+    }
+
+    /// A standby's WAL is the beginning of its upstream's.
+    fn compare_with_standby(
+        &mut self,
+        m: usize,
+        (standby, standby_run): (usize, u64),
+        timeline: craton_core::TimelineId,
+        from: usize,
+    ) {
         // A request that arrives after its sender has ended speaks of a data directory that may be another now.
         let asks_still = self.pg(standby, standby_run).is_some();
         let theirs = self.members[standby].data.database();
@@ -386,9 +430,6 @@ impl World {
                 "{b} streams from {a} as if healthy, but its WAL is another (timeline {timeline}, record {from})"
             ));
         }
-        self.conn_send(conn, false, WalMsg::Accept);
-        self.push(m);
-        self.wake(m);
     }
 
     fn at_standby(&mut self, conn: u64, msg: WalMsg) {
@@ -580,7 +621,7 @@ impl World {
             for s in pg.senders.iter_mut().filter(|s| s.conn == conn) {
                 s.config = set.clone();
             }
-            let name = |i: usize| self.members[i].id.clone();
+            let name = |i: usize| self.name(i);
             let Some(pg) = &self.members[m].pg else {
                 return;
             };

@@ -93,6 +93,7 @@ impl Stage {
             match name {
                 "members" => options.members = usize::try_from(number()?).unwrap_or(0),
                 "sync" => options.sync_standbys = u32::try_from(number()?).unwrap_or(0),
+                "receivers" => options.receivers = usize::try_from(number()?).unwrap_or(0),
                 "seed" => seed = number()?,
                 "durability" if value == "async" => options.durability = Durability::Async,
                 "durability" if value == "quorum" => options.durability = Durability::Quorum,

@@ -22,10 +22,10 @@ const READY_MAX: u64 = 30 * SECOND;
 /// How long missing WAL is waited for.
 const CATCH_UP_MAX: u64 = 10 * SECOND;
 /// The pause between two looks.
-const LOOK: u64 = 5 * MS;
+pub(crate) const LOOK: u64 = 5 * MS;
 
 /// What a step of a task comes to.
-enum Step {
+pub(crate) enum Step {
     /// Look again after so long, at this stage.
     Again(u8, u64),
     Done,
@@ -150,6 +150,13 @@ impl World {
             Task::Clone { from, term, .. } => self.clone_from(m, r, from, *term),
             Task::Rewind { from, term, .. } => self.rewind(m, r, from, *term),
             Task::CatchUp {
+                from,
+                term,
+                lsn,
+                timeline,
+                receiver: Some(_),
+            } => self.catch_up_by_files(m, r, from, *term, (*timeline, *lsn)),
+            Task::CatchUp {
                 from, term, lsn, ..
             } => self.catch_up(m, r, from, *term, *lsn),
             Task::SetSync(set) => self.set_sync(m, r, set),
@@ -227,7 +234,7 @@ impl World {
         Step::Again(1, LOOK)
     }
 
-    fn spawn_standby(&mut self, m: usize, upstream: Option<(MemberId, Term)>) {
+    pub(crate) fn spawn_standby(&mut self, m: usize, upstream: Option<(MemberId, Term)>) {
         let up = upstream.as_ref().and_then(|(l, _)| self.number(l));
         self.pg_start(m, None, up);
         if let Some(a) = &mut self.members[m].agent {
@@ -238,7 +245,7 @@ impl World {
         }
     }
 
-    fn until_ready(&mut self, m: usize, r: &Running) -> Step {
+    pub(crate) fn until_ready(&mut self, m: usize, r: &Running) -> Step {
         match &self.members[m].pg {
             None => Step::Failed("PostgreSQL ended"),
             Some(p) if p.ready => Step::Done,
@@ -278,7 +285,7 @@ impl World {
         Step::Done
     }
 
-    fn seal(&mut self, m: usize, r: &Running, term: Term) -> Step {
+    pub(crate) fn seal(&mut self, m: usize, r: &Running, term: Term) -> Step {
         let Some(incarnation) = self.members[m].incarnation else {
             return Step::Failed("no incarnation");
         };

@@ -6,7 +6,7 @@
 use craton_core::{Lsn, TimelineId};
 
 /// Bytes of a record: positions look like PostgreSQL's.
-const RECORD_BYTES: u64 = 64;
+pub const RECORD_BYTES: u64 = 64;
 
 /// What a record is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -31,6 +31,11 @@ pub struct Rec {
 /// The LSN behind the first `records` records.
 pub fn lsn(records: usize) -> Lsn {
     Lsn(records as u64 * RECORD_BYTES)
+}
+
+/// How many records lie before an LSN.
+pub fn records(at: Lsn) -> usize {
+    usize::try_from(at.0 / RECORD_BYTES).unwrap_or(usize::MAX)
 }
 
 /// A data directory with a database in it.

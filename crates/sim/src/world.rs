@@ -7,6 +7,7 @@ use craton_core::settings::Settings;
 use craton_core::{BootTime, MemberId};
 
 use crate::Options;
+use crate::backup::Backup;
 use crate::check::Checker;
 use crate::event::{Event, Msg};
 use crate::faults::Faults;
@@ -61,6 +62,12 @@ pub struct World {
     pub rng: Rng,
     /// The hosts.
     pub members: Vec<Member>,
+    /// The hosts of backup daemons, numbered on behind the members.
+    pub backups: Vec<Backup>,
+    /// Elections that got WAL out of a backup.
+    pub from_backups: u64,
+    /// Deadlines that rested on promises while V listed a backup.
+    pub carried_beside_backups: u64,
     /// The coordinator's store.
     pub store: Store,
     /// The network.
@@ -97,6 +104,10 @@ impl World {
             let at = world.rng.between(0, 500 * MS);
             world.at(at, Event::Repair(crate::faults::Repair::StartAgent(m)));
         }
+        for h in options.members..world.hosts() {
+            let at = world.rng.between(0, 500 * MS);
+            world.at(at, Event::Repair(crate::faults::Repair::StartBackup(h)));
+        }
         world.at(100 * MS, Event::Client);
         world.start_faults();
         world
@@ -117,7 +128,8 @@ impl World {
             member.priority = 0;
         }
         let check = Checker::default();
-        let n = options.members;
+        let backups: Vec<Backup> = (0..options.receivers).map(backup_named).collect();
+        let n = options.members + options.receivers;
         Self {
             options: options.clone(),
             settings,
@@ -126,6 +138,9 @@ impl World {
             queue: BTreeMap::new(),
             rng,
             members,
+            backups,
+            from_backups: 0,
+            carried_beside_backups: 0,
             store: Store::default(),
             net: Net {
                 cut: vec![vec![false; n]; n],
@@ -175,9 +190,15 @@ impl World {
         }
     }
 
-    /// The name of a member.
-    pub fn name(&self, m: usize) -> MemberId {
-        self.members[m].id.clone()
+    /// How many hosts there are, the backups' among them.
+    pub fn hosts(&self) -> usize {
+        self.members.len() + self.backups.len()
+    }
+
+    /// The name of a member, or of a backup.
+    pub fn name(&self, h: usize) -> MemberId {
+        let backup = self.backup(h).map(|b| b.id.clone());
+        backup.unwrap_or_else(|| self.members[h].id.clone())
     }
 
     /// The number of a member.
@@ -212,23 +233,34 @@ impl World {
         self.now = time;
         self.steps += 1;
         self.digest = Rng::new(self.digest ^ time ^ id.rotate_left(32)).next();
-        if let Some(m) = event.host() {
-            let member = &mut self.members[m];
+        if let Some(event) = self.admitted(event) {
+            self.handle(event);
+        }
+        true
+    }
+
+    /// The event, if its host runs; what a paused one would do is held back.
+    fn admitted(&mut self, event: Event) -> Option<Event> {
+        let Some(h) = event.host() else {
+            return Some(event);
+        };
+        let (waits, up, held) = if let Some(b) = self.backup_mut(h) {
+            let waits = b.frozen || (b.disk_hung && event.needs_disk());
+            (waits, b.up, &mut b.held)
+        } else {
+            let member = &mut self.members[h];
             let waits = member.frozen
                 || (member.agent_frozen && event.is_agents())
                 || (member.disk_hung && event.needs_disk());
-            if waits {
-                if member.held.len() < HELD_MAX {
-                    member.held.push(event);
-                }
-                return true;
+            (waits, member.up, &mut member.held)
+        };
+        if waits {
+            if held.len() < HELD_MAX {
+                held.push(event);
             }
-            if !member.up {
-                return true;
-            }
+            return None;
         }
-        self.handle(event);
-        true
+        up.then_some(event)
     }
 
     fn handle(&mut self, event: Event) {
@@ -237,11 +269,11 @@ impl World {
             Event::Tick { m, life } => self.tick(m, life),
             Event::Keep { m, life } => self.keep(m, life),
             Event::Step { m, life, task } => self.step_task(m, life, task),
-            Event::Deliver { from, to, msg } => {
-                if !self.net.cut[from][to] {
-                    self.receive(from, to, msg);
-                }
+            Event::Deliver { from, to, .. } if self.net.cut[from][to] => {}
+            Event::Deliver { from, to, msg } if to < self.members.len() => {
+                self.receive(from, to, msg);
             }
+            Event::Deliver { from, to, msg } => self.backup_receives(from, to, &msg),
             Event::Submit {
                 m,
                 life,
@@ -258,6 +290,18 @@ impl World {
             Event::Reread { m, run, conn } => self.pg_reread(m, run, conn),
             Event::Pump { m, conn, up } => self.pump(m, conn, up),
             Event::Fence { m } => self.fence(m),
+            Event::Backup { h, run, chore } => self.backup_works(h, run, chore),
+            Event::OnRecord {
+                m,
+                life,
+                h,
+                incarnation,
+                term,
+            } => {
+                if self.agent(m, life).is_some() {
+                    self.put_on_record(m, h, incarnation, term);
+                }
+            }
             Event::Client => self.client(),
             Event::NextFault => self.next_fault(),
             Event::Repair(repair) => self.repair(repair),
@@ -312,6 +356,17 @@ impl World {
             .map_or(self.options.durability, |l| l.value.durability)
             .keeps_commits()
     }
+}
+
+/// The `i`-th backup.
+fn backup_named(i: usize) -> Backup {
+    let number = if i == 0 {
+        String::new()
+    } else {
+        (i + 1).to_string()
+    };
+    #[allow(clippy::expect_used, reason = "letters and digits are a member's name")]
+    Backup::new(MemberId::new(format!("backup{number}")).expect("it is a member's name"))
 }
 
 /// A paused host's events beyond this are lost, as a socket's would be.

@@ -125,6 +125,11 @@ fn an_earlier_change_may_still_be_done() {
 }
 
 #[test]
+fn a_change_of_the_mode_may_still_be_done() {
+    found_out(Broken::UnsettledMode, "strict: a commit was", 15);
+}
+
+#[test]
 fn one_seal_too_few() {
     found_out(Broken::OneSealTooFew, LOST, 6);
 }
@@ -197,6 +202,11 @@ fn a_catch_up_that_is_only_claimed() {
 #[test]
 fn a_receiver_that_forgets_what_it_sealed_for() {
     found_out(Broken::ReceiverForgetsFloor, LOST, 9);
+}
+
+#[test]
+fn a_receiver_that_is_taken_for_one_that_promises() {
+    found_out(Broken::ReceiverPromises, STILL_LED, 6);
 }
 
 #[test]

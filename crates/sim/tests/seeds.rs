@@ -4,12 +4,28 @@ use craton_core::settings::Durability;
 use craton_sim::shrink::shrink;
 use craton_sim::{Flaw, Options, run};
 
+/// What the runs came to.
+#[derive(Default)]
+struct Totals {
+    /// Elections that got WAL out of a backup.
+    from_backups: u64,
+    /// Deadlines that rested on promises while V listed a backup.
+    carried_beside_backups: u64,
+}
+
 /// Runs the seeds; the first that fails names the command that replays it.
-fn check(seeds: std::ops::Range<u64>, options: &Options) {
-    let mut acknowledged = 0;
+fn check(seeds: std::ops::Range<u64>, options: &Options) -> Totals {
+    let (mut acknowledged, mut totals) = (0, Totals::default());
     for seed in seeds {
         let outcome = run(seed, options);
         acknowledged += outcome.acknowledged;
+        totals.from_backups += outcome.from_backups;
+        totals.carried_beside_backups += outcome.carried_beside_backups;
+        assert_eq!(
+            run(seed, options).digest,
+            outcome.digest,
+            "seed {seed} does not give the same trace twice: {options:?}"
+        );
         assert!(
             outcome.violations.is_empty(),
             "seed {seed} failed: {:#?}\noptions: {options:?}\nreplay: make sim SEED={seed} ARGS=\"--members {} --sync {} --trace\" (and the other options)",
@@ -19,6 +35,7 @@ fn check(seeds: std::ops::Range<u64>, options: &Options) {
         );
     }
     assert!(acknowledged > 0, "no client was served: nothing was tested");
+    totals
 }
 
 /// Looks for a seed in which the broken rule does harm.
@@ -71,6 +88,14 @@ fn operators() -> Options {
 fn away() -> Options {
     Options {
         away: true,
+        ..Options::default()
+    }
+}
+
+/// One backup counts as a copy.
+fn receivers() -> Options {
+    Options {
+        receivers: 1,
         ..Options::default()
     }
 }
@@ -200,6 +225,61 @@ fn a_member_that_never_leads_holds_the_most() {
 }
 
 #[test]
+fn a_backup_counts_as_a_copy() {
+    let totals = check(0..150, &receivers());
+    assert!(totals.from_backups > 0, "no election needed its WAL");
+    let ahead = Options {
+        ambushes: true,
+        ..receivers()
+    };
+    assert!(check(0..75, &ahead).from_backups > 0);
+    let two = Options {
+        receivers: 2,
+        members: 2,
+        ..receivers()
+    };
+    assert!(check(0..75, &two).from_backups > 0);
+}
+
+#[test]
+fn a_backup_beside_everything_else() {
+    let all = Options {
+        modes: true,
+        operators: true,
+        never_leading: 1,
+        members: 4,
+        ..receivers()
+    };
+    check(0..75, &all);
+    let strict = Options {
+        durability: Durability::Strict,
+        sync_standbys: 2,
+        ..receivers()
+    };
+    check(0..50, &strict);
+    let lying = Options {
+        lying_clocks: true,
+        ..receivers()
+    };
+    check(0..75, &lying);
+}
+
+#[test]
+fn a_backup_promises_nothing_and_the_leader_is_carried_by_others() {
+    let away = Options {
+        away: true,
+        ..receivers()
+    };
+    assert!(check(0..100, &away).carried_beside_backups > 0);
+    let two = Options {
+        members: 4,
+        sync_standbys: 2,
+        ..away
+    };
+    assert!(check(0..50, &two).carried_beside_backups > 0);
+}
+
+#[test]
 fn nothing_is_lost_even_without_clocks_and_fence() {
     let options = Options {
         lying_clocks: true,
@@ -232,6 +312,13 @@ fn every_kind_of_run_gives_the_same_events_twice() {
         Options::default(),
         ambushes(),
         operators(),
+        receivers(),
+        Options {
+            receivers: 2,
+            away: true,
+            modes: true,
+            ..Options::default()
+        },
         Options {
             durability: Durability::Async,
             ..Options::default()
@@ -342,4 +429,32 @@ fn one_promise_too_few_makes_two_primaries() {
 #[test]
 fn a_mode_on_record_before_postgresql_keeps_it_loses_commits() {
     found_out(Flaw::ModeBeforePostgres, "LOST", &modes());
+}
+
+#[test]
+fn a_backup_that_goes_on_receiving_after_its_seal_loses_commits() {
+    let options = Options {
+        lying_clocks: true,
+        ..receivers()
+    };
+    found_out(Flaw::ReceiverKeepsReceiving, "LOST", &options);
+}
+
+#[test]
+fn a_backup_that_reports_what_it_has_not_flushed_loses_commits() {
+    found_out(Flaw::ReceiverReportsWritten, "LOST", &receivers());
+}
+
+#[test]
+fn a_promotion_without_the_wal_of_the_backup_loses_commits() {
+    found_out(Flaw::CatchUpClaimed, "LOST", &receivers());
+}
+
+#[test]
+fn a_backup_taken_for_one_that_promises_makes_two_primaries() {
+    let options = Options {
+        away: true,
+        ..receivers()
+    };
+    found_out(Flaw::ReceiverPromises, "two ", &options);
 }

@@ -10,15 +10,21 @@ use craton_console::server::failure;
 use craton_console::views::{CoordinatorView, DoneView, EndpointView};
 use craton_coordinator::api::CoordinatorError;
 use craton_coordinator::place::{Backend, Place};
-use craton_core::MemberId;
+use craton_core::observe::Lease;
 use craton_core::records::{Change, Key};
+use craton_core::topology::MemberRole;
+use craton_core::{MemberId, Term};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinSet;
 
 use super::{Api, Refusal, starting, who};
+use crate::clock;
 
 /// How long another member may take to look at a place.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// A member that was heard to lead within this leads still, as far as an order by hand goes.
+const LEADER_HEARD: Duration = Duration::from_secs(30);
 
 /// `POST /v1/coordinator/probe`: whether this member can use a store there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,6 +41,19 @@ pub struct MoveRequest {
     /// Where to.
     pub place: Place,
     /// Also where a member does not answer, or cannot reach the place: it follows when it can.
+    #[serde(default)]
+    pub force: bool,
+    /// Who asks, `user@host`.
+    #[serde(default)]
+    pub by: Option<String>,
+}
+
+/// `POST /v1/coordinator/rebuild`: this member writes the records that it knows into a store that was emptied, or
+/// restored from an old copy.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RebuildRequest {
+    /// Nobody leads, and the operator says that no other member knows anything newer.
     #[serde(default)]
     pub force: bool,
     /// Who asks, `user@host`.
@@ -119,7 +138,92 @@ pub(super) async fn relocate(State(api): State<Api>, Json(body): Json<MoveReques
     }
 }
 
+pub(super) async fn rebuild(State(api): State<Api>, Json(body): Json<RebuildRequest>) -> Response {
+    // Not cut off by an operator who hangs up.
+    let done = tokio::spawn(async move { api.write_anew(body).await }).await;
+    match done {
+        Ok(Ok(view)) => Json(view).into_response(),
+        Ok(Err(refusal)) => refusal.answer(),
+        Err(error) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
+    }
+}
+
 impl Api {
+    /// The lease that this member holds as the leader, and how long one lasts.
+    fn own_lease(&self) -> Option<(Term, Duration)> {
+        let seen = self.seen.borrow().clone()?;
+        let o = &seen.0;
+        let view = o.view.as_ref()?;
+        let leads = view.leader().is_some() && view.leader() == o.me.reference().as_ref();
+        let term = view.leadership.as_ref()?.value.term;
+        let runs = |l: &Lease| l.term == term && l.until > clock::now();
+        (leads && o.lease.as_ref().is_some_and(runs)).then(|| (term, view.settings().ttl()))
+    }
+
+    /// Another member that says it leads.
+    fn other_leader(&self) -> Option<MemberId> {
+        let seen = self.seen.borrow().clone()?;
+        let alive = seen.0.peers.iter().filter(|(_, p)| {
+            p.status.role == MemberRole::Leader && clock::now().since(p.heard_at) < LEADER_HEARD
+        });
+        alive.map(|(member, _)| member.clone()).next()
+    }
+
+    async fn write_anew(&self, request: RebuildRequest) -> Result<DoneView, Refusal> {
+        let by = who(request.by);
+        let place = self.coordinator.place();
+        let lease = self.own_lease();
+        if lease.is_none() {
+            if let Some(leader) = self.other_leader() {
+                return Err(Refusal::conflict(
+                    format!(
+                        "{leader} leads: only what the leader knows is certain to be the newest"
+                    ),
+                    "ask the leader: craton coordinator rebuild without --from",
+                ));
+            }
+            if !request.force {
+                return Err(Refusal::conflict(
+                    "nobody leads, so no member is certain to know the newest records",
+                    "restore the store's newest copy; or, where there is none, name the member that knows the newest by craton coordinator status, with all members running: craton coordinator rebuild --from MEMBER",
+                ));
+            }
+        }
+        self.coordinator
+            .rebuild(lease)
+            .await
+            .map_err(|error| match error {
+                CoordinatorError::Refused(why) => {
+                    Refusal::conflict(why, "nothing was changed; see craton coordinator status")
+                }
+                other => Refusal(
+                    StatusCode::GATEWAY_TIMEOUT,
+                    cannot(&place, &other),
+                    "see craton coordinator status; asking again is harmless",
+                ),
+            })?;
+        let text = format!("the records in {place} were written anew; asked by {by}");
+        self.note_in_history("rebuilt", &text).await;
+        Ok(said(text))
+    }
+
+    /// What is done is done, whether or not its line in the history can be written.
+    async fn note_in_history(&self, kind: &str, text: &str) {
+        let noted = self
+            .transact(|view| {
+                let change = Change {
+                    expect: vec![(Key::History, view.revision_of(&Key::History))],
+                    puts: vec![self.noted(view, kind, text.to_owned())],
+                    deletes: vec![],
+                };
+                Ok((change, ()))
+            })
+            .await;
+        if noted.is_err() {
+            tracing::warn!(text, "this could not be written to the history");
+        }
+    }
+
     async fn relocate(&self, request: MoveRequest) -> Result<DoneView, Refusal> {
         let MoveRequest { place, force, by } = request;
         let by = who(by);
@@ -163,20 +267,7 @@ impl Api {
         } else {
             format!("the records moved from {from} to {place}; asked by {by}")
         };
-        // The move is done, whether or not its line in the history can be written.
-        let noted = self
-            .transact(|view| {
-                let change = Change {
-                    expect: vec![(Key::History, view.revision_of(&Key::History))],
-                    puts: vec![self.noted(view, "moved", text.clone())],
-                    deletes: vec![],
-                };
-                Ok((change, ()))
-            })
-            .await;
-        if noted.is_err() {
-            tracing::warn!(text, "this could not be written to the history");
-        }
+        self.note_in_history("moved", &text).await;
         Ok(said(text))
     }
 

@@ -189,6 +189,23 @@ fn has_database(api: &Api, member: &MemberId) -> bool {
     peer.is_some_and(|p| p.status.checkpoint_timeline.is_some())
 }
 
+/// The member itself says another life of its data directory than the one on record, if it was heard.
+fn says_another_life(
+    api: &Api,
+    member: &MemberId,
+    recorded: Option<craton_core::Incarnation>,
+) -> bool {
+    let Some(seen) = api.seen.borrow().clone() else {
+        return false;
+    };
+    let o = &seen.0;
+    if *member == o.me.id {
+        return o.me.incarnation != recorded;
+    }
+    let peer = o.peers.get(member);
+    peer.is_some_and(|p| p.status.incarnation != recorded)
+}
+
 /// What this agent last heard of a member: the life of its PostgreSQL, and whether anything waits for a restart.
 fn heard(api: &Api, member: &MemberId) -> Option<(Option<u64>, bool)> {
     let seen = api.seen.borrow().clone()?;
@@ -304,6 +321,12 @@ pub(super) async fn reinit(State(api): State<Api>, Json(body): Json<ReinitReques
             ));
         }
         let incarnation = record.value.incarnation;
+        if says_another_life(&api, &member, incarnation) {
+            return Err(Refusal::conflict(
+                format!("{member} begins another life of its data directory at this moment"),
+                "see craton status, and ask again",
+            ));
+        }
         // A database without a life is one that Craton did not make.
         if incarnation.is_none() && !has_database(&api, &member) {
             return Err(Refusal::conflict(
@@ -427,8 +450,10 @@ mod tests {
             durability: Durability::Quorum,
             timeline: TimelineId(1),
             open: true,
+            restarted: false,
             preferred: None,
             allow_data_loss: false,
+            recovered: false,
             cause: String::new(),
         };
         let ok = |k, names: &[&str], member: &str, life| {

@@ -6,16 +6,22 @@
 //! comes back is told so, and another survivor joins anew with an empty coordinator directory (its PostgreSQL
 //! keeps its data). What this cannot prevent is that the lost ones, if enough of them come back, find each other
 //! and go on as the former cluster: they must be destroyed, or their coordinator directories emptied.
+//!
+//! The log may be an old one: cut off first, its owner knows neither who led since nor what became of the sync set.
+//! So the leadership is marked (`Leadership::recovered`): nobody leads by it before the operator accepts the loss of
+//! what others may have acknowledged. What was accepted or asked for before is taken back; it was another loss.
 
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
 use craton_core::MemberId;
+use craton_core::records::{Event, History, Key, Leadership};
 
 use super::disk::{Faults, LOG_FILE, OpenError, Store};
-use crate::api::Snapshot;
+use crate::api::{Op, Snapshot, Txn};
 use crate::kv;
+use crate::placed::moved_to;
 use crate::raft::{Configuration, Entry, Index, Payload, RaftTerm, Standing};
 
 /// Epochs that a recovery leaps, so that no voter of the former cluster has ever settled in the new one.
@@ -98,8 +104,72 @@ pub fn survey(dir: &Path) -> Result<Survey, RecoverError> {
     survey_of(&open(dir)?)
 }
 
-/// Makes this voter the only one. The agent must not run.
-pub fn stand_alone(dir: &Path, me: &MemberId) -> Result<Survey, RecoverError> {
+/// A record as it stands; none if there is none.
+fn record<T: serde::de::DeserializeOwned>(
+    snapshot: &Snapshot,
+    key: &Key,
+) -> Result<Option<T>, RecoverError> {
+    let path = key.path();
+    let Some(at) = snapshot.get(&path) else {
+        return Ok(None);
+    };
+    serde_json::from_str(&at.value)
+        .map(Some)
+        .map_err(|e| RecoverError::Refused(format!("the record \"{path}\" cannot be read: {e}")))
+}
+
+fn put<T: serde::Serialize>(key: &Key, value: &T) -> Result<Op, RecoverError> {
+    let value = serde_json::to_string(value)
+        .map_err(|e| RecoverError::Refused(format!("\"{}\": {e}", key.path())))?;
+    Ok(Op::Put {
+        key: key.path(),
+        value,
+    })
+}
+
+/// The records say from now on that they may be old. None where they are elsewhere, and none is here.
+fn mark(snapshot: &Snapshot, me: &MemberId, at_ms: u64) -> Result<Option<String>, RecoverError> {
+    let Some(leadership) = record::<Leadership>(snapshot, &Key::Leadership)? else {
+        if moved_to(snapshot).is_some() {
+            return Ok(None);
+        }
+        return Err(RecoverError::Refused(
+            "nobody has ever led by what is on this disk, so there is nothing to go on from: use a member that knows more, or empty the directories of all and start a new cluster".into(),
+        ));
+    };
+    let event = Event {
+        at_ms,
+        term: leadership.term,
+        member: me.clone(),
+        kind: "recovered".into(),
+        text: format!(
+            "recovered by an operator on {me}, which is the only voter now: what it knows (term {}, commits flushed on {}) may be old, so nobody leads before craton failover --allow-data-loss",
+            leadership.term, leadership.sync
+        ),
+    };
+    let history = record::<History>(snapshot, &Key::History)?.unwrap_or_default();
+    let request = kv::Request {
+        client: rand::random(),
+        seq: 1,
+        txn: Txn {
+            compares: vec![],
+            ops: vec![
+                put(&Key::Leadership, &leadership.into_recovered())?,
+                put(&Key::History, &history.with(event))?,
+                Op::Delete {
+                    key: Key::Request.path(),
+                },
+            ],
+        },
+    };
+    let text = serde_json::to_string(&request)
+        .map_err(|e| RecoverError::Refused(format!("the mark cannot be written: {e}")))?;
+    Ok(Some(text))
+}
+
+/// Makes this voter the only one, and says so in its records. The agent must not run. `at_ms` is the time for the
+/// history, milliseconds since 1970.
+pub fn stand_alone(dir: &Path, me: &MemberId, at_ms: u64) -> Result<Survey, RecoverError> {
     let mut store = open(dir)?;
     let before = survey_of(&store)?;
     let mut contents = store.contents().clone();
@@ -109,6 +179,7 @@ pub fn stand_alone(dir: &Path, me: &MemberId) -> Result<Survey, RecoverError> {
             "{me} has no say by what is on this disk: it never had one, lost its disk, or was removed; use a member that has"
         )));
     }
+    let mark = mark(&before.snapshot, me, at_ms)?;
     hard.term += 1;
     hard.vote = None;
     let (term, birth) = (hard.term, hard.birth);
@@ -132,6 +203,13 @@ pub fn stand_alone(dir: &Path, me: &MemberId) -> Result<Survey, RecoverError> {
         term,
         payload: Payload::Configure(next),
     });
+    if let Some(mark) = mark {
+        contents.raft.entries.push(Entry {
+            index: before.last_index + 2,
+            term,
+            payload: Payload::Command(mark),
+        });
+    }
     store.rewrite(contents)?;
     survey_of(&store)
 }

@@ -105,6 +105,12 @@ impl LeaseKeys {
             .filter(|h| h.term > self.free_through() && !h.released)
     }
 
+    /// True if these are of before `held` was: its holder is not there, and no later one, and its term is not over.
+    pub(super) fn precede(&self, held: &Held) -> bool {
+        let holder = self.holder.value.as_ref().map_or(Term(0), |h| h.term);
+        holder < held.term && self.free_through() < held.term
+    }
+
     /// How long the beat must be seen unchanged before its term is over.
     pub(super) fn silence(&self) -> Duration {
         self.beat
@@ -367,6 +373,18 @@ mod tests {
             step(&LeaseKeys::default(), &id("a"), Term(1), 2000),
             Step::Take { ttl_ms: 2000 }
         );
+    }
+
+    #[test]
+    fn what_was_held_is_missed() {
+        let Step::Renew(held) = step(&keys(7, "a", false, 6), &id("a"), Term(7), 2000) else {
+            unreachable!()
+        };
+        assert!(LeaseKeys::default().precede(&held), "emptied");
+        assert!(keys(5, "b", false, 4).precede(&held), "an old copy");
+        assert!(!keys(7, "a", false, 6).precede(&held));
+        assert!(!keys(8, "b", false, 7).precede(&held), "the next one");
+        assert!(!keys(5, "b", false, 7).precede(&held), "called over");
     }
 
     #[test]

@@ -30,6 +30,8 @@ struct State {
     lease: LeaseKeys,
     seen: Seen,
     read_once: bool,
+    /// Counts how often etcd's revision went back: it was restored from a copy.
+    epoch: u64,
 }
 
 /// What one look gave.
@@ -57,6 +59,7 @@ impl Mirror {
             lease: LeaseKeys::default(),
             seen: Seen::default(),
             read_once: false,
+            epoch: 0,
         };
         Self {
             prefix,
@@ -88,6 +91,11 @@ impl Mirror {
     /// A linearizable read of all keys. Everybody is shown what it found.
     pub(super) async fn look(&self, client: &Client) -> Result<Look, CoordinatorError> {
         let ask = Range::of(self.prefix.clone());
+        // Before it is sent: an answer that is older than this is no answer that came late.
+        let (known, epoch) = {
+            let state = self.lock();
+            (state.snapshot.revision, state.epoch)
+        };
         let told = client.call("/v3/kv/range", &ask, Repeat::Freely).await;
         let told: RangeTold =
             told.inspect_err(|error| self.note_trouble(Some(error.why().to_owned())))?;
@@ -95,7 +103,7 @@ impl Mirror {
         // After the answer: a beat is never taken for older than it is.
         let now = self.clock.now();
         let look = self.parse(&told).map_err(CoordinatorError::Refused)?;
-        self.take(&look, now);
+        self.take(&look, now, (known, epoch));
         Ok(look)
     }
 
@@ -129,16 +137,30 @@ impl Mirror {
         })
     }
 
-    fn take(&self, look: &Look, now: BootTime) {
+    fn take(&self, look: &Look, now: BootTime, (known, epoch): (u64, u64)) {
         let mut state = self.lock();
         state.read_once = true;
-        if look.snapshot.revision < state.snapshot.revision {
+        let went_back = state.epoch == epoch && look.snapshot.revision < known;
+        if went_back {
+            tracing::error!(
+                known,
+                now = look.snapshot.revision,
+                "etcd's revision went back: it was restored from a copy"
+            );
+            // Beats count anew, from when each is first seen: that only makes others wait longer.
+            state.epoch += 1;
+            state.seen = Seen::default();
+        } else if look.snapshot.revision < state.snapshot.revision {
             return;
         }
         state.seen.note(look.lease.beat.revision, now);
         state.lease = look.lease.clone();
         state.snapshot = Arc::clone(&look.snapshot);
-        self.publish(&state);
+        if went_back {
+            self.out.send_replace(Arc::clone(&state.snapshot));
+        } else {
+            self.publish(&state);
+        }
     }
 
     fn publish(&self, state: &State) {

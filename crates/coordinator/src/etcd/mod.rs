@@ -244,6 +244,19 @@ impl Etcd {
         *self.held.lock().unwrap_or_else(PoisonError::into_inner) = Some(held);
     }
 
+    /// What this process held is in no later state of the same store: it was emptied, or restored from an old copy. Nobody
+    /// has refused the term, so it is not taken again, nor given up.
+    fn check_still_there(&self, keys: &LeaseKeys) -> Result<(), CoordinatorError> {
+        let held = *self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        match held {
+            Some(held) if keys.precede(&held) => Err(CoordinatorError::Unavailable(format!(
+                "the lease of term {}, which this member holds, is not in etcd any more: it was emptied, or restored from an old copy",
+                held.term
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     async fn renew(&self, term: Term, ttl: Duration) -> Result<Renewal, CoordinatorError> {
         self.check_running()?;
         let ttl_ms = ttl_ms(ttl).map_err(CoordinatorError::Refused)?;
@@ -253,6 +266,7 @@ impl Etcd {
             Step::Renew(held)
         } else {
             keys = self.lease_keys().await?;
+            self.check_still_there(&keys)?;
             step(&keys, &self.me, term, ttl_ms)
         };
         for _ in 0..ROUNDS_MAX {
@@ -272,6 +286,7 @@ impl Etcd {
                 }
                 Round::Changed(found) => {
                     keys = found;
+                    self.check_still_there(&keys)?;
                     next = step(&keys, &self.me, term, ttl_ms);
                 }
             }
@@ -371,6 +386,10 @@ impl Coordinator for Etcd {
 
     fn trouble(&self) -> Option<String> {
         self.mirror.trouble()
+    }
+
+    fn forget(&self) {
+        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     fn endpoints(&self) -> Answer<'_, Vec<EndpointState>> {

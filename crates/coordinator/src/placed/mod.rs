@@ -31,12 +31,17 @@
 //!   an agent that is back inside its lease must not need Raft to have a leader.)
 //!
 //! Revisions never go back: those of the new store are shown with the old one's last revision added (`offset`).
+//!
+//! # A store that was emptied, or restored from an old copy
+//! It counts as unavailable: see the head of `trust`.
 
 mod note;
 mod record;
+mod seen;
 mod steps;
 #[cfg(test)]
 mod tests;
+mod trust;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -50,12 +55,13 @@ use tokio::time::{Instant, sleep, timeout};
 pub use self::note::{Note, remembered};
 use self::record::{Next, PLACEMENT, Placement, parse, shown, to_raw};
 use self::steps::fits;
+use self::trust::{Source, Trust};
 use crate::api::{
     Answer, CALL_TIMEOUT, Compare, Coordinator, CoordinatorError, EndpointState, LeaseHint,
     Membership, PresenceMap, Renewal, Snapshot, Txn, TxnOutcome,
 };
 use crate::clock::Clock;
-use crate::place::Place;
+use crate::place::{Backend, Place};
 
 /// Between two tries of a step of a move.
 const STEP_PAUSE: Duration = Duration::from_millis(100);
@@ -76,6 +82,8 @@ struct Current {
     revision: u64,
     /// It was read since this process started, or since the switch to it.
     verified: bool,
+    /// It is not believed, see the head of `trust`.
+    older: bool,
 }
 
 struct Shared {
@@ -94,6 +102,10 @@ struct Shared {
     renewed: Mutex<Option<(Term, BootTime)>>,
     /// What stands in the way of the next step.
     trouble: Mutex<Option<String>>,
+    /// What is made of the current store. Locked before `current` and `out` are changed together.
+    trust: Mutex<Trust>,
+    /// Wakes whoever keeps the records on disk.
+    saving: watch::Sender<()>,
 }
 
 /// One member's way to the cluster's records, wherever they are.
@@ -124,12 +136,14 @@ impl Placed {
             }
             None => Place::default(),
         };
+        let known = seen::load(&seen::file(&memory), &place);
         let current = Current {
             store: open(&place)?,
             place,
             placement: Placement::default(),
             revision: 0,
             verified: false,
+            older: false,
         };
         let shared = Arc::new(Shared {
             me,
@@ -143,8 +157,11 @@ impl Placed {
             out: watch::Sender::new(Arc::default()),
             renewed: Mutex::default(),
             trouble: Mutex::default(),
+            trust: Mutex::new(Trust::with(known)),
+            saving: watch::Sender::new(()),
         });
         let mut tasks = JoinSet::new();
+        tasks.spawn(Arc::clone(&shared).keep());
         tasks.spawn(Arc::clone(&shared).follow());
         tasks.spawn(Arc::clone(&shared).steps());
         Ok(Arc::new(Self {
@@ -176,39 +193,6 @@ impl Shared {
         self.current.borrow().clone()
     }
 
-    /// Takes in what `store` shows, if it is still the current one.
-    fn learn(&self, store: &Arc<dyn Coordinator>, snapshot: &Arc<Snapshot>, linearizable: bool) {
-        let (placement, revision) = match parse(snapshot) {
-            Ok(found) => found,
-            Err(why) => {
-                tracing::error!(why, "the record of the records' place");
-                return;
-            }
-        };
-        let mut offset = None;
-        self.current.send_if_modified(|current| {
-            if !Arc::ptr_eq(&current.store, store) {
-                return false;
-            }
-            offset = Some(placement.offset);
-            let newer = revision > current.revision || (linearizable && !current.verified);
-            if newer {
-                current.placement = placement;
-                current.revision = revision;
-                current.verified |= linearizable;
-            }
-            newer
-        });
-        let Some(offset) = offset else { return };
-        self.out.send_if_modified(|out| {
-            let newer = snapshot.revision + offset > out.revision;
-            if newer {
-                *out = shown(snapshot, offset);
-            }
-            newer
-        });
-    }
-
     /// Shows the current store's changes for ever.
     async fn follow(self: Arc<Self>) {
         let mut changes = self.current.subscribe();
@@ -217,7 +201,8 @@ impl Shared {
             let mut watch = store.watch();
             loop {
                 let snapshot = Arc::clone(&watch.borrow_and_update());
-                self.learn(&store, &snapshot, false);
+                // What is not believed is said where it matters.
+                let _ = self.learn(&store, &snapshot, Source::Watch);
                 tokio::select! {
                     changed = watch.changed() => if changed.is_err() {
                         // The store ended: wait for another.
@@ -237,10 +222,20 @@ impl Shared {
     /// The current store, once it is certain that it was the right one to begin with.
     async fn verified(&self) -> Result<Current, CoordinatorError> {
         let mut changes = self.current.subscribe();
-        let certain = changes.wait_for(|c| c.verified && !c.placement.sealed());
-        match timeout(CALL_TIMEOUT, certain).await {
+        let certain = changes.wait_for(|c| c.older || c.verified && !c.placement.sealed());
+        let found = match timeout(CALL_TIMEOUT, certain).await {
             Ok(Ok(current)) => Ok(current.clone()),
             _ => Err(moving()),
+        };
+        self.believable()?;
+        found
+    }
+
+    /// What is asked of a store that is not believed fails, as where it does not answer.
+    fn believable(&self) -> Result<(), CoordinatorError> {
+        match self.older() {
+            Some(why) => Err(CoordinatorError::Unavailable(why)),
+            None => Ok(()),
         }
     }
 
@@ -248,11 +243,13 @@ impl Shared {
         let due = Instant::now() + CALL_TIMEOUT;
         loop {
             let current = self.verified().await?;
+            let source = self.about_to_read();
             let snapshot = current.store.read().await?;
             let (placement, _) = parse(&snapshot).map_err(CoordinatorError::Refused)?;
-            self.learn(&current.store, &snapshot, true);
+            self.learn(&current.store, &snapshot, source)
+                .map_err(CoordinatorError::Unavailable)?;
             if !placement.sealed() {
-                return Ok(shown(&snapshot, placement.offset));
+                return Ok(shown(&snapshot, self.offset(&placement)));
             }
             // It was the truth once; by now the new store may know better. This member follows in a moment.
             if Instant::now() >= due {
@@ -263,7 +260,7 @@ impl Shared {
 
     async fn txn(&self, txn: Txn) -> Result<TxnOutcome, CoordinatorError> {
         let current = self.verified().await?;
-        let offset = current.placement.offset;
+        let offset = self.offset(&current.placement);
         let mut raw = to_raw(txn, offset)?;
         raw.compares.push(Compare {
             key: PLACEMENT.to_owned(),
@@ -276,7 +273,7 @@ impl Shared {
     }
 
     async fn renew(&self, term: Term, ttl: Duration) -> Result<Renewal, CoordinatorError> {
-        let current = self.current();
+        let current = self.renewable().await?;
         let renewal = current.store.renew(term, ttl).await?;
         // Only what was renewed in the store that is current counts for a seal or a settling.
         if Arc::ptr_eq(&self.current.borrow().store, &current.store) {
@@ -288,6 +285,22 @@ impl Shared {
             self.current.send_modify(|_| {});
         }
         Ok(renewal)
+    }
+
+    /// The store to renew in. That of the members waits for no read (see the head of this module). One outside must
+    /// be known to be the one it was: in one that was emptied the same lease could be taken again.
+    async fn renewable(&self) -> Result<Current, CoordinatorError> {
+        let mut changes = self.current.subscribe();
+        let ready =
+            changes.wait_for(|c| c.older || c.verified || c.place.backend == Backend::Embedded);
+        let found = match timeout(CALL_TIMEOUT, ready).await {
+            Ok(Ok(current)) => Ok(current.clone()),
+            _ => Err(CoordinatorError::Unavailable(
+                "the records could not be read yet".to_owned(),
+            )),
+        };
+        self.believable()?;
+        found
     }
 
     async fn free(&self, term: Term) -> Result<bool, CoordinatorError> {
@@ -303,6 +316,7 @@ impl Shared {
     }
 
     async fn release(&self, term: Term) -> Result<(), CoordinatorError> {
+        self.believable()?;
         let current = self.current();
         if let Some(former) = &current.placement.former
             && term <= former.term
@@ -325,7 +339,10 @@ impl Shared {
                 .target(&place)
                 .await
                 .map_err(CoordinatorError::Refused)?;
-            let own = current.store.read().await?;
+            let own = self
+                .believed(&current)
+                .await
+                .map_err(CoordinatorError::Unavailable)?;
             fits(&own, &found, &current.placement).map_err(CoordinatorError::Refused)?;
             Some(Next {
                 place: place.clone(),
@@ -405,6 +422,10 @@ impl Coordinator for Placed {
     }
 
     fn lease_hint(&self) -> LeaseHint {
+        if self.shared.older().is_some() {
+            // It speaks of leases that are over.
+            return LeaseHint::Unknown;
+        }
         self.shared.current.borrow().store.lease_hint()
     }
 
@@ -421,6 +442,9 @@ impl Coordinator for Placed {
     }
 
     fn trouble(&self) -> Option<String> {
+        if let Some(why) = self.shared.older() {
+            return Some(why);
+        }
         let own = self.shared.trouble.lock();
         let own = own.unwrap_or_else(PoisonError::into_inner).clone();
         own.or_else(|| self.shared.current.borrow().store.trouble())
@@ -453,6 +477,10 @@ impl Coordinator for Placed {
 
     fn move_to(&self, place: Place) -> Answer<'_, ()> {
         Box::pin(self.shared.move_to(place))
+    }
+
+    fn rebuild(&self, lease: Option<(Term, Duration)>) -> Answer<'_, ()> {
+        Box::pin(self.shared.rebuild(lease))
     }
 
     fn probe(&self, place: Place) -> Answer<'_, ()> {

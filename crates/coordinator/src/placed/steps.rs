@@ -4,30 +4,21 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use craton_core::Term;
-use craton_core::records::Leadership;
 use tokio::time::{sleep, timeout};
 
 use super::note::{Note, remember};
 use super::record::{Former, Next, PLACEMENT, Placement, parse, record};
+use super::seen::{leadership_term, not_older};
 use super::{Current, STEP_PAUSE, Shared};
 use crate::api::{Compare, Coordinator, Op, Snapshot, Txn, TxnOutcome};
 use crate::kv::TXN_STEPS_MAX;
-use crate::place::Place;
+use crate::place::{Backend, Place};
 
 /// What one transaction of the new store must be able to carry, in bytes; etcd takes 1.5 MiB by default.
 const MOVE_BYTES_MAX: usize = 1024 * 1024;
 
 /// So many failures to read a store in a row are not worth a line in the log.
 const QUIET_FAILURES: u32 = 30;
-
-fn leadership_term(snapshot: &Snapshot) -> Result<Term, String> {
-    match snapshot.get("leadership") {
-        None => Ok(Term(0)),
-        Some(at) => serde_json::from_str::<Leadership>(&at.value)
-            .map(|l| l.term)
-            .map_err(|e| format!("the record \"leadership\" cannot be read: {e}")),
-    }
-}
 
 impl Shared {
     /// Does what the records ask for, for ever.
@@ -64,6 +55,21 @@ impl Shared {
         *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = why;
     }
 
+    /// Writes it down durably if the note that stands asks for it.
+    pub(super) fn note_place(
+        &self,
+        note: Note,
+        asked: impl FnOnce(Option<&Note>) -> bool,
+    ) -> Result<(), String> {
+        let mut noted = self.note.lock().unwrap_or_else(PoisonError::into_inner);
+        if asked(noted.as_ref()) {
+            remember(&self.memory, &note)
+                .map_err(|e| format!("cannot write {}: {e}", self.memory.display()))?;
+            *noted = Some(note);
+        }
+        Ok(())
+    }
+
     fn noted(&self) -> Option<Note> {
         self.note
             .lock()
@@ -76,6 +82,9 @@ impl Shared {
         let current = self.current();
         if !current.verified {
             return self.verify(&current).await.map(|()| true);
+        }
+        if self.look_again(&current).await? {
+            return Ok(true);
         }
         match (&current.placement.next, &current.placement.former) {
             (Some(next), _) if next.sealed => self.switch(&current, next).await.map(|()| true),
@@ -98,6 +107,7 @@ impl Shared {
 
     /// The first read of a store: is it the one that this member knew?
     async fn verify(&self, current: &Current) -> Result<(), String> {
+        let source = self.about_to_read();
         let snapshot = match current.store.read().await {
             Ok(snapshot) => snapshot,
             Err(error) => {
@@ -109,7 +119,10 @@ impl Shared {
         };
         let (placement, revision) = parse(&snapshot)?;
         match self.noted() {
-            Some(note) => check_note(&note, &current.place, &placement, &snapshot)?,
+            Some(note) => self
+                .check_kept(&current.place, &snapshot)
+                .and_then(|()| check_note(&note, &current.place, &placement, &snapshot))
+                .inspect_err(|why| self.disbelieve(why))?,
             None if self.wish == current.place => {}
             None if revision == 0 && snapshot.entries.is_empty() => {
                 return self.found(current).await;
@@ -120,8 +133,16 @@ impl Shared {
                 "the records are not where the settings say; `craton coordinator move` moves them"
             ),
         }
-        self.learn(&current.store, &snapshot, true);
-        Ok(())
+        self.learn(&current.store, &snapshot, source)
+    }
+
+    /// What is kept of the records tells more than the note, where there is something.
+    fn check_kept(&self, place: &Place, found: &Snapshot) -> Result<(), String> {
+        let known = self.trust().known.clone();
+        match known.filter(|_| place.backend != Backend::Embedded) {
+            Some(known) => not_older(place, &known, found),
+            None => Ok(()),
+        }
     }
 
     /// A new cluster goes where its settings say before its first record: the store in which every cluster begins
@@ -201,8 +222,7 @@ impl Shared {
             ops: vec![record(placement)?],
         };
         let written = current.store.txn(txn).await.map_err(|e| e.to_string())?;
-        let snapshot = current.store.read().await.map_err(|e| e.to_string())?;
-        self.learn(&current.store, &snapshot, true);
+        self.believed(current).await?;
         Ok(matches!(written, TxnOutcome::Committed(_)))
     }
 
@@ -221,7 +241,7 @@ impl Shared {
     async fn seal(&self, current: &Current, next: &Next) -> Result<(), String> {
         // After the seal there is no way back: what can go wrong is looked at before.
         let (_, found) = self.target(&next.place).await?;
-        let own = current.store.read().await.map_err(|e| e.to_string())?;
+        let own = self.believed(current).await?;
         fits(&own, &found, &current.placement)?;
         let sealed = Placement {
             next: Some(Next {
@@ -239,7 +259,7 @@ impl Shared {
         let (mut placement, _) = parse(&found)?;
         if placement.generation <= current.placement.generation {
             // Linearizable, and sealed: final.
-            let own = current.store.read().await.map_err(|e| e.to_string())?;
+            let own = self.believed(current).await?;
             fits(&own, &found, &current.placement)?;
             store
                 .txn(copy(&own, &found, current)?)
@@ -262,32 +282,33 @@ impl Shared {
         found: &Arc<Snapshot>,
     ) -> Result<(), String> {
         let (placement, revision) = parse(found)?;
+        let from = self.current().place;
+        self.check_kept(place, found)?;
         // First, and for certain: see "never two leaders" at the head of this module.
         let note = Note::new(place.clone(), placement.generation, system_id(found));
-        remember(&self.memory, &note)
-            .map_err(|e| format!("cannot write {}: {e}", self.memory.display()))?;
-        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = Some(note);
+        self.note_place(note, |_| true)?;
         *self.renewed.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        let mut from = Place::default();
         // Whole at once: who waits for the end of the move must not see a placement that is only begun.
-        self.current.send_modify(|c| {
-            from = c.place.clone();
-            *c = Current {
-                place: place.clone(),
-                store: Arc::clone(store),
-                placement,
-                revision,
-                verified: true,
-            };
-        });
-        self.learn(store, found, true);
+        let next = Current {
+            place: place.clone(),
+            store: Arc::clone(store),
+            placement,
+            revision,
+            verified: true,
+            older: false,
+        };
+        // What it held of a lease there was before the records were elsewhere.
+        store.forget();
+        self.begin_anew(next, Some(Arc::clone(found)));
+        let source = self.about_to_read();
+        self.learn(store, found, source)?;
         tracing::info!(member = %self.me, %from, to = %place, "the records have moved");
         Ok(())
     }
 }
 
 /// The system id of the cluster whose records these are.
-fn system_id(snapshot: &Snapshot) -> Option<String> {
+pub(super) fn system_id(snapshot: &Snapshot) -> Option<String> {
     let record = snapshot.get("cluster")?;
     let record: serde_json::Value = serde_json::from_str(&record.value).ok()?;
     record.get("system_id")?.as_str().map(ToOwned::to_owned)
@@ -352,19 +373,6 @@ pub(super) fn fits(own: &Snapshot, found: &Snapshot, placement: &Placement) -> R
 
 /// The transaction that makes the new store begin where the old one was sealed.
 fn copy(own: &Snapshot, found: &Snapshot, current: &Current) -> Result<Txn, String> {
-    let gone = found
-        .entries
-        .keys()
-        .filter(|k| *k != PLACEMENT && !own.entries.contains_key(*k))
-        .map(|key| Op::Delete { key: key.clone() });
-    let put = own
-        .entries
-        .iter()
-        .filter(|(key, _)| *key != PLACEMENT)
-        .map(|(key, at)| Op::Put {
-            key: key.clone(),
-            value: at.value.clone(),
-        });
     let placement = Placement {
         generation: current.placement.generation + 1,
         offset: own.revision + current.placement.offset,
@@ -379,11 +387,34 @@ fn copy(own: &Snapshot, found: &Snapshot, current: &Current) -> Result<Txn, Stri
         },
         next: None,
     };
+    replaced(own, found, &placement)
+}
+
+/// The transaction that makes a store of which this was `found` hold `records`, with this placement; unless its
+/// placement has changed since.
+pub(super) fn replaced(
+    records: &Snapshot,
+    found: &Snapshot,
+    placement: &Placement,
+) -> Result<Txn, String> {
+    let gone = found
+        .entries
+        .keys()
+        .filter(|k| *k != PLACEMENT && !records.entries.contains_key(*k))
+        .map(|key| Op::Delete { key: key.clone() });
+    let put = records
+        .entries
+        .iter()
+        .filter(|(key, _)| *key != PLACEMENT)
+        .map(|(key, at)| Op::Put {
+            key: key.clone(),
+            value: at.value.clone(),
+        });
     Ok(Txn {
         compares: vec![Compare {
             key: PLACEMENT.to_owned(),
             mod_revision: parse(found)?.1,
         }],
-        ops: gone.chain(put).chain([record(&placement)?]).collect(),
+        ops: gone.chain(put).chain([record(placement)?]).collect(),
     })
 }

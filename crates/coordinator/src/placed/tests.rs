@@ -1,5 +1,7 @@
 //! Moves between two stores in memory, cut off at every step.
 
+mod older;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -136,7 +138,9 @@ impl World {
     }
 
     fn memory(&self, i: usize) -> std::path::PathBuf {
-        self.dir.path().join(format!("{i}.json"))
+        let own = self.dir.path().join(i.to_string());
+        std::fs::create_dir_all(&own).unwrap();
+        own.join("place.json")
     }
 
     fn opener(&self, i: usize, old: &Fuse, new: &Fuse) -> Opener {

@@ -169,8 +169,10 @@ fn record_initialized(
         durability: mind.settings.durability,
         timeline,
         open: false,
+        restarted: false,
         preferred: None,
         allow_data_loss: false,
+        recovered: false,
         cause: "first start".into(),
     };
     let did = if adopted { "brought" } else { "made" };

@@ -22,8 +22,10 @@ use crate::types::MemberId;
 /// Who asks, in a member's own request.
 pub(super) const BY_CRATON: &str = "craton";
 
-/// A member that handed over, or asked to in vain, asks again only after this long.
+/// A member that asked to hand over in vain asks again only after this long.
 const ASK_AGAIN: Duration = Duration::from_secs(30);
+/// One that handed over, and leads again, only so long after it saw another open.
+pub(super) const ASK_SOON: Duration = Duration::from_secs(5);
 
 impl Mind<'_> {
     /// This member's own health.
@@ -133,15 +135,10 @@ pub(super) fn hand_over_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leader
         return;
     };
     let now = mind.o.now;
-    let lately = mind
-        .out
-        .memory
-        .asked_at
-        .is_some_and(|at| now.since(at) < ASK_AGAIN);
-    if lately {
+    if mind.out.memory.ask_not_before.is_some_and(|at| now < at) {
         return mind.because(
             "hands_over_later",
-            "this member handed over, or tried to, a moment ago: it tries again later",
+            "this member tried to hand over a moment ago: it tries again later",
         );
     }
     let Some(heir) = heir(mind, view, l, s) else {
@@ -151,7 +148,7 @@ pub(super) fn hand_over_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leader
         );
     };
     mind.because("hands_over", format!("handing over to {heir}: {why}"));
-    mind.out.memory.asked_at = Some(now);
+    mind.out.memory.ask_not_before = Some(now.after(ASK_AGAIN));
     let request = Request {
         id: view.revision,
         kind: RequestKind::Switchover,

@@ -12,10 +12,24 @@ use crate::types::MemberId;
 
 /// This member leads the present term.
 pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, fenced: bool) {
+    if mind.is_below_floor(l) {
+        // The lease is not renewed: a primary that there may be ends with it.
+        return mind.only_starts();
+    }
     let data_timeline = match &mind.o.data {
         DataView::Present { timeline, .. } => *timeline,
         _ => return,
     };
+    if l.recovered {
+        // By these records it leads, and may have been the last one that did, or not: others may have elected somebody
+        // by voters that are gone. So it gives way as anybody would, whether it was promoted in that term or not.
+        mind.because(
+            "demoted",
+            "an operator recovered the records, in which this member leads: another may have led since, so an election decides",
+        );
+        let cause = "the records were recovered by an operator";
+        return step_aside(mind, view, l, cause);
+    }
     // pg_control names the timeline of the last checkpoint, which comes some time after a promotion; who was
     // open for clients in this term was primary in it.
     let was_primary = l.open || data_timeline == l.timeline;
@@ -61,7 +75,7 @@ pub(super) fn leader_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadershi
     }
 }
 
-/// PostgreSQL runs and does not answer: starting, recovering from a crash of a backend, or stuck. A leader
+/// PostgreSQL runs and does not answer: starting, or stuck. A leader
 /// that is silent for longer than `crash_grace_ms` is worth replacing, if somebody can take over now.
 fn silent_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     mind.out.lease = super::LeaseWish::Hold(l.term);
@@ -311,6 +325,7 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
     {
         mind.out.memory.leading_since = Some((l.term, now));
         mind.out.memory.healthy.clear();
+        mind.out.memory.barrier = None;
     }
     // Another set may have been in force in between, if only for a moment.
     if !s.sync_in_force
@@ -390,7 +405,11 @@ fn submit_open(
     mind.submit(Change {
         expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
         puts: vec![
-            Record::Leadership(Leadership { open, ..l.clone() }),
+            Record::Leadership(Leadership {
+                open,
+                restarted: !open,
+                ..l.clone()
+            }),
             history,
         ],
         deletes: vec![],
@@ -420,18 +439,15 @@ fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
             "opens once new WAL begins behind all that consumers of logical slots may have seen",
         );
     }
-    let restarted = view
-        .history
-        .as_ref()
-        .and_then(|h| {
-            h.value
-                .0
-                .iter()
-                .rev()
-                .find(|e| ["closed", "elected", "initialized"].contains(&e.kind.as_str()))
-        })
-        // Not in the history any more: it may have restarted.
-        .is_none_or(|e| e.kind == "closed" && e.term == l.term);
+    let told = view.history.as_ref().and_then(|h| {
+        h.value
+            .0
+            .iter()
+            .rev()
+            .find(|e| ["closed", "elected", "initialized"].contains(&e.kind.as_str()))
+    });
+    // Earlier versions said it in the history alone. If nothing is there any more, it may have restarted.
+    let restarted = l.restarted || told.is_none_or(|e| e.kind == "closed" && e.term == l.term);
     let barrier = mind
         .out
         .memory

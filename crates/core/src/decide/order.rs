@@ -122,9 +122,17 @@ pub(super) fn in_place_rule(mind: &mut Mind<'_>, view: &ClusterView, s: &crate::
 /// The order to throw away data that do not belong to the cluster: no election needs them.
 pub(super) fn reinit_of_stranger(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     let order = view.orders.get(&mind.o.me.id).map(|o| &o.value);
-    let order =
-        order.filter(|o| o.kind == OrderKind::Reinit && o.incarnation == mind.o.me.incarnation);
-    let Some(order) = order else { return };
+    let Some(order) = order.filter(|o| o.kind == OrderKind::Reinit) else {
+        return;
+    };
+    if order.incarnation != mind.o.me.incarnation {
+        // It was given before this agent had said what is here now.
+        let text = format!(
+            "reinit of {}, asked by {}, refused: it speaks of another life of the data directory than what is here; ask again",
+            mind.o.me.id, order.by
+        );
+        return done(mind, view, l, "refused", text);
+    }
     if l.leader.is_none() || !l.open || l.leader == mind.o.me.reference() {
         return mind.because(
             "order_waits",
@@ -210,7 +218,7 @@ fn waited(mind: &Mind<'_>) -> Duration {
 }
 
 /// A leader that does not take this member out of V for so long will not: then commits wait for a moment.
-fn patience(mind: &Mind<'_>) -> Duration {
+pub(super) fn patience(mind: &Mind<'_>) -> Duration {
     Duration::from_millis(mind.settings.standby_grace_ms.saturating_mul(2))
 }
 

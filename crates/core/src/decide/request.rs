@@ -46,7 +46,7 @@ pub(super) fn request_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
         RequestPhase::Asked
             if mind.out.memory.checkpointed != Some(request.id) && !is_urgent(mind) =>
         {
-            if mind.o.task.is_none() {
+            if mind.o.task.is_none() && mind.out.task.is_none() {
                 mind.out.memory.checkpointed = Some(request.id);
             }
             mind.start(Task::Checkpoint);

@@ -48,11 +48,11 @@ pub(super) fn rolling_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
         return end(mind, view, l, plan, "restart_done", text);
     }
     let now = mind.o.now;
-    let since = match mind.out.memory.restart_step {
-        Some((id, n, at)) if id == plan.id && n == left.len() => at,
+    let (since, end_then) = match mind.out.memory.restart_step {
+        Some((id, n, at, end)) if id == plan.id && n == left.len() => (at, end),
         _ => {
-            mind.out.memory.restart_step = Some((plan.id, left.len(), now));
-            now
+            mind.out.memory.restart_step = Some((plan.id, left.len(), now, s.end));
+            (now, s.end)
         }
     };
     if now.since(since) >= STEP_MAX {
@@ -77,7 +77,7 @@ pub(super) fn rolling_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
         view.orders.contains_key(m) || life_of(mind, m) != plan.members.get(m).copied().flatten()
     });
     if !under_way && view.request.is_none() {
-        next_step(mind, view, l, plan, &left, now.since(since));
+        next_step(mind, view, l, plan, &left, (now.since(since), end_then));
     }
 }
 
@@ -150,6 +150,9 @@ fn lowers(pending: &[PendingChange]) -> bool {
         )
 }
 
+/// How long a standby that replays slowly is waited for before it is restarted.
+const REPLAY_WAIT: Duration = Duration::from_secs(10);
+
 /// Standbys first, then the leader: by a switchover where somebody can take over, else in place. The leader comes
 /// first, and in place, where a restart lowers what its standbys must have as much of: they would not start
 /// with less than it has.
@@ -159,7 +162,7 @@ fn next_step(
     l: &Leadership,
     plan: &RestartPlan,
     left: &[MemberId],
-    waited: Duration,
+    (waited, end_then): (Duration, Lsn),
 ) {
     let me = mind.o.me.id.clone();
     let leader_left = left.contains(&me);
@@ -170,6 +173,16 @@ fn next_step(
             return mind.because(
                 "rolling_waits",
                 format!("waiting for {standby}, whose agent is silent"),
+            );
+        }
+        // What a leader began with that has just restarted must be known there: a standby that stops before it has
+        // replayed that starts with what it knows instead.
+        let status = mind.o.peers.get(standby).map(|p| &p.status);
+        let replayed = status.and_then(|s| s.replay_lsn);
+        if waited < REPLAY_WAIT && replayed.is_some_and(|at| at < end_then) {
+            return mind.because(
+                "rolling_waits",
+                format!("waiting for {standby} to replay up to {end_then}"),
             );
         }
         return order(mind, view, plan, standby.clone());

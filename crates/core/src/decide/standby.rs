@@ -1,5 +1,9 @@
 //! A member that does not lead: clone, follow, rewind, and notice that the leader is gone.
 
+use std::time::Duration;
+
+use super::health::ASK_SOON;
+use super::order;
 use super::{
     Mind, NOT_STREAMING_MAX, SILENT_MAX, STARTS_MAX, StopHow, Task, TaskKind, UPSTREAM_AGAIN,
     UPSTREAM_MAX, UPSTREAM_PATIENCE, receivers, request, slots,
@@ -12,12 +16,12 @@ use crate::topology::MemberRole;
 use crate::types::MemberId;
 
 /// A standby whose slot on the leader is lost streams from what WAL there still is, if it does so within this.
-const LOST_SLOT_MAX: std::time::Duration = std::time::Duration::from_secs(1);
+const LOST_SLOT_MAX: Duration = Duration::from_secs(1);
 
 /// An empty data directory in a cluster that has a database: copy it from somebody.
 pub(super) fn clone_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     let ready = view.cluster.as_ref().is_some_and(|c| c.value.bootstrapped);
-    let Some(leader) = l.leader.as_ref().filter(|_| l.open && ready) else {
+    let Some(leader) = l.leader.as_ref().filter(|_| l.was_open() && ready) else {
         return mind.because(
             "waiting_for_leader",
             "the data directory is empty; waiting for a leader to clone from",
@@ -74,6 +78,12 @@ pub(super) fn standby_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadersh
     let Some(leader) = l.leader.as_ref() else {
         return;
     };
+    if l.open {
+        // What this member asked for as a leader has come about: should it lead again, it need not wait as long.
+        let soon = mind.o.now.after(ASK_SOON);
+        let at = &mut mind.out.memory.ask_not_before;
+        *at = at.map(|at| at.min(soon));
+    }
     watch_lease(mind, view, l, leader);
     // A copy looks after its PostgreSQL by itself until it is one of this cluster's standbys.
     if let Some(running) = mind
@@ -108,6 +118,8 @@ fn watch_lease(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, leader: 
         .is_some_and(|me| l.sync.holds(&me.member, me.incarnation));
     let may_win = counted && (l.durability == Durability::Async || l.sync.k > 0)
         || forced.is_some()
+        // Nobody wins it before an operator says so; whoever looks sees an election, and what it needs.
+        || l.recovered
         || receivers::only_receivers(view, l);
     let settled = mind.is_settled();
     let wished = asked.is_some_and(|r| r.kind == RequestKind::Failover);
@@ -194,9 +206,8 @@ fn down_rule(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberRef) {
     // reason to touch it.
     let at_odds = failure
         .filter(|f| f.count >= STARTS_MAX && OTHER_HISTORY.iter().any(|w| f.error.contains(w)));
-    if let Some(f) =
-        at_odds.filter(|_| l.open && l.term >= mind.o.me.floor && serves(mind, l, &leader.member))
-    {
+    let leads = l.was_open() && serves(mind, l, &leader.member);
+    if let Some(f) = at_odds.filter(|_| leads && l.term >= mind.o.me.floor) {
         let text = format!(
             "PostgreSQL did not start {} times ({}): rewinding to {}, or cloning anew",
             f.count, f.error, leader.member
@@ -273,7 +284,8 @@ fn follow_rule(
     leader: &MemberRef,
     s: &Server,
 ) {
-    if !s.in_recovery {
+    // By recovered records nobody leads who could be followed.
+    if !s.in_recovery || l.recovered {
         return;
     }
     if l.term < mind.o.me.floor {
@@ -344,10 +356,10 @@ fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, re
         s.end, s.timeline
     );
     mind.because("diverged", text);
-    if !l.open || !serves(mind, l, leader) {
+    if !l.was_open() || !serves(mind, l, leader) {
         return mind.because(
             "waiting_for_leader",
-            format!("waiting for {leader} to be open"),
+            format!("waiting for {leader} to lead"),
         );
     }
     // Until its first checkpoint the leader's control file still names the old timeline, and pg_rewind would
@@ -369,6 +381,27 @@ fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, re
     mind.start(Task::Rewind {
         from: leader.clone(),
         fork,
+        term: l.term,
+    });
+}
+
+/// The leader no longer has the WAL that this member needs: cloned anew, once acknowledged commits do not rest on it.
+fn slot_lost(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, waited: Duration) {
+    let text = format!(
+        "{leader} no longer has the WAL that this member needs (its slot there is lost): cloning anew"
+    );
+    mind.because("slot_lost", text);
+    let me = mind.o.me.reference();
+    let needed = me.is_some_and(|me| l.sync.holds(&me.member, me.incarnation));
+    // A leader that does not take it out by then, in `strict`, waits for its new life.
+    if needed && waited < order::patience(mind) {
+        let text = "waiting to be taken out of the sync set: until then acknowledged commits may rest on this copy";
+        return mind.because("slot_lost", text);
+    }
+    mind.out.memory.not_streaming_since = None;
+    mind.start(Task::Rewind {
+        from: leader.clone(),
+        fork: None,
         term: l.term,
     });
 }
@@ -417,17 +450,7 @@ fn streaming_rule(
         .get(&leader.member)
         .is_some_and(|p| p.status.lost_slots.contains(&mind.o.me.id.slot_name()));
     if lost && now.since(since) >= LOST_SLOT_MAX && serves(mind, l, &leader.member) {
-        let text = format!(
-            "{} no longer has the WAL that this member needs (its slot there is lost): cloning anew",
-            leader.member
-        );
-        mind.because("slot_lost", text);
-        mind.out.memory.not_streaming_since = None;
-        return mind.start(Task::Rewind {
-            from: leader.member.clone(),
-            fork: None,
-            term: l.term,
-        });
+        return slot_lost(mind, l, &leader.member, now.since(since));
     }
     if now.since(since) >= NOT_STREAMING_MAX && serves(mind, l, &leader.member) {
         // With its slot intact the leader has all the WAL this member needs: no copy would stream any better.

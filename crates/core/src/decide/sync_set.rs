@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::{Mind, PROOF_SEEN_MAX, Task};
+use super::{Mind, PROOF_SEEN_MAX, Task, TaskKind};
 use crate::observe::Server;
 use crate::promise::PromiseNeed;
 use crate::records::{Change, ClusterView, Key, Leadership, OrderKind, Record};
@@ -25,7 +25,14 @@ pub(super) fn sync_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership,
         );
     }
     let wanted = wanted_members(mind, view, l, s);
-    if !s.sync_in_force {
+    // What was seen in force is not to be relied on while PostgreSQL is told something else.
+    let told = mind
+        .o
+        .task
+        .as_ref()
+        .is_some_and(|t| t.task.kind() == TaskKind::SetSync)
+        || matches!(mind.out.task, Some(Task::SetSync(_)));
+    if !s.sync_in_force || told {
         mind.because(
             "sync_pending",
             "waiting for every WAL sender to follow the new sync set",
@@ -127,14 +134,11 @@ fn say_if_writes_wait(mind: &mut Mind<'_>, l: &Leadership, s: &Server) {
 
 /// What PostgreSQL is to wait for from its first write on, with this record in the coordinator.
 pub(super) fn names_of(mind: &Mind<'_>, l: &Leadership) -> SyncSet {
-    if l.durability == Durability::Strict {
-        let k = mind.settings.sync_standbys.max(l.sync.k);
-        return mode::strict_names(&l.sync.members, k);
-    }
-    if l.durability == Durability::Async {
-        return SyncSet::default();
-    }
-    l.sync.clone()
+    names_in(mind, &l.sync, l.durability)
+}
+
+fn names_in(mind: &Mind<'_>, set: &SyncSet, durability: Durability) -> SyncSet {
+    mode::names(set, durability, mind.settings.sync_standbys)
 }
 
 /// Every sync set that the coordinator may hold, with its mode; none if an earlier life of this agent may have
@@ -238,10 +242,12 @@ pub(super) fn is_settled_for(
     let revision = view.revision_of(&Key::Leadership);
     let memory = &mind.out.memory;
     let earlier_life = memory.first_revision == Some(revision);
-    let uncovered = memory
-        .proposed
-        .as_ref()
-        .is_some_and(|(on, sets)| *on == revision && sets.iter().any(|(s, _)| !set.covers(s)));
+    // A mode alone may ask for more: `strict` does with an empty set.
+    let proposed = memory.proposed.as_ref().filter(|(on, _)| *on == revision);
+    let uncovered = proposed
+        .into_iter()
+        .flat_map(|(_, sets)| sets)
+        .any(|(s, durability)| !set.covers(&names_in(mind, s, *durability)));
     if !earlier_life && !uncovered {
         return true;
     }

@@ -203,8 +203,10 @@ impl Scene {
             durability: Durability::Quorum,
             timeline: TimelineId(1),
             open: true,
+            restarted: false,
             preferred: None,
             allow_data_loss: false,
+            recovered: false,
             cause: "first start".into(),
         });
         v.timelines = at(Timelines(vec![timeline(1, None, 0)]));

@@ -12,7 +12,7 @@ use crate::records::{
 use crate::settings::Durability;
 use crate::sync::SyncSet;
 use crate::timeline::Relation;
-use crate::types::{Lsn, MemberId};
+use crate::types::{Lsn, MemberId, TimelineId};
 
 impl Mind<'_> {
     /// Proposes the election after `l`; the agent submits it once the old lease is free for good.
@@ -24,12 +24,16 @@ impl Mind<'_> {
         allow_data_loss: bool,
         cause: &str,
     ) {
+        if self.is_below_floor(l) {
+            return;
+        }
         let term = l.term.next();
         let next = Leadership {
             term,
             leader: None,
             previous: l.leader.clone(),
             open: false,
+            restarted: false,
             preferred,
             allow_data_loss,
             cause: cause.to_owned(),
@@ -46,10 +50,36 @@ impl Mind<'_> {
             change,
         });
     }
+
+    /// This member has followed or sealed a later term than the records speak of, so they are older than what it knows: a
+    /// store that was restored from an old copy. Who votes, wins or leads by them would use terms and timeline numbers
+    /// twice, and a leader that was deposed would win by its own seal.
+    pub(super) fn is_below_floor(&mut self, l: &Leadership) -> bool {
+        let floor = self.o.me.floor;
+        if l.term >= floor {
+            return false;
+        }
+        let text = format!(
+            "the cluster's records speak of term {}, and this member has sealed or followed term {floor}: they are an old copy, and it neither votes nor leads by them; restore the newest copy, or (in etcd) `craton coordinator rebuild`",
+            l.term
+        );
+        self.because("records_are_old", text);
+        true
+    }
+
+    /// By such records PostgreSQL is started as a standby that streams from nobody, at most.
+    pub(super) fn only_starts(&mut self) {
+        if matches!(self.o.server, ServerView::Down) {
+            self.start(Task::StartStandby);
+        }
+    }
 }
 
 /// An election is open: seal, be counted, win.
 pub(super) fn election_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
+    if mind.is_below_floor(l) {
+        return mind.only_starts();
+    }
     let now = mind.o.now;
     if mind
         .out
@@ -118,7 +148,7 @@ fn sealed_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: Se
         members: &view.members,
         alive: &alive,
         unfit: &unfit,
-        leader_lsn: leader_lsn(mind, l),
+        leader_lsn: leader_lsn(mind, view, l),
         max_lag_bytes: mind.settings.max_lag_bytes,
     }
     .tally();
@@ -235,10 +265,14 @@ fn catch_up_rule(
     }
 }
 
-/// The former leader's last known flush position: what it announced last.
-fn leader_lsn(mind: &Mind<'_>, l: &Leadership) -> Option<Lsn> {
+/// The former leader's last known flush position: what it sealed, or announced last as the leader.
+fn leader_lsn(mind: &Mind<'_>, view: &ClusterView, l: &Leadership) -> Option<Lsn> {
     let previous = l.previous.as_ref()?;
-    mind.o.peers.get(&previous.member)?.status.lsn
+    let seal = view.seals.get(&previous.member).map(|s| &s.value);
+    let sealed = seal.filter(|s| s.term == l.term && s.incarnation == previous.incarnation);
+    let told = mind.out.memory.leader_at.as_ref();
+    let told = told.filter(|(leader, _)| leader == previous);
+    sealed.map(|s| s.lsn).or(told.map(|(_, lsn)| *lsn))
 }
 
 /// The member that a switchover wants, while it lives and has not sealed: where fewer seals are needed than
@@ -307,7 +341,10 @@ fn win(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: &Seal, why
         .as_ref()
         .map(|t| t.value.clone())
         .unwrap_or_default();
-    let timeline = timelines.next_free();
+    // Recovered records may not know the numbers that have sealed, and none is used twice.
+    let sealed = view.seals.values().filter(|s| s.value.term == l.term);
+    let sealed = sealed.map(|s| s.value.timeline.0.saturating_add(1)).max();
+    let timeline = timelines.next_free().max(TimelineId(sealed.unwrap_or(0)));
     timelines.0.push(TimelineRecord {
         timeline,
         term: l.term,
@@ -321,8 +358,10 @@ fn win(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, seal: &Seal, why
         sync: next_sync(l, &me),
         timeline,
         open: false,
+        restarted: false,
         preferred: None,
         allow_data_loss: false,
+        recovered: false,
         ..l.clone()
     };
     let lossy = if l.allow_data_loss {
@@ -430,8 +469,10 @@ mod tests {
             durability: Durability::Quorum,
             timeline: TimelineId(1),
             open: false,
+            restarted: false,
             preferred: None,
             allow_data_loss: false,
+            recovered: false,
             cause: String::new(),
         };
         let winner = MemberRef {

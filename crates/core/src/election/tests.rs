@@ -17,6 +17,7 @@ struct Case {
     members: BTreeMap<MemberId, At<MemberRecord>>,
     alive: BTreeSet<MemberId>,
     unfit: BTreeSet<MemberId>,
+    leader_lsn: Option<Lsn>,
 }
 
 /// m0 led; V is m1..=v.
@@ -49,14 +50,17 @@ fn case(v: usize, k: u32) -> Case {
             durability: Durability::Quorum,
             timeline: TimelineId(1),
             open: false,
+            restarted: false,
             preferred: None,
             allow_data_loss: false,
+            recovered: false,
             cause: String::new(),
         },
         seals: BTreeMap::new(),
         members,
         alive: (0..=v).map(id).collect(),
         unfit: BTreeSet::new(),
+        leader_lsn: Some(Lsn(1000)),
     }
 }
 
@@ -79,7 +83,7 @@ impl Case {
             members: &self.members,
             alive: &self.alive,
             unfit: &self.unfit,
-            leader_lsn: Some(Lsn(1000)),
+            leader_lsn: self.leader_lsn,
             max_lag_bytes: 10,
         }
         .tally()
@@ -112,10 +116,14 @@ fn who_is_unfit_leads_only_if_nobody_else_can() {
     c.unfit.insert(id(1));
     assert_eq!(c.tally().winner, Some(id(1)), "nobody else is safe");
     let mut c = c.seal(0, 50);
-    assert_eq!(c.tally().winner, Some(id(0)), "fit, and safe");
-    c.unfit.insert(id(0));
-    assert_eq!(c.tally().winner, Some(id(2)));
+    assert_eq!(
+        c.tally().winner,
+        Some(id(2)),
+        "fit, safe, and not the former leader"
+    );
     c.unfit.insert(id(2));
+    assert_eq!(c.tally().winner, Some(id(0)));
+    c.unfit.insert(id(0));
     assert_eq!(c.tally().winner, Some(id(1)), "all are unfit: the most WAL");
     // In async the WAL counts first: a byte more may be a commit more.
     let mut c = case(2, 1).seal(1, 1000).seal(2, 995);
@@ -123,6 +131,22 @@ fn who_is_unfit_leads_only_if_nobody_else_can() {
     c.unfit.insert(id(1));
     assert_eq!(c.tally().winner, Some(id(1)));
     assert_eq!(c.seal(2, 1000).tally().winner, Some(id(2)));
+}
+
+/// Its seal may be there first in a switchover, and its name or priority be the better one: it would succeed itself.
+#[test]
+fn a_former_leader_comes_after_who_is_as_good() {
+    let mut c = case(2, 1).seal(0, 50).seal(1, 50);
+    assert_eq!(c.tally().winner, Some(id(1)));
+    c.members.get_mut(&id(0)).unwrap().value.priority = 200;
+    assert_eq!(c.tally().winner, Some(id(1)));
+    c.leadership.preferred = Some(id(0));
+    assert_eq!(c.tally().winner, Some(id(0)), "unless it is wished for");
+    c.leadership.preferred = None;
+    c.alive.remove(&id(1));
+    assert_eq!(c.tally().winner, Some(id(0)), "or there is nobody else");
+    let c = case(2, 1).seal(0, 60).seal(1, 50);
+    assert_eq!(c.tally().winner, Some(id(0)), "or holds more");
 }
 
 #[test]
@@ -182,6 +206,13 @@ fn async_takes_the_longest_within_the_limit() {
     c.leadership.durability = Durability::Async;
     c.leadership.sync.k = 0;
     assert_eq!(c.tally().winner, Some(id(1)));
+    c.leader_lsn = None;
+    assert_eq!(
+        c.tally().winner,
+        Some(id(1)),
+        "it was near when the leader listed it"
+    );
+    c.leader_lsn = Some(Lsn(1000));
     c.alive.remove(&id(1));
     assert_eq!(c.tally().winner, None);
 }
@@ -201,8 +232,8 @@ fn in_async_only_those_that_the_leader_had_listed_stand() {
     assert_eq!(c.tally().winner, Some(id(0)));
     assert_eq!(
         c.seal(1, 900).tally().winner,
-        Some(id(0)),
-        "a tie goes by name"
+        Some(id(1)),
+        "a tie goes to who did not lead before"
     );
 }
 
@@ -249,6 +280,47 @@ fn the_operator_may_take_the_loss() {
     assert_eq!(c.tally().winner, Some(id(1)));
     let mut c = c.seal(2, 60);
     c.leadership.preferred = Some(id(1));
+    assert_eq!(c.tally().winner, Some(id(1)));
+}
+
+/// One voter's disk is all there is, and says V = {m1}: m0 may have gone on alone since, by voters that are gone.
+#[test]
+fn recovered_records_prove_nothing() {
+    let mut c = case(1, 1).seal(1, 50);
+    assert_eq!(c.tally().winner, Some(id(1)));
+    c.leadership = c.leadership.into_recovered();
+    let tally = c.tally();
+    assert_eq!((tally.winner, tally.catch_up), (None, None));
+    assert_eq!(
+        (tally.needed, tally.have),
+        (1, 1),
+        "seals are not the matter"
+    );
+    assert!(
+        tally.why.contains("craton failover --allow-data-loss"),
+        "{}",
+        tally.why
+    );
+    // The former leader by these records: another may have led after it.
+    let c = c.seal(0, 60);
+    assert_eq!(c.tally().winner, None);
+    // Nor may anybody get its WAL and lead then.
+    let mut c = c;
+    c.members.get_mut(&id(0)).unwrap().value.priority = 0;
+    assert_eq!(c.tally().catch_up, None);
+    let mut loose = case(1, 0).seal(1, 1000);
+    loose.leadership.durability = Durability::Async;
+    assert_eq!(loose.tally().winner, Some(id(1)));
+    loose.leadership = loose.leadership.into_recovered();
+    assert_eq!(loose.tally().winner, None);
+
+    // What was accepted before the recovery was another loss.
+    let mut c = case(1, 1).seal(1, 50);
+    (c.leadership.allow_data_loss, c.leadership.preferred) = (true, Some(id(1)));
+    c.leadership = c.leadership.into_recovered();
+    assert_eq!(c.leadership.preferred, None);
+    assert_eq!(c.tally().winner, None);
+    c.leadership.allow_data_loss = true;
     assert_eq!(c.tally().winner, Some(id(1)));
 }
 

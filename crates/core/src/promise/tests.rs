@@ -127,8 +127,10 @@ fn an_operator_who_asks_for_a_failover_ends_the_term() {
         durability: Durability::Quorum,
         timeline: TimelineId(1),
         open: true,
+        restarted: false,
         preferred: None,
         allow_data_loss: false,
+        recovered: false,
         cause: String::new(),
     };
     view.leadership = Some(At {

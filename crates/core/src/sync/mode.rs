@@ -55,6 +55,15 @@ pub fn strict_names(members: &BTreeMap<MemberId, Incarnation>, wanted_k: u32) ->
     }
 }
 
+/// What PostgreSQL is to wait for when the coordinator has this set and mode.
+pub fn names(coordinator: &SyncSet, durability: Durability, wanted_k: u32) -> SyncSet {
+    match durability {
+        Durability::Quorum => coordinator.clone(),
+        Durability::Strict => strict_names(&coordinator.members, wanted_k.max(coordinator.k)),
+        Durability::Async => SyncSet::default(),
+    }
+}
+
 fn towards_async(in_force: Durability, input: &SyncInput<'_>) -> SyncStep {
     let goal = SyncSet {
         members: input.wanted.clone(),

@@ -1,5 +1,9 @@
 //! `barman` as people type it and scripts parse it, over Craton's repository; and the old exporter's metrics.
 
+mod commands;
+mod diagnose;
+mod recover;
+
 use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,8 +21,9 @@ use super::environment::Kind;
 use super::side::{ask_for_backup, daemon_address};
 use crate::backup::{Daemon, report_removed};
 use crate::cli::wait_for;
-use crate::exit::{self, Problem, USAGE};
+use crate::exit::{self, Problem};
 use crate::{certificates, output};
+use commands::{Asked, HELP, understand};
 
 /// How often a running backup is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
@@ -32,72 +37,29 @@ fn server(facts: &Facts) -> &str {
     facts.env.or("UPSTREAM_NAME", "pg_cluster")
 }
 
-fn unknown(what: String) -> anyhow::Error {
-    let hint = "known are: list-backup, show-backup, backup, check, recover, delete, status, list-server, diagnose, cron, switch-wal, receive-wal";
-    Problem::new(USAGE, what, hint).into()
-}
-
-/// The words of a command line, options apart.
-struct Line {
-    words: Vec<String>,
-    options: Vec<(String, Option<String>)>,
-}
-
-/// Options of barman that take a value in the next word.
-const WITH_VALUE: [&str; 8] = [
-    "--target-time",
-    "--target-xid",
-    "--target-lsn",
-    "--target-tli",
-    "--remote-ssh-command",
-    "--tablespace",
-    "--format",
-    "-c",
-];
-
-impl Line {
-    fn of(args: &[String]) -> Self {
-        let mut line = Self {
-            words: Vec::new(),
-            options: Vec::new(),
-        };
-        let mut args = args.iter();
-        while let Some(arg) = args.next() {
-            if let Some((name, value)) = arg.split_once('=').filter(|_| arg.starts_with("--")) {
-                line.options.push((name.to_owned(), Some(value.to_owned())));
-            } else if arg.starts_with('-') && arg.len() > 1 {
-                let value = WITH_VALUE
-                    .contains(&arg.as_str())
-                    .then(|| args.next().cloned());
-                line.options.push((arg.clone(), value.flatten()));
-            } else {
-                line.words.push(arg.clone());
-            }
-        }
-        line
-    }
-
-    fn word(&self, n: usize) -> Option<&str> {
-        self.words.get(n).map(String::as_str)
-    }
-
-    fn option(&self, name: &str) -> Option<&str> {
-        let found = self.options.iter().find(|(n, _)| n == name);
-        found.map(|(_, value)| value.as_deref().unwrap_or_default())
+/// The retention policy as barman words it; its word for none is `NONE`.
+fn retention(facts: &Facts) -> String {
+    match facts.env.or("BACKUP_RETENTION_DAYS", "30").trim() {
+        "0" => "NONE".to_owned(),
+        days => format!("RECOVERY WINDOW OF {days} DAYS"),
     }
 }
 
 /// Runs `barman ARGS`.
 pub fn run(args: &[String]) -> anyhow::Result<u8> {
-    let facts = Facts::require()?;
-    let line = Line::of(args);
-    if line.option("--version").is_some() || line.option("-v").is_some() {
-        output::line(format!("{} (craton)", env!("CARGO_PKG_VERSION")));
-        return Ok(exit::OK);
+    let (asked, line) = understand(args)?;
+    match asked {
+        Asked::Help => {
+            output::line(format!("barman, as Craton has it; {HELP}"));
+            return Ok(exit::OK);
+        }
+        Asked::Version => {
+            output::line(format!("{} (craton)", env!("CARGO_PKG_VERSION")));
+            return Ok(exit::OK);
+        }
+        _ => {}
     }
-    let Some(command) = line.word(0) else {
-        return Err(unknown("barman needs a command".to_owned()));
-    };
+    let facts = Facts::require()?;
     if let Some(named) = line.word(1).filter(|n| *n != "all" && *n != server(&facts)) {
         let what = format!("Unknown server '{named}'");
         return Err(Problem::new(
@@ -107,29 +69,30 @@ pub fn run(args: &[String]) -> anyhow::Result<u8> {
         )
         .into());
     }
-    match command {
-        "list-backup" | "list-backups" => list(&facts, line.option("--minimal").is_some()),
-        "show-backup" | "show-backups" => show(&facts, line.word(2).unwrap_or("latest")),
-        "backup" => wait_for(backup(&facts)),
-        "check" => wait_for(check(&facts)),
-        "status" => wait_for(status(&facts)),
-        "list-server" | "list-servers" => {
-            output::line(format!("{} - {} (Active)", server(&facts), facts.cluster));
+    match asked {
+        Asked::List => list(&facts, line.has("minimal")),
+        Asked::Show => show(&facts, line.word(2).unwrap_or("latest")),
+        Asked::Backup => wait_for(backup(&facts)),
+        Asked::Check => wait_for(check(&facts)),
+        Asked::Status => wait_for(status(&facts)),
+        Asked::ListServer => {
+            if line.has("minimal") {
+                output::line(server(&facts));
+            } else {
+                output::line(format!("{} - {} (Active)", server(&facts), facts.cluster));
+            }
             Ok(exit::OK)
         }
-        "diagnose" => wait_for(diagnose(&facts)),
-        "recover" | "restore" => recover(&facts, &line),
-        "cron" | "receive-wal" | "archive-wal" => {
+        Asked::Diagnose => wait_for(diagnose::run(&facts)),
+        Asked::Recover => recover::run(&facts, &line),
+        Asked::SwitchWal => wait_for(switch_wal(&facts)),
+        Asked::Delete => delete(&facts, line.word(2).unwrap_or_default()),
+        Asked::Nothing | Asked::Help | Asked::Version => {
             output::line(
                 "nothing to do: the daemon of this container receives WAL all the time, from whoever leads",
             );
             Ok(exit::OK)
         }
-        "switch-wal" | "switch-xlog" => wait_for(switch_wal(&facts)),
-        "delete" => delete(&facts, line.word(2).unwrap_or_default()),
-        other => Err(unknown(format!(
-            "there is no barman command \"{other}\" here"
-        ))),
     }
 }
 
@@ -261,10 +224,7 @@ fn show(facts: &Facts, id: &str) -> anyhow::Result<u8> {
         ("    Missing", detail.missing_wal.len().to_string()),
         (
             "\n  Catalog information:\n    Retention Policy",
-            format!(
-                "RECOVERY WINDOW OF {} DAYS",
-                facts.env.or("BACKUP_RETENTION_DAYS", "30")
-            ),
+            retention(facts),
         ),
         (
             "    Previous Backup",
@@ -393,62 +353,6 @@ async fn status(facts: &Facts) -> anyhow::Result<u8> {
         s.backups
     ));
     Ok(exit::OK)
-}
-
-async fn diagnose(facts: &Facts) -> anyhow::Result<u8> {
-    let repository = repository(facts)?;
-    let list = catalog::list(&repository)?;
-    let backups: serde_json::Map<String, serde_json::Value> = list
-        .backups
-        .iter()
-        .map(|b| {
-            let value = serde_json::json!({
-                "status": "DONE", "begin_time": b.started_at, "end_time": b.ended_at, "size": b.data_bytes,
-                "deduplicated_size": b.stored_bytes, "timeline": b.timeline, "begin_xlog": b.start_lsn, "end_xlog": b.stop_lsn,
-            });
-            (b.id.to_string(), value)
-        })
-        .collect();
-    let status = serde_json::to_value(view().await?)?;
-    output::json(&serde_json::json!({
-        "global": { "system_info": { "craton_ver": env!("CARGO_PKG_VERSION") } },
-        "servers": { (server(facts)): { "backups": backups, "status": status } },
-    }))?;
-    Ok(exit::OK)
-}
-
-/// `barman recover SERVER ID DIRECTORY`: the same as `craton restore`.
-fn recover(facts: &Facts, line: &Line) -> anyhow::Result<u8> {
-    if line.option("--remote-ssh-command").is_some() {
-        let what = "nothing is recovered through ssh";
-        let hint = "mount the repository's volume where the data shall be and run `craton restore`; docs/guide/docker.md shows it for a whole cluster";
-        return Err(Problem::new(USAGE, what, hint).into());
-    }
-    let (Some(id), Some(target)) = (line.word(2), line.word(3)) else {
-        return Err(unknown(
-            "barman recover SERVER BACKUP DIRECTORY [--target-time TIME]".to_owned(),
-        ));
-    };
-    let backups = catalog::list(&repository(facts)?)?.backups;
-    let at = find(facts, &backups, id)?;
-    let mut words = vec!["craton", "restore", target];
-    let id = backups
-        .get(at)
-        .map(|b| b.id.to_string())
-        .unwrap_or_default();
-    words.extend(["--backup", &id]);
-    let repository = root(facts).display().to_string();
-    words.extend(["--repo", &repository]);
-    for (option, ours) in [("--target-time", "--to"), ("--target-lsn", "--lsn")] {
-        if let Some(value) = line.option(option) {
-            words.extend([ours, value]);
-        }
-    }
-    if line.option("--target-immediate").is_some() {
-        words.push("--immediate");
-    }
-    let cli = <crate::cli::Cli as clap::Parser>::try_parse_from(words)?;
-    crate::cli::dispatch(cli)
 }
 
 /// Asks the leader for a new WAL segment, as the application's superuser.
@@ -634,25 +538,6 @@ mod tests {
             stored_bytes: 10,
             server_version: 170_004,
         }
-    }
-
-    #[test]
-    fn words_and_options() {
-        let args = [
-            "recover",
-            "--target-time",
-            "2026-01-01 00:00",
-            "pg_cluster",
-            "latest",
-            "/x",
-            "--get-wal",
-            "--format=json",
-        ];
-        let line = Line::of(&args.map(ToOwned::to_owned));
-        assert_eq!(line.words, ["recover", "pg_cluster", "latest", "/x"]);
-        assert_eq!(line.option("--target-time"), Some("2026-01-01 00:00"));
-        assert_eq!(line.option("--get-wal"), Some(""));
-        assert_eq!(line.option("--format"), Some("json"));
     }
 
     #[test]

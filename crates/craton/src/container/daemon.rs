@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout};
 
 use super::entry::{Facts, RUN_DIR};
 use super::environment::{Environment, Kind};
+use super::plan::initdb::{self, Makes};
 use super::plan::{self, API_PORT, FRONT_PORT, Here, NODE_DIR, NodeNames, Plan};
 use super::recover;
 use crate::cli::wait_for;
@@ -121,11 +122,12 @@ fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
     if let Some(database) = recover::restored() {
         return begin_with(&database, &facts.env, names, plan);
     }
-    let brings = plan::may_found(&facts.env, &names.host) && has_strange_data();
+    let may_found = plan::may_found(&facts.env, &names.host);
+    let brings = may_found && has_strange_data();
     if brings {
         plan.set("first_start", "adopt", None);
     }
-    if is_fresh() && plan::may_found(&facts.env, &names.host) {
+    if is_fresh() && may_found {
         let partners = plan::others(&facts.env, &names.host);
         if wait_for(cluster_is_known(&partners))? {
             tracing::info!("a partner knows the cluster: this node joins it");
@@ -135,7 +137,20 @@ fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
             write_secret(&first_start_marker(), if brings { BROUGHT } else { "" })?;
         }
     }
+    if may_found {
+        initdb::set(&facts.env, &mut plan, makes()).map_err(wrong)?;
+    }
     Ok(plan)
+}
+
+/// Also where an agent died between its first file and initdb.
+fn makes() -> Makes {
+    let data = Path::new(NODE_DIR).join("data/PG_VERSION");
+    if first_start_marker().exists() && !data.exists() {
+        Makes::Now
+    } else {
+        Makes::NotNow
+    }
 }
 
 /// The member that a node of the second level streams from: it has no partners, and the one that it is told to follow

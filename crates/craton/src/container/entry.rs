@@ -144,6 +144,7 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
     let all = std::env::vars_os()
         .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
     let env = Environment::gather(kind, all, read_file).map_err(usage)?;
+    plan::check::check(kind, &env).map_err(usage)?;
     for note in env.notes(kind) {
         tracing::info!("{note}");
     }
@@ -164,8 +165,11 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
                 plan::BACKENDS_DEFAULT
             );
         }
-        // Before anything is waited for: people look here when nothing comes up.
-        shown::write_pool_conf(&env).map_err(|e| usage(e.to_string()))?;
+        // Before anything is waited for: people look here when nothing comes up. What is wrong in the settings themselves
+        // was found before; where the file cannot be written (another user, a read-only image), only it is missing.
+        if let Err(error) = shown::write_pool_conf(&env) {
+            tracing::warn!("{error:#}: it is only for people who look there, nothing reads it");
+        }
     }
     let cluster = cluster_name(kind, &env)?;
     let facts = Facts {
@@ -225,11 +229,22 @@ fn directories(
     account: Option<&Account>,
 ) -> anyhow::Result<()> {
     let major = std::env::var("PG_MAJOR").unwrap_or_default();
-    // Before a file changes its owner.
-    let brings = kind == Kind::Node && adopt::look(Path::new(NODE_DIR), &major, founds)?;
-    // Before everything gets its owner: what is made on the way is root's.
-    if brings {
-        adopt::take_over(Path::new(NODE_DIR))?;
+    if kind == Kind::Node {
+        let volume = Path::new(NODE_DIR);
+        let pgdata = std::env::var_os("PGDATA").map(PathBuf::from);
+        if let Some(other) = pgdata.as_deref().filter(|p| **p != volume.join("data")) {
+            tracing::info!(
+                "PGDATA is {}; the data are in {}",
+                other.display(),
+                volume.join("data").display()
+            );
+        }
+        // Before a file changes its owner.
+        let found = adopt::look(volume, pgdata.as_deref(), volume.parent(), &major, founds)?;
+        // Before everything gets its owner: what is made on the way is root's.
+        if let Some(found) = found {
+            adopt::take_over(volume, &found)?;
+        }
     }
     let volume = match kind {
         Kind::Node => Some(PathBuf::from(NODE_DIR)),
@@ -238,7 +253,10 @@ fn directories(
     };
     let own = [PathBuf::from(RUN_DIR), Facts::secrets()];
     for dir in volume.iter().cloned().chain(own) {
-        std::fs::create_dir_all(&dir).with_context(|| format!("cannot make {}", dir.display()))?;
+        std::fs::create_dir_all(&dir).map_err(|e| {
+            let what = format!("cannot make {}: {e}", dir.display());
+            Problem::machine(what, "where the container's own files cannot be written (read_only, user), mount a volume or a tmpfs there that its user owns")
+        })?;
         if let Some(account) = account {
             // A volume of a former image or a mounted directory: its owner may be anybody.
             give(&dir, account)?;
@@ -253,9 +271,20 @@ fn directories(
 fn give(path: &Path, account: &Account) -> anyhow::Result<()> {
     let failed = || format!("cannot give {} to {}", path.display(), account.name);
     let meta = std::fs::symlink_metadata(path).with_context(failed)?;
+    // The file system's own.
+    if path.file_name().is_some_and(|n| n == "lost+found") {
+        return Ok(());
+    }
     if meta.uid() != account.uid {
-        std::os::unix::fs::lchown(path, Some(account.uid), Some(account.gid))
-            .with_context(failed)?;
+        match std::os::unix::fs::lchown(path, Some(account.uid), Some(account.gid)) {
+            Ok(()) => {}
+            // Mounted so by somebody, into a directory of ours: it is not ours to write.
+            Err(e) if e.kind() == std::io::ErrorKind::ReadOnlyFilesystem => {
+                tracing::warn!("{}: {e}; it stays as it is", failed());
+                return Ok(());
+            }
+            Err(e) => return Err(e).with_context(failed),
+        }
     } else if meta.is_dir() && path != Path::new(NODE_DIR) && path != Path::new(RUN_DIR) {
         // Below a directory of its own everything was its own when it was last here.
         return Ok(());

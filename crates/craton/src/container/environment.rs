@@ -1,10 +1,15 @@
 //! The environment of a container: which variables there are, what they mean here, and their `_FILE` forms.
 //!
-//! The table below is the reference (`docs/reference/environment.md`) as well.
+//! The table in `variables` is the reference (`docs/reference/environment.md`) as well.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+
+mod variables;
+
+use variables::{CHECK_USER_DEFAULT, IMAGE_ENV};
+pub use variables::{REPLICATION_DEFAULT, VARIABLES};
 
 /// Which of the images.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
@@ -55,370 +60,6 @@ pub struct Variable {
     pub effect: Effect,
 }
 
-const ALL: &[Kind] = &[Kind::Node, Kind::Proxy, Kind::Backup];
-const NODE: &[Kind] = &[Kind::Node];
-const PROXY: &[Kind] = &[Kind::Proxy];
-const BACKUP: &[Kind] = &[Kind::Backup];
-const NODE_BACKUP: &[Kind] = &[Kind::Node, Kind::Backup];
-const PROXY_BACKUP: &[Kind] = &[Kind::Proxy, Kind::Backup];
-const NODE_PROXY: &[Kind] = &[Kind::Node, Kind::Proxy];
-
-const fn used(
-    kinds: &'static [Kind],
-    name: &'static str,
-    default: &'static str,
-    meaning: &'static str,
-) -> Variable {
-    Variable {
-        name,
-        kinds,
-        default,
-        meaning,
-        effect: Effect::Used,
-    }
-}
-
-const fn secret(
-    kinds: &'static [Kind],
-    name: &'static str,
-    default: &'static str,
-    meaning: &'static str,
-) -> Variable {
-    Variable {
-        name,
-        kinds,
-        default,
-        meaning,
-        effect: Effect::Secret,
-    }
-}
-
-const fn noted(kinds: &'static [Kind], name: &'static str, why: &'static str) -> Variable {
-    Variable {
-        name,
-        kinds,
-        default: "",
-        meaning: "accepted",
-        effect: Effect::Nothing(why),
-    }
-}
-
-/// Every variable, in the order of the reference.
-pub const VARIABLES: &[Variable] = &[
-    secret(
-        ALL,
-        "CRATON_CLUSTER_SECRET",
-        "the replication password",
-        "The password from which the containers of a cluster compute their certificates and internal passwords; the same for all of them. Long and random: whoever has it can do everything",
-    ),
-    used(
-        ALL,
-        "CRATON_SECRETS_DIR",
-        "/etc/craton/secrets",
-        "A directory with secrets and certificates made by `craton ca init` or `craton join`. If it holds `authority.pem`, it is used, and nothing is computed from a password",
-    ),
-    used(
-        ALL,
-        "CLUSTER_NAME",
-        "node: pg_cluster; others ask a node",
-        "The cluster's name",
-    ),
-    used(
-        ALL,
-        "SSH_ENABLE",
-        "0",
-        "1: sshd is started, for the user postgres alone and with keys alone. They are looked for in /var/lib/postgresql/.ssh/keys and /tmp/.ssh/keys",
-    ),
-    used(
-        NODE_PROXY,
-        "CONFIGS",
-        "",
-        "Settings: of PostgreSQL for a node, of pgpool for the proxy, which translates those that mean something here. `name:value[,name:value…]`",
-    ),
-    used(
-        NODE_PROXY,
-        "CONFIGS_DELIMITER_SYMBOL",
-        ",",
-        "What stands between two settings in CONFIGS",
-    ),
-    used(
-        NODE_PROXY,
-        "CONFIGS_ASSIGNMENT_SYMBOL",
-        ":",
-        "What stands between name and value in CONFIGS",
-    ),
-    used(
-        NODE_BACKUP,
-        "POSTGRES_USER",
-        "postgres",
-        "The application's superuser, made at the first start of the first node",
-    ),
-    secret(NODE_BACKUP, "POSTGRES_PASSWORD", "", "Its password"),
-    used(
-        NODE_BACKUP,
-        "POSTGRES_DB",
-        "POSTGRES_USER",
-        "The application's database, made at the first start of the first node",
-    ),
-    used(
-        NODE,
-        "NODE_NAME",
-        "the network name",
-        "The name of the node in `repmgr cluster show`",
-    ),
-    used(
-        NODE,
-        "NODE_ID",
-        "the digits at the end of NODE_NAME + 1000",
-        "The number of the node in `repmgr cluster show` and `get_node_id`",
-    ),
-    used(
-        NODE,
-        "CLUSTER_NODE_NETWORK_NAME",
-        "the host's name",
-        "How others reach this node. The member of the cluster has this name, in lower case and for as long as its volume lives",
-    ),
-    used(
-        NODE,
-        "NODE_PRIORITY",
-        "100",
-        "Preference when a leader is elected; 0 or less: never",
-    ),
-    used(
-        NODE,
-        "PARTNER_NODES",
-        "",
-        "Network names of other nodes, comma separated. An empty node asks them for the cluster before it makes a new one",
-    ),
-    used(
-        NODE,
-        "REPLICATION_PRIMARY_HOST",
-        "",
-        "A node of the cluster that this one joins. Without it, or where it names this node itself, an empty node makes a new cluster if none of its partners knows one. Where PARTNER_NODES is empty and the node named here follows another one itself, this one streams from it (a node of the second level): commits do not wait for it, and it is not elected",
-    ),
-    used(
-        NODE,
-        "CLEAN_OVER_REWIND",
-        "0",
-        "1: a former leader is cloned anew instead of rewound when it comes back. (With 0 that happens only where a rewind cannot work)",
-    ),
-    used(
-        NODE,
-        "REPLICATION_DB",
-        "replication_db",
-        "A database, made at the first start of the first node",
-    ),
-    used(
-        NODE_BACKUP,
-        "REPLICATION_USER",
-        "replication_user",
-        "A role that may replicate and monitor and is no superuser, made at the first start of the first node. Craton itself uses roles of its own",
-    ),
-    secret(
-        NODE_BACKUP,
-        "REPLICATION_PASSWORD",
-        "replication_pass",
-        "Its password",
-    ),
-    used(
-        NODE,
-        "RECONNECT_ATTEMPTS",
-        "",
-        "Times RECONNECT_INTERVAL is the lease of a new cluster, if one of the two is set: so long is a lost leader waited for",
-    ),
-    used(
-        NODE,
-        "RECONNECT_INTERVAL",
-        "",
-        "Seconds; see RECONNECT_ATTEMPTS (3 and 5 where only the other is set). 2 seconds where neither is",
-    ),
-    used(
-        NODE,
-        "MASTER_RESPONSE_TIMEOUT",
-        "",
-        "Seconds after which a leader whose PostgreSQL runs and does not answer is replaced (crash_grace_ms of a new cluster)",
-    ),
-    used(
-        NODE,
-        "STOPPING_TIMEOUT",
-        "5",
-        "Seconds that a planned handover may take when a node is told to stop (SIGTERM)",
-    ),
-    used(
-        NODE,
-        "LOG_LEVEL",
-        "INFO",
-        "The level of the log: DEBUG, INFO, NOTICE, WARNING, ERROR",
-    ),
-    noted(
-        NODE,
-        "REPLICATION_PRIMARY_PORT",
-        "nodes listen on port 5432",
-    ),
-    noted(
-        NODE,
-        "USE_REPLICATION_SLOTS",
-        "every standby has a slot, with max_slot_wal_keep_size as its bound",
-    ),
-    noted(
-        NODE,
-        "CONNECT_TIMEOUT",
-        "the lease decides when a leader is lost",
-    ),
-    noted(
-        NODE,
-        "CHECK_PGCONNECT_TIMEOUT",
-        "the scripts have bounds of their own",
-    ),
-    noted(
-        NODE,
-        "REPMGR_WAIT_POSTGRES_START_TIMEOUT",
-        "a start is waited for as long as it makes progress",
-    ),
-    noted(
-        NODE,
-        "REPMGR_DEGRADED_MONITORING_TIMEOUT",
-        "there is no repmgrd",
-    ),
-    noted(
-        NODE,
-        "REPMGR_SLOT_NAME_PREFIX",
-        "slots are named craton_MEMBER",
-    ),
-    noted(NODE, "REPMGR_MAJOR", "there is no repmgr"),
-    noted(
-        NODE,
-        "LAUNCH_RECOVERY_CHECK_INTERVAL",
-        "recovery is watched all the time",
-    ),
-    noted(
-        NODE,
-        "MASTER_ROLE_LOCK_FILE_NAME",
-        "who leads is in the coordinator, not in a file",
-    ),
-    noted(
-        NODE,
-        "STANDBY_ROLE_LOCK_FILE_NAME",
-        "who follows whom is in the coordinator, not in a file",
-    ),
-    noted(
-        NODE,
-        "FORCE_RECONFIGURE",
-        "settings are applied at every start",
-    ),
-    used(
-        PROXY_BACKUP,
-        "CRATON_WITNESS",
-        "",
-        "The name of a witness: the container is a voter besides, without a database, so that a cluster of two nodes survives the loss of one. It keeps its log in BACKUP_DIR/.witness, at the proxy in /var/lib/postgresql/witness, which must then be a volume, and listens on port 7400",
-    ),
-    used(
-        PROXY_BACKUP,
-        "CLUSTER_NODE_NETWORK_NAME",
-        "the host's name",
-        "How the nodes reach the witness in this container",
-    ),
-    used(
-        PROXY,
-        "BACKENDS",
-        super::plan::BACKENDS_DEFAULT,
-        "The nodes: `num:host:port:weight:data_directory:flag[,…]`. One that is reached is enough: the others are learnt from it. num, host and weight are shown by `show pool_nodes`",
-    ),
-    used(
-        PROXY,
-        "CHECK_USER",
-        "replication_user",
-        "The user of has_write_node.sh and has_enough_backends.sh",
-    ),
-    secret(
-        PROXY,
-        "CHECK_PASSWORD",
-        "replication_pass",
-        "Its password. Without CRATON_CLUSTER_SECRET the nodes' REPLICATION_PASSWORD must be the same, or the default",
-    ),
-    used(
-        PROXY,
-        "REQUIRE_MIN_BACKENDS",
-        "0",
-        "The proxy does not start with fewer nodes that are reached",
-    ),
-    used(
-        PROXY,
-        "WAIT_BACKEND_TIMEOUT",
-        "120",
-        "Seconds to wait for that many nodes",
-    ),
-    used(
-        PROXY,
-        "PCP_USER",
-        "",
-        "If it is set, the container gets a certificate that may operate the cluster, for pcp_promote_node",
-    ),
-    noted(
-        PROXY,
-        "PCP_PASSWORD",
-        "the pcp commands work inside the container, with a certificate",
-    ),
-    noted(
-        PROXY,
-        "DB_USERS",
-        "users are looked up in PostgreSQL; every role that may log in there may log in here",
-    ),
-    noted(
-        PROXY,
-        "CHECK_PGCONNECT_TIMEOUT",
-        "the topology is pushed by the nodes; nothing is polled",
-    ),
-    used(
-        BACKUP,
-        "REPLICATION_HOST",
-        "",
-        "A node to start from, or several, comma separated. The daemon then follows the cluster. Required",
-    ),
-    used(
-        BACKUP,
-        "BACKUP_SCHEDULE",
-        "0 0 * * *",
-        "When base backups are taken: a cron expression of five fields, UTC",
-    ),
-    used(
-        BACKUP,
-        "BACKUP_RETENTION_DAYS",
-        "30",
-        "The recovery window, days: backups and WAL that only older times need are removed; the two newest backups always stay. 0: everything is kept",
-    ),
-    used(BACKUP, "BACKUP_DIR", "/var/backups", "The repository"),
-    used(
-        BACKUP,
-        "REPLICATION_SLOT_NAME",
-        "barman_the_backupper",
-        "The slot that keeps WAL for the daemon",
-    ),
-    used(
-        BACKUP,
-        "UPSTREAM_NAME",
-        "pg_cluster",
-        "The server's name in the output of `barman` commands",
-    ),
-    noted(
-        BACKUP,
-        "REPLICATION_PORT",
-        "nodes tell where their PostgreSQL listens",
-    ),
-    noted(
-        BACKUP,
-        "WAIT_UPSTREAM_TIMEOUT",
-        "a cluster that is not there yet is waited for",
-    ),
-    noted(
-        BACKUP,
-        "POSTGRES_CONNECTION_TIMEOUT",
-        "connecting takes at most 5 seconds",
-    ),
-    noted(BACKUP, "UPSTREAM_CONFIG_FILE", "there is no barman"),
-    noted(ALL, "NOTVISIBLE", "it was of no use before either"),
-];
-
 /// The variables of a container, files read, empty ones left out.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Environment {
@@ -438,7 +79,11 @@ impl Environment {
         for variable in VARIABLES.iter().filter(|v| v.kinds.contains(&kind)) {
             let name = variable.name;
             let file_name = format!("{name}_FILE");
-            let filled = |n: &str| all.get(n).filter(|v| !v.is_empty());
+            let of_image = |n: &str, v: &str| {
+                let mut set = IMAGE_ENV.iter().filter(|(kinds, ..)| kinds.contains(&kind));
+                set.any(|(_, name, value)| *name == n && *value == v)
+            };
+            let filled = |n: &str| all.get(n).filter(|v| !v.is_empty() && !of_image(n, v));
             let value = match (filled(name), filled(&file_name)) {
                 (Some(_), Some(_)) => {
                     return Err(format!(
@@ -496,16 +141,34 @@ impl Environment {
         )
     }
 
-    /// What there is to say about variables that change nothing.
+    /// The old balancer's check user and its password.
+    pub fn check_login(&self) -> (&str, &str) {
+        let user = self.or("CHECK_USER", CHECK_USER_DEFAULT);
+        let said = self.get("CHECK_PASSWORD");
+        let password = said.unwrap_or_else(|| self.or("REPLICATION_PASSWORD", REPLICATION_DEFAULT));
+        (user, password)
+    }
+
+    /// What there is to say about variables that change nothing: each reason once.
     pub fn notes(&self, kind: Kind) -> Vec<String> {
-        let here = VARIABLES.iter().filter(|v| v.kinds.contains(&kind));
-        here.filter_map(|v| match v.effect {
-            Effect::Nothing(why) if self.get(v.name).is_some() => {
-                Some(format!("{} changes nothing: {why}", v.name))
+        let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
+        for v in VARIABLES.iter().filter(|v| v.kinds.contains(&kind)) {
+            let Effect::Nothing(why) = v.effect else {
+                continue;
+            };
+            if self.get(v.name).is_none() {
+                continue;
             }
-            _ => None,
-        })
-        .collect()
+            match reasons.iter_mut().find(|(reason, _)| *reason == why) {
+                Some((_, names)) => names.push(v.name),
+                None => reasons.push((why, vec![v.name])),
+            }
+        }
+        let note = |(why, names): (&str, Vec<&str>)| match names.as_slice() {
+            [one] => format!("{one} changes nothing: {why}"),
+            several => format!("{} change nothing: {why}", several.join(", ")),
+        };
+        reasons.into_iter().map(note).collect()
     }
 }
 
@@ -515,7 +178,7 @@ pub fn is_secret(name: &str) -> bool {
     VARIABLES
         .iter()
         .any(|v| v.name == name && v.effect == Effect::Secret)
-        || matches!(name, "PCP_PASSWORD" | "DB_USERS")
+        || name == "PCP_PASSWORD"
 }
 
 /// The page of the reference.
@@ -590,9 +253,10 @@ fn unquoted(value: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
+    /// What a container of this kind makes of these variables.
     pub(crate) fn env(kind: Kind, variables: &[(&str, &str)]) -> Environment {
         let all = variables
             .iter()
@@ -609,10 +273,10 @@ mod tests {
 
     #[test]
     fn names_are_unique_for_each_image() {
-        for kind in ALL {
+        for kind in [Kind::Node, Kind::Proxy, Kind::Backup] {
             let mut names: Vec<_> = VARIABLES
                 .iter()
-                .filter(|v| v.kinds.contains(kind))
+                .filter(|v| v.kinds.contains(&kind))
                 .map(|v| v.name)
                 .collect();
             let count = names.len();
@@ -690,7 +354,84 @@ mod tests {
         let notes = e.notes(Kind::Node);
         assert_eq!(notes.len(), 1, "{notes:?}");
         assert!(notes[0].starts_with("USE_REPLICATION_SLOTS changes nothing: "));
+        // One reason, one line.
+        let e = env(
+            Kind::Node,
+            &[
+                ("REPMGR_PID_FILE", "/tmp/repmgrd.pid"),
+                ("STOPPING_LOCK_FILE", "/tmp/stop.pid"),
+                ("REPMGR_MAJOR", "3"),
+            ],
+        );
+        let notes = e.notes(Kind::Node);
+        assert_eq!(notes.len(), 2, "{notes:?}");
+        assert_eq!(
+            notes[0],
+            "REPMGR_MAJOR, REPMGR_PID_FILE change nothing: there is no repmgr"
+        );
+        assert!(notes[1].starts_with("STOPPING_LOCK_FILE changes nothing: "));
+        assert!(is_secret("DB_USERS") && is_secret("PCP_PASSWORD_FILE"));
         assert!(is_secret("POSTGRES_PASSWORD_FILE") && is_secret("CHECK_PASSWORD"));
         assert!(!is_secret("POSTGRES_USER"));
+    }
+
+    /// The names and values of a Dockerfile's `ENV`.
+    fn of_dockerfile(name: &str) -> Vec<(String, String)> {
+        let path = format!("{}/../../docker/{name}", env!("CARGO_MANIFEST_DIR"));
+        let text = std::fs::read_to_string(path).unwrap().replace("\\\n", " ");
+        let lines = text.lines().filter_map(|l| l.strip_prefix("ENV "));
+        let pairs = lines.flat_map(str::split_whitespace);
+        pairs
+            .filter_map(|pair| pair.split_once('='))
+            .map(|(k, v)| (k.to_owned(), v.to_owned()))
+            .collect()
+    }
+
+    #[test]
+    fn what_the_image_says_counts_as_not_said() {
+        for (kind, file) in [
+            (Kind::Node, "Dockerfile.postgis"),
+            (Kind::Proxy, "Dockerfile.proxy"),
+            (Kind::Backup, "Dockerfile.backup"),
+        ] {
+            let image = of_dockerfile(file);
+            for (_, name, value) in IMAGE_ENV.iter().filter(|(k, ..)| k.contains(&kind)) {
+                let there = image.iter().any(|(n, v)| n == name && v == value);
+                assert!(there, "{file} lacks {name}={value}");
+            }
+            for (name, _) in &image {
+                assert!(!is_secret(name), "{file}: {name}");
+            }
+            let none = |_: &str| Err("no".to_owned());
+            let e = Environment::gather(kind, image.clone(), none).unwrap();
+            assert_eq!(e, Environment::default(), "{file}");
+            // A file goes over the image's value, as over no value.
+            for (name, _) in image.iter().filter(|(n, _)| {
+                VARIABLES
+                    .iter()
+                    .any(|v| v.name == n && v.kinds.contains(&kind))
+            }) {
+                let mut all = image.clone();
+                all.push((format!("{name}_FILE"), "/f".to_owned()));
+                let e = Environment::gather(kind, all, |_| Ok("mine".into())).unwrap();
+                assert_eq!(e.get(name), Some("mine"), "{file}: {name}");
+            }
+        }
+        let e = env(Kind::Node, &[("REPLICATION_DB", "other")]);
+        assert_eq!(e.get("REPLICATION_DB"), Some("other"));
+    }
+
+    #[test]
+    fn the_check_users_password_is_the_replication_password_where_none_is_said() {
+        let of = |pairs: &[(&str, &str)]| {
+            let e = env(Kind::Proxy, pairs);
+            let (user, password) = e.check_login();
+            format!("{user} {password}")
+        };
+        assert_eq!(of(&[]), "replication_user replication_pass");
+        let replication = ("REPLICATION_PASSWORD", "r");
+        assert_eq!(of(&[replication]), "replication_user r");
+        let all = [("CHECK_USER", "m"), ("CHECK_PASSWORD", "p"), replication];
+        assert_eq!(of(&all), "m p");
     }
 }

@@ -1,7 +1,8 @@
 //! The first process of a container: starts the daemon and what helps it, passes signals on, takes the dead away.
 //!
 //! A daemon that dies is started again at once, and inside its lease: PostgreSQL outlives its agent, so that is no
-//! failover. What ends in order ends the container.
+//! failover. What ends in order ends the container. A node that was removed from the cluster stays as it is, without its
+//! daemon, until somebody decides: the container's restart policy would only start it to be told the same again.
 
 use std::ffi::OsStr;
 use std::os::unix::process::CommandExt as _;
@@ -47,10 +48,18 @@ impl Kept {
     }
 
     fn start(&mut self) -> anyhow::Result<()> {
-        self.pid = Some(spawn(&self.args)?);
         self.started = Instant::now();
+        self.pid = Some(spawn(&self.args)?);
         self.again_at = None;
         Ok(())
+    }
+
+    /// As [`Self::start`], later: PostgreSQL must not be killed because a process cannot be started just now.
+    fn start_again(&mut self) {
+        if let Err(error) = self.start() {
+            tracing::error!("{error:#}; it is tried again");
+            self.died();
+        }
     }
 
     /// Says when it is started again.
@@ -113,7 +122,7 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
         init.side.start()?;
         init.daemon.start()?;
         loop {
-            if let Some(code) = init.reap()? {
+            if let Some(code) = init.reap() {
                 return Ok(code);
             }
             let next = init.next_start();
@@ -123,11 +132,11 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
                 _ = quit.recv() => Stop::Immediate,
                 _ = children.recv() => continue,
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {
-                    init.start_due()?;
+                    init.start_due();
                     continue;
                 }
             };
-            if let Some(code) = init.told(stop)? {
+            if let Some(code) = init.told(stop) {
                 return Ok(code);
             }
         }
@@ -145,18 +154,21 @@ struct Init {
 
 impl Init {
     /// Takes all dead children away; the daemon's exit code where that is the end.
-    fn reap(&mut self) -> anyhow::Result<Option<u8>> {
+    fn reap(&mut self) -> Option<u8> {
         loop {
             let (pid, status) = match wait(WaitOptions::NOHANG) {
                 Ok(Some(dead)) => dead,
-                Ok(None) | Err(rustix::io::Errno::CHILD) => return Ok(None),
+                Ok(None) | Err(rustix::io::Errno::CHILD) => return None,
                 Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => return Err(error).context("cannot wait for children"),
+                Err(error) => {
+                    tracing::error!("cannot wait for children: {error}");
+                    return None;
+                }
             };
             if self.daemon.pid == Some(pid) {
                 if let Some(code) = self.daemon_ended(status) {
                     self.side.signal(Signal::TERM);
-                    return Ok(Some(code));
+                    return Some(code);
                 }
             } else if self.side.pid == Some(pid) {
                 if self.stop.is_none() {
@@ -175,25 +187,34 @@ impl Init {
     }
 
     fn daemon_ended(&mut self, status: WaitStatus) -> Option<u8> {
-        if let Some(code) = status.exit_status() {
-            let code = u8::try_from(code).unwrap_or(exit::FAILURE);
-            // What it says itself (settings, a member that was removed) another start would not change.
-            if self.stop.is_some() || code != exit::FAILURE || self.kind != Kind::Node {
-                return Some(code);
+        let code = status
+            .exit_status()
+            .map(|code| u8::try_from(code).unwrap_or(exit::FAILURE));
+        match after(code, self.kind, self.stop.is_some()) {
+            After::Ends(code) => Some(code),
+            After::Killed => {
+                // As a shell has it.
+                let signal = status.terminating_signal();
+                let code = signal.and_then(|s| u8::try_from(s.saturating_add(128)).ok());
+                Some(code.unwrap_or(exit::FAILURE))
+            }
+            After::StaysDown => {
+                self.daemon.pid = None;
+                tracing::error!(
+                    "this node was removed from the cluster: PostgreSQL is stopped, its files stay, and this container only waits; {}",
+                    exit::SET_ASIDE
+                );
+                None
+            }
+            After::Again => {
+                self.daemon.died();
+                tracing::warn!(
+                    status = status_text(status),
+                    "the daemon ended; it is started again"
+                );
+                None
             }
         }
-        if self.stop.is_some() {
-            // As a shell has it.
-            let signal = status.terminating_signal();
-            let code = signal.and_then(|s| u8::try_from(s.saturating_add(128)).ok());
-            return Some(code.unwrap_or(exit::FAILURE));
-        }
-        self.daemon.died();
-        tracing::warn!(
-            status = status_text(status),
-            "the daemon ended; it is started again"
-        );
-        None
     }
 
     fn next_start(&self) -> Option<Instant> {
@@ -203,7 +224,7 @@ impl Init {
         starts.chain(deadline).min()
     }
 
-    fn start_due(&mut self) -> anyhow::Result<()> {
+    fn start_due(&mut self) {
         let now = Instant::now();
         if let Some((pid, until)) = self.leaving
             && now >= until
@@ -211,34 +232,63 @@ impl Init {
             let _ = kill_process(pid, Signal::KILL);
         }
         if self.stop.is_some() {
-            return Ok(());
+            return;
         }
         for kept in [&mut self.daemon, &mut self.side] {
             if kept.again_at.is_some_and(|at| now >= at) {
-                kept.start()?;
+                kept.start_again();
             }
         }
-        Ok(())
     }
 
-    /// A second, harder word goes over a softer one. The exit code where nothing is left to be stopped.
-    fn told(&mut self, stop: Stop) -> anyhow::Result<Option<u8>> {
+    /// A second, harder word goes over a softer one. The exit code where nothing is left to be stopped. No error leaves
+    /// from here: with this process everything in the container would be killed.
+    fn told(&mut self, stop: Stop) -> Option<u8> {
         tracing::info!(?stop, "told to stop");
         let first = self.stop.replace(stop).is_none();
         if self.daemon.pid.is_none() {
-            return Ok(Some(exit::OK));
+            return Some(exit::OK);
         }
         match stop {
             Stop::Smart if first && self.kind == Kind::Node => {
-                let limit = super::leave::limit()?;
-                let pid = spawn(&["container", "leave"])?;
-                self.leaving = Some((pid, Instant::now() + limit + LEAVE_SLACK));
+                let limit = super::leave::limit();
+                match spawn(&["container", "leave"]) {
+                    Ok(pid) => self.leaving = Some((pid, Instant::now() + limit + LEAVE_SLACK)),
+                    Err(error) => {
+                        tracing::error!("{error:#}: PostgreSQL is stopped without a handover");
+                        self.daemon.signal(Signal::TERM);
+                    }
+                }
             }
             Stop::Smart | Stop::Fast => self.daemon.signal(Signal::TERM),
             // The agent ends without a word; with the container everything in it is killed.
             Stop::Immediate => self.daemon.signal(Signal::QUIT),
         }
-        Ok(None)
+        None
+    }
+}
+
+/// What becomes of the container when its daemon has ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum After {
+    /// It ends, too.
+    Ends(u8),
+    /// It ends: its daemon was killed while it was to stop.
+    Killed,
+    /// The daemon is started again.
+    Again,
+    /// It stays, without a daemon.
+    StaysDown,
+}
+
+/// `code` is none where a signal ended the daemon.
+fn after(code: Option<u8>, kind: Kind, stopping: bool) -> After {
+    match code {
+        Some(exit::REMOVED) if !stopping && kind == Kind::Node => After::StaysDown,
+        // What it says itself (of its settings, say) another start would not change.
+        Some(code) if stopping || code != exit::FAILURE || kind != Kind::Node => After::Ends(code),
+        None if stopping => After::Killed,
+        Some(_) | None => After::Again,
     }
 }
 
@@ -247,5 +297,38 @@ fn status_text(status: WaitStatus) -> String {
         (Some(code), _) => format!("exit code {code}"),
         (None, Some(signal)) => format!("killed by signal {signal}"),
         (None, None) => "unknown".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_becomes_of_a_container_whose_daemon_ended() {
+        let (node, proxy) = (Kind::Node, Kind::Proxy);
+        for (code, kind, stopping, expected) in [
+            (Some(exit::REMOVED), node, false, After::StaysDown),
+            (Some(exit::REMOVED), node, true, After::Ends(exit::REMOVED)),
+            (Some(exit::FAILURE), node, false, After::Again),
+            (None, node, false, After::Again),
+            (None, proxy, false, After::Again),
+            (Some(exit::OK), node, false, After::Ends(exit::OK)),
+            (Some(exit::USAGE), node, false, After::Ends(exit::USAGE)),
+            (
+                Some(exit::FAILURE),
+                proxy,
+                false,
+                After::Ends(exit::FAILURE),
+            ),
+            (Some(exit::OK), node, true, After::Ends(exit::OK)),
+            (None, node, true, After::Killed),
+        ] {
+            assert_eq!(
+                after(code, kind, stopping),
+                expected,
+                "{code:?} {kind:?} {stopping}"
+            );
+        }
     }
 }

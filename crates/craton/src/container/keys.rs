@@ -10,15 +10,21 @@ use craton_trust::files::write_secret;
 use craton_trust::seed::Seed;
 use craton_trust::{Identity, Role, TlsFiles};
 
-use super::environment::{Environment, Kind};
+use super::environment::{Environment, Kind, REPLICATION_DEFAULT};
+use super::plan;
 use crate::certificates::OPERATOR;
 use crate::exit::{Problem, USAGE};
 
 /// Where a directory of secrets is mounted if it is not said.
 pub const PREPARED_DEFAULT: &str = "/etc/craton/secrets";
 
-/// The password that everybody knows from the old README.
-const REPLICATION_DEFAULT: &str = "replication_pass";
+/// libpq's password file in the containers of the proxy and of nodes. Their images name it in PGPASSFILE, so that psql needs
+/// no password there: the old nodes let in whoever was in the container, and at the proxy `$CHECK_PASSWORD` is nothing in
+/// a shell where it came from a file.
+const PGPASS: &str = "pgpass";
+
+/// Passwords that are tried as the cluster's at most: each costs some tenths of a second and a question to a node.
+const CANDIDATES_MAX: usize = 16;
 
 /// What a container is called, as far as its certificate is concerned.
 pub struct Holder<'a> {
@@ -48,6 +54,9 @@ pub fn prepare(
         .mode(0o700)
         .create(into)
         .with_context(|| format!("cannot make {}", into.display()))?;
+    if holder.kind != Kind::Backup {
+        write_secret(&into.join(PGPASS), &pgpass(env, holder))?;
+    }
     let prepared = PathBuf::from(env.or("CRATON_SECRETS_DIR", PREPARED_DEFAULT));
     if prepared.join(BUNDLE_FILE).exists() {
         copy(&prepared, into)?;
@@ -88,22 +97,68 @@ fn copy(from: &Path, into: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The passwords that the cluster's secret may be, and the variables that they are from. An old balancer's check user
-/// is any user: its password may, but need not, be the one that the nodes replicate with.
+/// Lines for the check user's sessions with this proxy and with the nodes behind it, or for the roles that a node was
+/// given, with that node; and for no other host's eyes.
+fn pgpass(env: &Environment, holder: &Holder<'_>) -> String {
+    let own = ["localhost", "127.0.0.1", holder.host].map(ToOwned::to_owned);
+    let mut hosts = own.to_vec();
+    let mut logins = Vec::new();
+    if holder.kind == Kind::Proxy {
+        logins.push(env.check_login());
+        let nodes = plan::backends(env).unwrap_or_default();
+        hosts.extend(nodes.into_iter().map(|b| b.host));
+    } else {
+        for (user, default, password) in [
+            ("POSTGRES_USER", "postgres", "POSTGRES_PASSWORD"),
+            (
+                "REPLICATION_USER",
+                "replication_user",
+                "REPLICATION_PASSWORD",
+            ),
+        ] {
+            logins.extend(env.get(password).map(|p| (env.or(user, default), p)));
+        }
+    }
+    // The file has no way to write such a name.
+    logins.retain(|(user, password)| ![user, password].iter().any(|t| t.contains(['\n', '\r'])));
+    hosts.dedup();
+    let escaped = |t: &str| t.replace('\\', "\\\\").replace(':', "\\:");
+    let login =
+        |(user, password): &(&str, &str)| format!("{}:{}", escaped(user), escaped(password));
+    let lines = |host: &String| {
+        let all = logins
+            .iter()
+            .map(|l| format!("{}:*:*:{}\n", escaped(host), login(l)));
+        all.collect::<String>()
+    };
+    hosts.iter().map(lines).collect()
+}
+
+/// The passwords that the cluster's secret may be, and the variables that they are from. An old balancer's users are any
+/// users: their passwords may, but need not, be the one that the nodes replicate with.
 fn passwords(env: &Environment, kind: Kind) -> Vec<(&str, &'static str)> {
     if let Some(secret) = env.get("CRATON_CLUSTER_SECRET") {
         return vec![(secret, "CRATON_CLUSTER_SECRET")];
     }
     let default = (REPLICATION_DEFAULT, "REPLICATION_PASSWORD");
-    let (variable, sure) = match kind {
-        Kind::Node | Kind::Backup => ("REPLICATION_PASSWORD", true),
-        Kind::Proxy => ("CHECK_PASSWORD", false),
-    };
-    match env.get(variable) {
-        Some(password) if sure || password == REPLICATION_DEFAULT => vec![(password, variable)],
-        Some(password) => vec![(password, variable), default],
-        None => vec![default],
+    let said = |name: &'static str| env.get(name).map(|password| (password, name));
+    let replication = said("REPLICATION_PASSWORD");
+    if kind != Kind::Proxy {
+        return vec![replication.unwrap_or(default)];
     }
+    let users = env.get("DB_USERS").unwrap_or_default().split(',');
+    let users = users.filter_map(|pair| Some((pair.split_once(':')?.1.trim(), "DB_USERS")));
+    let mut found: Vec<(&str, &'static str)> = Vec::new();
+    // Whoever says the nodes' password does not mean the default.
+    let last = replication.is_none().then_some(default);
+    let all = replication.into_iter().chain(said("CHECK_PASSWORD"));
+    let all = all.chain(users).take(CANDIDATES_MAX).chain(last);
+    for candidate in all.filter(|(password, _)| !password.is_empty()) {
+        if !found.iter().any(|(known, _)| *known == candidate.0) {
+            found.push(candidate);
+        }
+    }
+    found
 }
 
 /// Of the passwords the one that the nodes have.
@@ -116,14 +171,26 @@ fn choose<'e>(
     if let [only] = passwords.as_slice() {
         return Ok(*only);
     }
-    for (password, from) in passwords {
+    for (password, from) in &passwords {
         let authority = Seed::from_password(holder.cluster, password)?.authority(holder.cluster)?;
         if judge(authority.certificate_pem())? {
             return Ok((password, from));
         }
     }
-    let what = "the nodes do not have CHECK_PASSWORD as their secret, nor the default of REPLICATION_PASSWORD: they would not trust this proxy";
-    let hint = "set CRATON_CLUSTER_SECRET (or CRATON_CLUSTER_SECRET_FILE) to what the nodes have in it, or else to their REPLICATION_PASSWORD";
+    // Only the default's own candidate is last without the variable being set.
+    let name = |(password, from): &(&str, &'static str)| match *from {
+        "REPLICATION_PASSWORD" if env.get(from) != Some(password) => {
+            "the default of REPLICATION_PASSWORD"
+        }
+        from => from,
+    };
+    let mut tried: Vec<&str> = passwords.iter().map(name).collect();
+    tried.dedup();
+    let what = format!(
+        "the nodes' secret is none of those that this container knows ({}): they would not trust this proxy",
+        tried.join(", ")
+    );
+    let hint = "add one line to this container's environment, `REPLICATION_PASSWORD: …` (or REPLICATION_PASSWORD_FILE) with the value that the nodes have; where the nodes have CRATON_CLUSTER_SECRET (or CRATON_CLUSTER_SECRET_FILE), add that one instead";
     Err(Problem::new(USAGE, what, hint).into())
 }
 
@@ -193,6 +260,9 @@ fn compute(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::super::environment::tests::env as env_of;
     use super::*;
     use craton_trust::Trust;
 
@@ -201,10 +271,7 @@ mod tests {
         variables: &[(&str, &str)],
         into: &Path,
     ) -> anyhow::Result<Vec<String>> {
-        let all = variables
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
-        let env = Environment::gather(kind, all, |p| Err(p.to_owned())).unwrap();
+        let env = env_of(kind, variables);
         let holder = Holder {
             kind,
             cluster: "c",
@@ -214,30 +281,118 @@ mod tests {
         prepare(&env, &holder, into, &|_| panic!("nobody has to be asked"))
     }
 
+    fn proxy_env(pairs: &[(&str, &str)]) -> Environment {
+        env_of(Kind::Proxy, pairs)
+    }
+
+    const BALANCER: Holder<'static> = Holder {
+        kind: Kind::Proxy,
+        cluster: "c",
+        name: "a",
+        host: "pgpool",
+    };
+
     #[test]
     fn the_balancers_password_need_not_be_the_nodes() {
         let dir = tempfile::tempdir().unwrap();
-        let all = [("CHECK_PASSWORD", "monkey_pass")].map(|(k, v)| (k.to_owned(), v.to_owned()));
-        let env = Environment::gather(Kind::Proxy, all, |p| Err(p.to_owned())).unwrap();
-        let holder = Holder {
-            kind: Kind::Proxy,
-            cluster: "c",
-            name: "a",
-            host: "pgpool",
-        };
+        let env = proxy_env(&[("CHECK_PASSWORD", "monkey_pass")]);
         for (asked, theirs) in [(1, "monkey_pass"), (2, REPLICATION_DEFAULT)] {
             let count = std::cell::Cell::new(0);
             let judge = |_: &str| {
                 count.set(count.get() + 1);
                 Ok(count.get() == asked)
             };
-            prepare(&env, &holder, dir.path(), &judge).unwrap();
+            prepare(&env, &BALANCER, dir.path(), &judge).unwrap();
             let secret = std::fs::read_to_string(dir.path().join("proxy")).unwrap();
             let seed = Seed::from_password("c", theirs).unwrap();
             assert_eq!(secret.trim(), seed.secret("proxy").unwrap());
         }
-        let refused = prepare(&env, &holder, dir.path(), &|_| Ok(false)).unwrap_err();
-        assert!(refused.to_string().contains("CHECK_PASSWORD"), "{refused}");
+        let refused = prepare(&env, &BALANCER, dir.path(), &|_| Ok(false)).unwrap_err();
+        let refused = refused.downcast_ref::<Problem>().unwrap();
+        assert_eq!(refused.code, USAGE);
+        let tried = "(CHECK_PASSWORD, the default of REPLICATION_PASSWORD)";
+        assert!(refused.what.contains(tried), "{}", refused.what);
+        let hint = refused.hint.as_deref().unwrap();
+        for line in ["`REPLICATION_PASSWORD: …`", "CRATON_CLUSTER_SECRET"] {
+            assert!(hint.contains(line), "{hint}");
+        }
+    }
+
+    #[test]
+    fn one_line_makes_a_balancer_of_other_users_trusted() {
+        let tried = |pairs: &[(&str, &str)]| -> Vec<String> {
+            let env = proxy_env(pairs);
+            let found = passwords(&env, Kind::Proxy);
+            found.iter().map(|(p, v)| format!("{v}={p}")).collect()
+        };
+        let stock = [
+            ("CHECK_PASSWORD", "monkey_pass"),
+            ("DB_USERS", "monkey_user:monkey_pass,other: b"),
+        ];
+        assert_eq!(
+            tried(&stock),
+            [
+                "CHECK_PASSWORD=monkey_pass",
+                "DB_USERS=b",
+                "REPLICATION_PASSWORD=replication_pass"
+            ]
+        );
+        let [check, users] = stock;
+        assert_eq!(
+            tried(&[check, users, ("REPLICATION_PASSWORD", "r")]),
+            [
+                "REPLICATION_PASSWORD=r",
+                "CHECK_PASSWORD=monkey_pass",
+                "DB_USERS=b"
+            ]
+        );
+        // Said alone it is sure: nobody has to be asked.
+        assert_eq!(
+            tried(&[("REPLICATION_PASSWORD", "r")]),
+            ["REPLICATION_PASSWORD=r"]
+        );
+        assert_eq!(
+            tried(&[check, ("CRATON_CLUSTER_SECRET", "s")]),
+            ["CRATON_CLUSTER_SECRET=s"]
+        );
+        let many: Vec<String> = (0..100).map(|n| format!("u{n}:p{n}")).collect();
+        assert_eq!(tried(&[("DB_USERS", &many.join(","))]).len(), 17);
+    }
+
+    #[test]
+    fn psql_in_the_containers_finds_passwords() {
+        let env = proxy_env(&[
+            ("CHECK_USER", "mon:key"),
+            ("CHECK_PASSWORD", "p:a\\ss"),
+            ("BACKENDS", "0:pgmaster::::,1:pgslave1::::"),
+        ]);
+        let hosts = ["localhost", "127.0.0.1", "pgpool", "pgmaster", "pgslave1"];
+        let lines = hosts.map(|h| format!("{h}:*:*:mon\\:key:p\\:a\\\\ss\n"));
+        assert_eq!(pgpass(&env, &BALANCER), lines.concat());
+        // What a line cannot hold is left out, and is no other line either.
+        let env = proxy_env(&[("CHECK_PASSWORD", "a\n*:*:*:postgres:b")]);
+        assert_eq!(pgpass(&env, &BALANCER), "");
+
+        // In a node's container the roles that it was given.
+        let node = Holder {
+            kind: Kind::Node,
+            host: "pgmaster",
+            ..BALANCER
+        };
+        let given = [("POSTGRES_USER", "monkey"), ("POSTGRES_PASSWORD", "mp")];
+        let given = env_of(Kind::Node, &given);
+        let lines = ["localhost", "127.0.0.1", "pgmaster"].map(|h| format!("{h}:*:*:monkey:mp\n"));
+        assert_eq!(pgpass(&given, &node), lines.concat());
+
+        let dir = tempfile::tempdir().unwrap();
+        let env = proxy_env(&[("CRATON_CLUSTER_SECRET", "s")]);
+        let judge = |_: &str| panic!("nobody has to be asked");
+        prepare(&env, &BALANCER, dir.path(), &judge).unwrap();
+        let path = dir.path().join(PGPASS);
+        let mode = std::fs::metadata(&path).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.starts_with("localhost:*:*:replication_user:replication_pass\n"));
     }
 
     fn there(dir: &Path) -> Vec<String> {
@@ -265,13 +420,17 @@ mod tests {
                 "authority.pem",
                 "operator.pem",
                 "peers",
+                "pgpass",
                 "proxy",
                 "replication",
                 "rewind",
                 "superuser"
             ]
         );
-        assert_eq!(there(&proxy), ["authority.pem", "proxy", "proxy.pem"]);
+        assert_eq!(
+            there(&proxy),
+            ["authority.pem", "pgpass", "proxy", "proxy.pem"]
+        );
         assert_eq!(
             there(&backup),
             ["authority.pem", "backup.pem", "operator.pem", "replication"]
@@ -308,7 +467,8 @@ mod tests {
         craton_trust::authority::ensure(&from, "c").unwrap();
         let from_text = from.display().to_string();
         prepared(Kind::Node, &[("CRATON_SECRETS_DIR", &from_text)], &into).unwrap();
-        assert_eq!(there(&from), there(&into));
+        let own = there(&into).into_iter().filter(|name| name != PGPASS);
+        assert_eq!(there(&from), own.collect::<Vec<_>>());
         let empty = dir.path().join("empty").display().to_string();
         let refused = prepared(Kind::Node, &[("CRATON_SECRETS_DIR", &empty)], &into);
         assert!(refused.unwrap_err().to_string().contains("authority.pem"));

@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use tokio_postgres::{NoTls, SimpleQueryMessage};
 
 use super::entry::Facts;
+use super::options::{Accepted, Line, Opt, Takes, short};
 use super::repmgr::access;
 use crate::change::{self, SwitchoverArgs};
 use crate::cli::wait_for;
@@ -27,17 +28,17 @@ struct Row {
 }
 
 async fn rows(facts: &Facts) -> anyhow::Result<Vec<Row>> {
-    let plan = super::plan::proxy(&facts.env, &super::plan::Here::default())
-        .map_err(anyhow::Error::msg)?;
-    let listen = plan.settings.iter().find(|s| s.key == "listen");
-    let port = listen
-        .and_then(|s| s.value.as_str()?.rsplit_once(':')?.1.parse().ok())
+    let listens = super::settings::proxy_address()?;
+    let (host, port) = listens
+        .rsplit_once(':')
+        .and_then(|(host, port)| Some((host, port.parse().ok()?)))
         .context("the proxy's port is not known")?;
+    let (user, password) = facts.env.check_login();
     let (client, connection) = tokio_postgres::Config::new()
-        .host("127.0.0.1")
+        .host(host)
         .port(port)
-        .user(facts.env.or("CHECK_USER", "replication_user"))
-        .password(facts.env.or("CHECK_PASSWORD", "replication_pass"))
+        .user(user)
+        .password(password)
         .dbname("postgres")
         .connect_timeout(ASK_TIMEOUT)
         .connect(NoTls)
@@ -93,31 +94,86 @@ pub async fn has_enough(args: &[String]) -> anyhow::Result<u8> {
     Ok(if up >= least { exit::OK } else { exit::FAILURE })
 }
 
-/// The last word that is a number, or follows `-n`: the node.
-fn node_of(args: &[String]) -> Option<&str> {
-    let mut found = None;
-    let mut rest = args.iter();
-    while let Some(arg) = rest.next() {
-        match arg.as_str() {
-            "-h" | "-p" | "-U" | "-t" | "--host" | "--port" | "--username" => {
-                rest.next();
-            }
-            word => {
-                let word = word.strip_prefix("--node-id=").unwrap_or(word);
-                if word.bytes().all(|b| b.is_ascii_digit()) && !word.is_empty() {
-                    found = Some(word);
-                }
-            }
-        }
+/// Options of the `pcp_*` programs.
+const KNOWN: &[Opt] = &[
+    short('?', "help", Takes::Nothing),
+    short('V', "version", Takes::Nothing),
+    short('h', "host", Takes::Value),
+    short('p', "port", Takes::Value),
+    short('U', "username", Takes::Value),
+    short('t', "timeout", Takes::Value),
+    short('w', "no-password", Takes::Nothing),
+    short('W', "password", Takes::Nothing),
+    short('d', "debug", Takes::Nothing),
+    short('v', "verbose", Takes::Nothing),
+    short('n', "node-id", Takes::Value),
+    short('g', "gracefully", Takes::Nothing),
+    short('s', "switchover", Takes::Nothing),
+    short('a', "all", Takes::Nothing),
+];
+
+/// How to connect, which nobody needs to say in the proxy's own container; and how much is said.
+const EVERYWHERE: &[&str] = &[
+    "host",
+    "port",
+    "username",
+    "timeout",
+    "no-password",
+    "password",
+    "debug",
+];
+
+/// Words of the old form, `pcp_NAME TIMEOUT HOST PORT USER PASSWORD NODE`.
+const OLD_WORDS: usize = 6;
+
+/// What becomes of the other options.
+fn accepted(name: &str) -> Accepted {
+    let (done, needless): (&'static [&'static str], &'static [&'static str]) = match name {
+        // Verbose is another form of the output.
+        "pcp_node_info" => (&["node-id"], &[]),
+        // The leader always hands over, and waits for what runs.
+        "pcp_promote_node" => (&["node-id"], &["gracefully", "switchover", "verbose"]),
+        "pcp_node_count" => (&[], &["verbose"]),
+        _ => (&["node-id"], &["gracefully", "verbose"]),
+    };
+    Accepted {
+        done,
+        needless,
+        words: OLD_WORDS,
     }
-    found
+}
+
+fn understand(name: &str, args: &[String]) -> anyhow::Result<Line> {
+    let line = Line::of(name, KNOWN, args)?;
+    if !line.has("help") && !line.has("version") {
+        line.check(name, EVERYWHERE, &accepted(name), |_| {
+            let asks = ["pcp_node_info", "pcp_node_count"].contains(&name);
+            asks.then_some("SHOW pool_nodes in any session of the proxy has all of it")
+        })?;
+    }
+    Ok(line)
+}
+
+/// The node: what `-n` says, else the last word.
+fn node_of(line: &Line) -> Option<&str> {
+    let last = line.words.last().map(String::as_str);
+    let word = line.option("node-id").or(last)?;
+    (!word.is_empty() && word.bytes().all(|b| b.is_ascii_digit())).then_some(word)
 }
 
 /// Runs `pcp_NAME ARGS`.
 pub fn run(name: &str, args: &[String]) -> anyhow::Result<u8> {
+    let line = understand(name, args)?;
+    if line.has("help") || line.has("version") {
+        output::line(format!(
+            "{name} (craton {}) [-n] NODE; SHOW pool_nodes shows the nodes",
+            env!("CARGO_PKG_VERSION")
+        ));
+        return Ok(exit::OK);
+    }
     let facts = Facts::require()?;
     let node = || {
-        node_of(args).map(ToOwned::to_owned).ok_or_else(|| {
+        node_of(&line).map(ToOwned::to_owned).ok_or_else(|| {
             anyhow::Error::from(Problem::new(
                 USAGE,
                 format!("{name} needs the number of a node"),
@@ -203,18 +259,47 @@ async fn promote(facts: &Facts, wanted: &str) -> anyhow::Result<u8> {
 mod tests {
     use super::*;
 
+    fn typed(name: &str, line: &str) -> anyhow::Result<Line> {
+        understand(name, &crate::container::options::typed(line))
+    }
+
     #[test]
     fn the_node_among_the_options() {
-        let node = |line: &str| {
-            let args: Vec<String> = line.split_whitespace().map(ToOwned::to_owned).collect();
-            node_of(&args).map(ToOwned::to_owned)
+        let node = |text: &str| {
+            let line = typed("pcp_attach_node", text).unwrap();
+            node_of(&line).map(ToOwned::to_owned)
         };
         assert_eq!(
             node("-h localhost -p 9898 -U pcp_user -w 2").as_deref(),
             Some("2")
         );
         assert_eq!(node("-h localhost -U u -w -n 3").as_deref(), Some("3"));
+        assert_eq!(node("-w -n3").as_deref(), Some("3"));
         assert_eq!(node("--node-id=4").as_deref(), Some("4"));
+        assert_eq!(node("--node-id 4").as_deref(), Some("4"));
+        assert_eq!(node("10 localhost 9898 u 7 5").as_deref(), Some("5"));
         assert_eq!(node("-p 9898 -w"), None);
+        assert_eq!(node("-p 9898 x"), None);
+    }
+
+    #[test]
+    fn what_would_be_left_out_is_refused_by_name() {
+        for (name, text, option) in [
+            ("pcp_node_info", "-v 0", "--verbose"),
+            ("pcp_node_info", "-a", "--all"),
+            ("pcp_promote_node", "--force 1", "--force"),
+            ("pcp_node_count", "-n 1", "--node-id"),
+        ] {
+            let error = typed(name, text).unwrap_err();
+            assert!(error.to_string().contains(option), "{name} {text}: {error}");
+            assert_eq!(exit::code_of(&error), USAGE, "{name} {text}");
+        }
+        for (name, text) in [
+            ("pcp_promote_node", "-h localhost -U u -w -g -s 1"),
+            ("pcp_detach_node", "-v -n 1"),
+            ("pcp_node_count", "-U u -w -v"),
+        ] {
+            typed(name, text).unwrap_or_else(|e| panic!("{name} {text}: {e}"));
+        }
     }
 }

@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::environment::{Environment, configs};
 
+pub mod check;
+pub mod initdb;
 mod pgpool;
 
 /// PostgreSQL's port in every container.
@@ -415,24 +417,7 @@ pub fn proxy(env: &Environment, here: &Here<'_>) -> Result<Plan, String> {
     plan.set("http", PROXY_HTTP, None);
     plan.set("auth_password_file", format!("{secrets}/proxy"), None);
     plan.set("tls.dir", secrets, None);
-    let mut port = POSTGRES_PORT;
-    let mut port_from = None;
-    for (name, value) in configs(env)? {
-        if name == "port" {
-            port = value
-                .parse()
-                .map_err(|_| format!("CONFIGS: port {value} is no port"))?;
-            port_from = Some("CONFIGS");
-        } else {
-            pgpool::translated(&mut plan, &name, &value)?;
-        }
-    }
-    plan.set("listen", format!("0.0.0.0:{port}"), port_from);
-    plan.set(
-        "listen_read",
-        format!("0.0.0.0:{}", port.saturating_add(1)),
-        port_from,
-    );
+    pgpool::apply(&mut plan, &configs(env)?)?;
     Ok(plan)
 }
 
@@ -516,15 +501,8 @@ pub fn backup(env: &Environment, here: &Here<'_>, known: &[String]) -> Result<Pl
 
 #[cfg(test)]
 mod tests {
-    use super::super::environment::Kind;
+    use super::super::environment::{Kind, tests::env};
     use super::*;
-
-    fn env(kind: Kind, variables: &[(&str, &str)]) -> Environment {
-        let all = variables
-            .iter()
-            .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
-        Environment::gather(kind, all, |p| Err(p.to_owned())).unwrap()
-    }
 
     const HERE: Here<'static> = Here {
         secrets: "/s",
@@ -675,12 +653,12 @@ mod tests {
                 ),
                 (
                     "CONFIGS",
-                    "num_init_children:250,max_pool:4,health_check_period:30",
+                    "num_init_children:25,max_pool:4,health_check_period:30",
                 ),
             ],
         );
         let plan = proxy(&e, &HERE).unwrap();
-        let (config, origin) = settings::<craton_proxy::ProxyConfig>(&plan, "clients_max");
+        let (config, origin) = settings::<craton_proxy::ProxyConfig>(&plan, "pool_size");
         config.check().unwrap();
         assert_eq!(
             config.agents,
@@ -691,13 +669,14 @@ mod tests {
                 "pgslave2:9898"
             ]
         );
-        assert_eq!((config.clients_max, config.pool_size), (250, 4));
+        assert_eq!((config.clients_max, config.pool_size), (10_000, 25));
         assert_eq!(origin.as_deref(), Some("the variable CONFIGS"));
         assert_eq!(
             config.pool_nodes.iter().map(|n| n.id).collect::<Vec<_>>(),
             [0, 1, 3, 2]
         );
-        assert!(plan.notes[0].contains("health_check_period changes nothing"));
+        let health = "health_check_period changes nothing";
+        assert!(plan.notes.iter().any(|n| n.contains(health)));
         for wrong in ["x:h", "0:", "0:h:x", "0:h:1:-2", "0:a,0:b"] {
             assert!(
                 proxy(&env(Kind::Proxy, &[("BACKENDS", wrong)]), &HERE).is_err(),

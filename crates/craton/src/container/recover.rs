@@ -11,8 +11,9 @@ use anyhow::Context as _;
 use clap::Args;
 use jiff::Timestamp;
 
+use super::entry::Facts;
 use super::names::become_account;
-use super::plan::{NODE_DIR, NodeNames, Plan, own_peer};
+use super::plan::{self, NODE_DIR, NodeNames, Plan, own_peer};
 use crate::exit::{self, Problem};
 use crate::{output, owner};
 
@@ -114,9 +115,28 @@ pub fn set_aside() -> anyhow::Result<u8> {
     as_service()?;
     let volume = Path::new(NODE_DIR);
     refuse_in_use(volume)?;
+    refuse_to_found_again()?;
     let aside = move_aside(volume, Timestamp::now())?;
     say(aside.as_deref());
     Ok(exit::OK)
+}
+
+/// In a container that runs: with nothing in its volume, and nobody to ask, it would make a second cluster.
+fn refuse_to_found_again() -> anyhow::Result<()> {
+    let Some(facts) = Facts::load()? else {
+        return Ok(());
+    };
+    let Some(names) = &facts.node else {
+        return Ok(());
+    };
+    if !plan::may_found(&facts.env, &names.host)
+        || !plan::others(&facts.env, &names.host).is_empty()
+    {
+        return Ok(());
+    }
+    let what = "this node is told of no other (PARTNER_NODES, REPLICATION_PRIMARY_HOST): with an empty volume it would make a cluster of its own";
+    let hint = "set PARTNER_NODES to the cluster's other nodes, make the container anew (`docker-compose up -d`), then set aside";
+    Err(Problem::new(exit::REFUSED, what, hint).into())
 }
 
 fn say(aside: Option<&Path>) {

@@ -1,5 +1,9 @@
 //! `repmgr` as people type it and scripts parse it, over what the agents say; and the old node image's scripts.
 
+mod changes;
+mod commands;
+mod major;
+
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -14,10 +18,11 @@ use super::entry::Facts;
 use super::first_start;
 use super::plan::FRONT_PORT;
 use crate::access::Access;
-use crate::change::{self, FailoverArgs, SwitchoverArgs};
 use crate::cli::wait_for;
-use crate::exit::{self, Problem, USAGE};
-use crate::{member, output};
+use crate::exit::{self, Problem};
+use crate::output;
+use commands::{Asked, HELP, understand};
+pub use major::is_major;
 
 /// repmgr's exit code for "something is not as it should be" (`ERR_NODE_STATUS`).
 const NODE_STATUS: u8 = 25;
@@ -119,68 +124,32 @@ fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     text.join("\n")
 }
 
-fn usage(what: &str) -> anyhow::Error {
-    let hint = "known are: cluster show|crosscheck|matrix, node status, standby switchover|promote|follow|unregister, primary|standby register";
-    Problem::new(USAGE, what, hint).into()
-}
-
 /// Runs `repmgr ARGS`.
 pub fn run(args: &[String]) -> anyhow::Result<u8> {
-    // -f FILE and the like speak of a configuration that does not exist any more.
-    let mut words = Vec::new();
-    let mut rest = args.iter();
-    while let Some(arg) = rest.next() {
-        match arg.as_str() {
-            "-f" | "--config-file" | "-h" | "-U" | "-d" | "-p" | "-L" => {
-                rest.next();
-            }
-            a if a.starts_with('-') => {}
-            a => words.push(a.to_owned()),
+    let (asked, line) = understand(args)?;
+    let (csv, dry) = (line.has("csv"), line.has("dry-run"));
+    match asked {
+        Asked::Help => {
+            output::line(format!("repmgr, as Craton has it; {HELP}"));
+            Ok(exit::OK)
         }
-    }
-    let has = |name: &str| args.iter().any(|a| a == name);
-    if has("--version") || has("-V") {
-        output::line(format!("repmgr (craton {})", env!("CARGO_PKG_VERSION")));
-        return Ok(exit::OK);
-    }
-    let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    match words.as_slice() {
-        ["cluster", "show"] => wait_for(show(has("--csv"))),
-        ["cluster", "crosscheck" | "matrix"] => wait_for(crosscheck(has("--csv"))),
-        ["cluster", "event"] => wait_for(async { crate::history::run(&access()?, false).await }),
-        ["node", "status" | "check"] => wait_for(node_status()),
-        ["standby", "switchover"] => wait_for(async {
-            let to = Some(own_member()?);
-            let args = SwitchoverArgs {
-                to,
-                at: None,
-                cancel: false,
-            };
-            change::switchover(&access()?, args, false).await
-        }),
-        ["standby", "promote"] => wait_for(async {
-            let to = Some(own_member()?);
-            let args = FailoverArgs {
-                to,
-                allow_data_loss: false,
-                yes: false,
-            };
-            change::failover(&access()?, args, false).await
-        }),
-        ["standby" | "primary" | "master", "unregister"] => unregister(args),
-        ["standby", "follow" | "register" | "clone"]
-        | ["primary" | "master", "register"]
-        | ["node", "rejoin" | "service"] => {
+        Asked::Version => {
+            output::line(format!("repmgr (craton {})", env!("CARGO_PKG_VERSION")));
+            Ok(exit::OK)
+        }
+        Asked::Show => wait_for(show(csv)),
+        Asked::Crosscheck => wait_for(crosscheck(csv)),
+        Asked::Events => wait_for(async { crate::history::run(&access()?, false).await }),
+        Asked::NodeStatus => wait_for(node_status()),
+        Asked::Switchover => wait_for(changes::switchover(dry)),
+        Asked::Promote => wait_for(changes::promote(dry)),
+        Asked::Unregister => wait_for(changes::unregister(&line)),
+        Asked::Nothing => {
             output::line(
                 "nothing to do: the agent of each node does this by itself (craton status, craton explain)",
             );
             Ok(exit::OK)
         }
-        [] => Err(usage("repmgr needs a command")),
-        other => Err(usage(&format!(
-            "there is no repmgr command \"{}\" here",
-            other.join(" ")
-        ))),
     }
 }
 
@@ -333,34 +302,6 @@ async fn node_status() -> anyhow::Result<u8> {
     })
 }
 
-fn unregister(args: &[String]) -> anyhow::Result<u8> {
-    let wanted = args.iter().find_map(|a| a.strip_prefix("--node-id="));
-    let wanted: Option<u32> = wanted
-        .map(str::parse)
-        .transpose()
-        .context("--node-id is no number")?;
-    wait_for(async {
-        let access = access()?;
-        let member = match wanted {
-            None => own_member()?,
-            Some(id) => {
-                let status = access.status().await?;
-                let found = nodes(&status).await.into_iter().find(|n| n.id == Some(id));
-                let hint = "a node that does not run tells no number: craton member list, craton member remove NAME";
-                found.map(|n| n.view.id).ok_or_else(|| {
-                    Problem::new(
-                        exit::FAILURE,
-                        format!("no node with the number {id} answers"),
-                        hint,
-                    )
-                })?
-            }
-        };
-        let command = member::MemberCommand::Remove { member, yes: true };
-        member::run(&access, &Facts::secrets(), command, false).await
-    })
-}
-
 /// `get_node_id`
 pub fn node_id() -> anyhow::Result<u8> {
     let id = if let Some(node) = Facts::load()?.and_then(|f| f.node) {
@@ -423,36 +364,6 @@ async fn serves() -> anyhow::Result<()> {
         own.state
     );
     Ok(())
-}
-
-/// `is_major_master.sh`: 1 when this node believes to be the primary and is not, or cannot know.
-pub async fn is_major() -> anyhow::Result<u8> {
-    let me = own_member()?;
-    let client = access()?
-        .client()
-        .clone()
-        .with_timeout(Duration::from_secs(2));
-    let at = super::side::daemon_address(super::environment::Kind::Node);
-    let own: Result<StatusView, _> = client.get_json(&at, "/v1/status").await;
-    let writes = accepts_writes().await;
-    let fine = match own {
-        // Its agent says that it leads, with a lease in its hand.
-        Ok(status) if status.leader.as_ref() == Some(&me) => status.writable,
-        Ok(_) | Err(_) => !writes,
-    };
-    Ok(if fine { exit::OK } else { exit::FAILURE })
-}
-
-async fn accepts_writes() -> bool {
-    let look = async {
-        let client = first_start::session("postgres").await?;
-        let row = client.query_one("SELECT pg_is_in_recovery()", &[]).await?;
-        anyhow::Ok(!row.try_get::<_, bool>(0)?)
-    };
-    matches!(
-        tokio::time::timeout(Duration::from_secs(2), look).await,
-        Ok(Ok(true))
-    )
 }
 
 #[cfg(test)]

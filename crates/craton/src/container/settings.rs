@@ -3,6 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use craton_agent::witness::WitnessConfig;
+use craton_proxy::ProxyConfig;
+
 use super::entry::{Facts, RUN_DIR};
 use super::environment::Kind;
 use crate::cli::DaemonArgs;
@@ -29,15 +32,34 @@ pub fn own() -> anyhow::Result<Option<(Kind, Vec<Own>)>> {
         return Ok(None);
     }
     let table = facts.kind.as_str();
-    let sources = Sources::gather(&DaemonArgs {
-        config: file.clone(),
-        set: Vec::new(),
-        pid_file: None,
-    })?;
+    let sources = sources(&file)?;
     let values: toml::Table = sources.table(table)?;
     let file = file.display().to_string();
     let rows = rows(table, &values, &sources.origins(table)?, &file);
     Ok(Some((facts.kind, rows)))
+}
+
+fn sources(file: &Path) -> anyhow::Result<Sources> {
+    Sources::gather(&DaemonArgs {
+        config: file.to_owned(),
+        set: Vec::new(),
+        pid_file: None,
+    })
+}
+
+/// Where this container's proxy takes clients, as seen from inside.
+pub fn proxy_address() -> anyhow::Result<String> {
+    let sources = sources(&Path::new(RUN_DIR).join("craton.toml"))?;
+    let (config, _) = sources.table_and_witness::<ProxyConfig, WitnessConfig>("proxy")?;
+    Ok(from_inside(&config.listen))
+}
+
+/// An address that stands for all of the host's is reached by loopback.
+fn from_inside(listen: &str) -> String {
+    match listen.rsplit_once(':') {
+        Some(("0.0.0.0" | "[::]" | "*" | "", port)) => format!("127.0.0.1:{port}"),
+        _ => listen.to_owned(),
+    }
 }
 
 fn rows(
@@ -74,6 +96,13 @@ fn flatten(prefix: &str, values: &toml::Table, into: &mut Vec<(String, String)>)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_for_all_is_asked_at_loopback() {
+        assert_eq!(from_inside("0.0.0.0:5432"), "127.0.0.1:5432");
+        assert_eq!(from_inside("[::]:5432"), "127.0.0.1:5432");
+        assert_eq!(from_inside("10.0.0.1:6432"), "10.0.0.1:6432");
+    }
 
     #[test]
     fn every_setting_with_its_variable() {

@@ -22,6 +22,7 @@ use super::environment::Kind;
 use super::plan::{API_PORT, FRONT_PORT, PROXY_HTTP};
 use super::schedule::Schedule;
 use super::{barman, daemon, first_start, nodes_table, recover, shown};
+use crate::backup::CHANGE_TIMEOUT;
 use crate::certificates;
 use crate::cli::wait_for;
 
@@ -68,7 +69,8 @@ pub fn daemon_address(kind: Kind) -> String {
     }
 }
 
-fn role(kind: Kind) -> Role {
+/// What the daemon's certificate says that it is.
+pub fn role(kind: Kind) -> Role {
     match kind {
         Kind::Node => Role::Node,
         Kind::Proxy => Role::Proxy,
@@ -142,7 +144,7 @@ async fn backups(facts: Arc<Facts>) {
 /// Asks the daemon of this container for a base backup.
 pub async fn ask_for_backup() -> anyhow::Result<RunAcceptedView> {
     let trust = certificates::operator(&Facts::secrets())?;
-    let client = Client::trusted(trust, Role::Backup);
+    let client = Client::trusted(trust, Role::Backup).with_timeout(CHANGE_TIMEOUT);
     let at = daemon_address(Kind::Backup);
     Ok(client
         .post_json(&at, "/v1/backup/run", &serde_json::json!({}))

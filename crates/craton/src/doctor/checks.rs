@@ -8,7 +8,7 @@ use craton_core::libraries::differences;
 use craton_core::topology::MemberRole;
 
 use super::facts::Facts;
-use super::{Finding, Severity, slots, store};
+use super::{Finding, Severity, guarantees, slots, store};
 use crate::output;
 
 /// A check.
@@ -85,6 +85,21 @@ pub const CHECKS: &[Check] = &[
     ),
     check("settings", "settings that differ between members", settings),
     check(
+        "guarantees",
+        "settings of servers, roles and databases that give up what is promised of commits",
+        guarantees::guarantees,
+    ),
+    check(
+        "release",
+        "minor releases of PostgreSQL with a hole in synchronous replication",
+        guarantees::release,
+    ),
+    check(
+        "fence",
+        "fences that may be late on a busy host",
+        guarantees::fence,
+    ),
+    check(
         "clocks",
         "wall clocks that differ: history, schedules and restores to a time go by them",
         clocks,
@@ -159,6 +174,19 @@ fn election(f: &Facts) -> Vec<Finding> {
     let Some(e) = &f.status.election else {
         return vec![];
     };
+    if e.recovered {
+        let what = format!(
+            "the election of term {} stands on records that an operator recovered: they may be older than what the lost members acknowledged, so nobody is promoted by itself",
+            e.term
+        );
+        return vec![found(
+            "election",
+            Severity::Critical,
+            "cluster",
+            what,
+            "craton failover --allow-data-loss says what is known, and goes on with what is here",
+        )];
+    }
     if e.sealed.len() >= e.seals_needed as usize {
         return vec![];
     }

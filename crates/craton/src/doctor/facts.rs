@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use craton_backup::views::BackupStatusView;
 use craton_console::Client;
-use craton_console::views::{ConfigView, CoordinatorView, HistoryView, StatusView};
+use craton_console::views::{ConfigView, CoordinatorView, GuaranteesView, HistoryView, StatusView};
 use craton_core::MemberId;
 use craton_trust::{Expect, Role};
 use tokio::net::TcpStream;
@@ -32,8 +32,17 @@ pub struct Asked {
     pub config: Option<ConfigView>,
     /// How it reaches the cluster's records, where it answered.
     pub coordinator: Option<CoordinatorView>,
+    /// What limits the guarantees there, where it answered.
+    pub guarantees: Option<GuaranteesView>,
     /// How far its wall clock is ahead of this machine's, milliseconds, at least.
     pub ahead_ms: i64,
+}
+
+impl Asked {
+    /// Whose agent answered.
+    fn member(&self) -> Option<&MemberId> {
+        self.status.as_ref().ok().map(|s| &s.answered_by)
+    }
 }
 
 /// A member's PostgreSQL as seen from here.
@@ -92,9 +101,14 @@ pub async fn gather(access: &Access, dir: &Path) -> anyhow::Result<Facts> {
         }
     }
     let client = access.client().clone().with_timeout(LOOK_TIMEOUT);
-    let mut agents = Vec::new();
+    let mut agents: Vec<Asked> = Vec::new();
     for api in addresses {
-        agents.push(ask(&client, api).await);
+        let asked = ask(&client, api).await;
+        // One agent may be known by two addresses, as in a container by its own loopback and by its name.
+        let again = |other: &Asked| asked.member().is_some_and(|m| other.member() == Some(m));
+        if !agents.iter().any(again) {
+            agents.push(asked);
+        }
     }
     let mut doors = Vec::new();
     for m in &status.members {
@@ -137,21 +151,23 @@ async fn ask(client: &Client, api: String) -> Asked {
             _ => 0,
         }
     });
-    let (config, coordinator) = match &status {
+    let (config, coordinator, guarantees) = match &status {
         Ok(_) => {
             let patient = client.clone().with_timeout(STORE_TIMEOUT);
             (
                 client.get_json(&api, "/v1/config").await.ok(),
                 patient.get_json(&api, "/v1/coordinator").await.ok(),
+                client.get_json(&api, "/v1/guarantees").await.ok(),
             )
         }
-        Err(_) => (None, None),
+        Err(_) => (None, None, None),
     };
     Asked {
         status: status.map_err(|e| e.to_string()),
         api,
         config,
         coordinator,
+        guarantees,
         ahead_ms,
     }
 }

@@ -9,8 +9,8 @@ use std::path::PathBuf;
 
 use craton_backup::views::BackupStatusView;
 use craton_console::views::{
-    ConfigRow, ConfigView, CoordinatorView, EndpointView, HistoryEvent, HistoryView, PauseView,
-    ReceiverView, SlotView, StatusView, WitnessView,
+    ConfigRow, ConfigView, CoordinatorView, EndpointView, FenceView, GuaranteesView, HistoryEvent,
+    HistoryView, PauseView, ReceiverView, SlotView, StatusView, WeakSettingView, WitnessView,
 };
 use craton_core::topology::MemberRole;
 use craton_core::{MemberId, Term};
@@ -62,6 +62,32 @@ fn coordinator(member: &MemberId) -> CoordinatorView {
     }
 }
 
+fn guarantees(member: &MemberId) -> GuaranteesView {
+    GuaranteesView {
+        member: member.clone(),
+        settings: vec![],
+        error: None,
+        fence: FenceView {
+            alive: true,
+            memory_locked: true,
+            hurried: true,
+        },
+    }
+}
+
+/// Every member answers that this is set: in the database, or in a file of its own.
+fn set(f: &mut Facts, name: &str, value: &str, place: &str, shared: bool) {
+    for agent in &mut f.agents {
+        let view = agent.guarantees.as_mut().unwrap();
+        view.settings.push(WeakSettingView {
+            name: name.into(),
+            value: value.into(),
+            place: place.into(),
+            shared,
+        });
+    }
+}
+
 /// The records are in an etcd with two endpoints; what each says to member `i`.
 fn in_etcd(f: &mut Facts, i: usize, errors: [Option<&str>; 2]) {
     for agent in &mut f.agents {
@@ -94,6 +120,7 @@ fn healthy() -> Facts {
             settings: vec![],
         }),
         coordinator: Some(coordinator(&m.id)),
+        guarantees: Some(guarantees(&m.id)),
         ahead_ms: 20,
     });
     Facts {
@@ -232,6 +259,12 @@ const CASES: &[Case] = &[
     ("election", Severity::Critical, "missing: c", |f| {
         f.status.election = serde_json::from_value(
             json!({"term": 2, "opened_by": null, "sealed": ["b"], "seals_needed": 2, "missing": ["c"]}),
+        )
+        .unwrap();
+    }),
+    ("election", Severity::Critical, "recovered", |f| {
+        f.status.election = serde_json::from_value(
+            json!({"term": 2, "opened_by": null, "sealed": ["b"], "seals_needed": 1, "missing": [], "recovered": true}),
         )
         .unwrap();
     }),
@@ -377,6 +410,29 @@ const CASES: &[Case] = &[
             agent.config.as_mut().unwrap().settings.push(row(value));
         }
     }),
+    (
+        "guarantees",
+        Severity::Warning,
+        "looks like one that lasts",
+        |f| set(f, "client_min_messages", "error", "role app", true),
+    ),
+    (
+        "guarantees",
+        Severity::Warning,
+        "synchronous_commit = local",
+        |f| set(f, "synchronous_commit", "local", "conf line 3", false),
+    ),
+    ("release", Severity::Warning, "PostgreSQL 15.12", |f| {
+        for m in &mut f.status.members {
+            m.libraries = [("postgresql".to_owned(), "15.12".to_owned())].into();
+        }
+    }),
+    ("fence", Severity::Note, "swapped out", |f| {
+        f.agents[0].guarantees.as_mut().unwrap().fence.memory_locked = false;
+    }),
+    ("fence", Severity::Note, "priority", |f| {
+        f.agents[0].guarantees.as_mut().unwrap().fence.hurried = false;
+    }),
     ("clocks", Severity::Warning, "3.00 s behind", |f| {
         f.agents[1].ahead_ms = -3000;
     }),
@@ -450,6 +506,55 @@ fn each_check_finds_what_it_looks_for() {
             CASES.iter().any(|c| c.0 == check.id),
             "no case for {}",
             check.id
+        );
+    }
+}
+
+#[test]
+fn what_a_role_is_given_is_told_once_and_a_members_own_for_each() {
+    let places = |f: &Facts| -> Vec<String> {
+        let findings = examine(f).into_iter();
+        findings
+            .filter(|f| f.id == "guarantees")
+            .map(|f| f.place)
+            .collect()
+    };
+    let mut f = healthy();
+    set(&mut f, "synchronous_commit", "local", "role app", true);
+    assert_eq!(places(&f), ["role app"]);
+    set(&mut f, "synchronous_commit", "OFF", "x line 1", false);
+    assert_eq!(
+        places(&f),
+        ["a: x line 1", "b: x line 1", "c: x line 1", "role app"]
+    );
+    // Where no commit waits for a standby, only what does not wait for the own disk either is worth a word.
+    f.status.durability = "async".into();
+    set(&mut f, "client_min_messages", "error", "role app", true);
+    assert_eq!(places(&f), ["a: x line 1", "b: x line 1", "c: x line 1"]);
+}
+
+#[test]
+fn a_release_without_the_hole_is_left_alone() {
+    for (version, found) in [
+        ("13.20", true),
+        ("13.21", false),
+        ("14.17", true),
+        ("15.13", false),
+        ("16.8", true),
+        ("17.4", true),
+        ("17.5", false),
+        ("18.0", false),
+        ("19beta1", false),
+        ("", false),
+    ] {
+        let mut f = healthy();
+        for m in &mut f.status.members {
+            m.libraries = [("postgresql".to_owned(), version.to_owned())].into();
+        }
+        assert_eq!(
+            examine(&f).iter().any(|f| f.id == "release"),
+            found,
+            "{version}"
         );
     }
 }

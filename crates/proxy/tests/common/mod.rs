@@ -14,6 +14,7 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -57,12 +58,19 @@ const ROLES: &str = "
     GRANT ALL ON notes TO PUBLIC;
 ";
 
+/// A port that no other caller in this process is given, and that no connection is made from: one that the system
+/// gives out may be another's when its server starts, seconds later.
 pub fn free_port() -> u16 {
-    StdListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let begin = std::process::id() * 97;
+    loop {
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = u16::try_from(10_000 + (begin + next) % 10_000).unwrap();
+        if StdListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+        assert!(next < 20_000, "no port is free on this machine");
+    }
 }
 
 fn programs() -> PathBuf {
@@ -460,6 +468,7 @@ impl Agent {
         let address = listener.local_addr().unwrap().to_string();
         let empty = Topology {
             cluster: "test".into(),
+            system_id: None,
             term: Term(0),
             revision: 0,
             writable: None,
@@ -507,6 +516,7 @@ impl Agent {
         let revision = self.topology.borrow().revision + 1;
         self.topology.send_replace(Arc::new(Topology {
             cluster: "test".into(),
+            system_id: None,
             term: Term(term),
             revision,
             writable: leader.as_ref().map(|l| l.id.clone()),
@@ -516,11 +526,28 @@ impl Agent {
     }
 }
 
-/// Bytes of this process that are in memory.
+/// Runs the calling test again in a process of its own, where no other test takes memory, and returns true: then the
+/// caller is done.
+pub fn ran_alone(test: &str) -> bool {
+    const ALONE: &str = "RUNS_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return false;
+    }
+    let status = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(ALONE, "1")
+        .status()
+        .unwrap();
+    assert!(status.success(), "{test} failed alone, see above");
+    true
+}
+
+/// Bytes that this process has allocated and that are in memory.
 pub fn resident_bytes() -> u64 {
-    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
-    let pages: u64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
-    pages * 4096
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|l| l.strip_prefix("RssAnon:"));
+    let kilobytes = line.and_then(|l| l.trim().strip_suffix(" kB")).unwrap();
+    kilobytes.parse::<u64>().unwrap() * 1024
 }
 
 /// Who owns a file: used to see that directories are PostgreSQL's.

@@ -34,6 +34,8 @@ pub enum Broken {
     NotProven,
     /// 3.2: PostgreSQL is told to wait for less while an earlier change may still be done.
     Unsettled,
+    /// 3.2: what has been proposed counts by its set alone, not by its mode.
+    UnsettledMode,
     /// 3.1.3: an election is content with one seal less.
     OneSealTooFew,
     /// 3.1.2: a sealed member goes on receiving.
@@ -64,16 +66,19 @@ pub enum Broken {
     CatchUpClaimed,
     /// A backup receiver that has sealed follows the former leader again.
     ReceiverForgetsFloor,
+    /// 2.7: a leader goes on as if a backup receiver had promised.
+    ReceiverPromises,
 }
 
 impl Broken {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::NoWaitOnRemoval,
         Self::NoWaitOnRaise,
         Self::CoordinatorFirst,
         Self::NotProven,
         Self::Unsettled,
+        Self::UnsettledMode,
         Self::OneSealTooFew,
         Self::SealKeepsStreaming,
         Self::OldLeaderLeftOut,
@@ -89,6 +94,7 @@ impl Broken {
         Self::StrictGoesAlone,
         Self::CatchUpClaimed,
         Self::ReceiverForgetsFloor,
+        Self::ReceiverPromises,
     ];
 
     /// Its name on the command line.
@@ -99,6 +105,7 @@ impl Broken {
             Self::CoordinatorFirst => "coordinator-first",
             Self::NotProven => "not-proven",
             Self::Unsettled => "unsettled",
+            Self::UnsettledMode => "unsettled-mode",
             Self::OneSealTooFew => "one-seal-too-few",
             Self::SealKeepsStreaming => "seal-keeps-streaming",
             Self::OldLeaderLeftOut => "old-leader-left-out",
@@ -114,6 +121,7 @@ impl Broken {
             Self::StrictGoesAlone => "strict-goes-alone",
             Self::CatchUpClaimed => "catch-up-claimed",
             Self::ReceiverForgetsFloor => "receiver-forgets-floor",
+            Self::ReceiverPromises => "receiver-promises",
         }
     }
 }
@@ -187,7 +195,62 @@ impl Config {
     pub fn suite(level: u8) -> Vec<Self> {
         let mut all = Self::of_quorum(level);
         all.extend(Self::of_modes_and_copies(level));
+        if level > 1 {
+            all.extend(Self::of_mixtures(level));
+        }
         all
+    }
+
+    /// What the tests have no time for: members that cannot lead together with promises, modes and each other.
+    fn of_mixtures(level: u8) -> Vec<Self> {
+        let two_terms = Self {
+            terms: 2,
+            crashes: level - 2,
+            changes: level,
+            ..Self::default()
+        };
+        let every_mode = Self {
+            mode: Mode::Async,
+            wishes: vec![Mode::Async, Mode::Quorum, Mode::Strict],
+            ..two_terms.clone()
+        };
+        vec![
+            Self {
+                receivers: 1,
+                promises: true,
+                ..two_terms.clone()
+            },
+            Self {
+                never: 1,
+                promises: true,
+                ..two_terms.clone()
+            },
+            Self {
+                receivers: 1,
+                ..every_mode.clone()
+            },
+            Self {
+                never: 1,
+                promises: true,
+                ..every_mode
+            },
+            Self {
+                members: 4,
+                receivers: 1,
+                never: 1,
+                changes: level - 1,
+                ..two_terms.clone()
+            },
+            Self {
+                members: 4,
+                receivers: 1,
+                k: 2,
+                wanted_k_max: 2,
+                promises: true,
+                changes: level - 1,
+                ..two_terms
+            },
+        ]
     }
 
     fn of_quorum(level: u8) -> Vec<Self> {
@@ -294,22 +357,32 @@ impl Config {
                 | Broken::PromiseForgotten
                 | Broken::PromisesForKnownSet
                 | Broken::ProposesBeyondPromises
+                | Broken::ReceiverPromises
+        );
+        let receives = matches!(
+            rule,
+            Broken::ReceiverForgetsFloor | Broken::ReceiverPromises
         );
         let twice = rule == Broken::OldLeaderLeftOut;
         let (mode, wishes) = match rule {
             Broken::ModeBeforeFlush => (Mode::Async, vec![Mode::Quorum]),
             Broken::AsyncPostgresFirst => (Mode::Quorum, vec![Mode::Async]),
             Broken::StrictGoesAlone => (Mode::Strict, vec![Mode::Strict]),
+            Broken::UnsettledMode => (Mode::Strict, vec![Mode::Quorum, Mode::Strict]),
             _ => (Mode::Quorum, vec![Mode::Quorum]),
         };
         Self {
             mode,
             wishes,
-            receivers: usize::from(rule == Broken::ReceiverForgetsFloor),
+            receivers: usize::from(receives),
             never: usize::from(rule == Broken::CatchUpClaimed),
             terms: if twice { 3 } else { 2 },
-            crashes: u8::from(rule == Broken::Unsettled),
-            changes: if twice { 0 } else { 2 },
+            crashes: u8::from(matches!(rule, Broken::Unsettled | Broken::UnsettledMode)),
+            changes: match rule {
+                Broken::OldLeaderLeftOut => 0,
+                Broken::UnsettledMode => 3,
+                _ => 2,
+            },
             losses: u8::from(rule == Broken::IncarnationForgotten),
             wanted_k_max: if rule == Broken::NoWaitOnRaise { 2 } else { 1 },
             promises,

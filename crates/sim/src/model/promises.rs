@@ -117,6 +117,12 @@ fn promise(world: &World, s: &State, p: usize, m: usize, out: &mut Vec<Next>) {
         out.push((Action::Promise(m, p), next, None));
     }
     let heard = leader.lead.promises[m] == me.incarnation;
+    let word = me.kind == Kind::Receiver && world.config.broken == Some(Broken::ReceiverPromises);
+    if word && me.role == Role::Standby && listed && !heard {
+        let mut next = *s;
+        next.members[p].lead.promises[m] = me.incarnation;
+        out.push((Action::Promised(p, m), next, None));
+    }
     let to_this_leader = me.floor == leader.lead.term || after_seal;
     if me.promised && to_this_leader && !heard && me.role != Role::Empty {
         let mut next = *s;

@@ -11,7 +11,7 @@ use craton_core::election::{Ballot, Tally};
 use craton_core::promise::{Answer, Ask, Book, Facts, Ledger, PromiseNeed};
 use craton_core::records::{At, Leadership, MemberRecord, MemberRef, Seal as SealRecord};
 use craton_core::settings::Durability;
-use craton_core::sync::mode::{Modes, next_step, strict_names};
+use craton_core::sync::mode::{Modes, names, next_step};
 use craton_core::sync::{StandbyView, SyncInput, SyncSet, SyncStep};
 use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 
@@ -165,8 +165,10 @@ impl Rules {
             durability: durability(sync.mode()),
             timeline: TimelineId(1),
             open: false,
+            restarted: false,
             preferred: None,
             allow_data_loss: false,
+            recovered: false,
             cause: String::new(),
         }
     }
@@ -177,12 +179,7 @@ impl Rules {
             return *set;
         }
         let sync = self.unpacked(known);
-        let set = match known.mode() {
-            Mode::Quorum => sync,
-            Mode::Strict => strict_names(&sync.members, wanted_k.max(sync.k)),
-            Mode::Async => SyncSet::default(),
-        };
-        let set = self.packed(&set);
+        let set = self.packed(&names(&sync, durability(known.mode()), wanted_k));
         self.begins.insert((known, wanted_k), set);
         set
     }

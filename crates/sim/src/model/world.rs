@@ -280,10 +280,10 @@ impl World {
             s.leader == small(m + 1) && s.term == lead.term && lead.right != Right::Promises;
         let was_primary = s.members[m].log.last() == lead.term;
         let lease = !self.config.promises || lead.right == Right::Lease;
-        if leads && was_primary && lease && self.settled(&lead, lead.known) {
+        let begins = self.begins(lead.known);
+        if leads && was_primary && lease && self.settled(&lead, begins) {
             let mut next = *s;
             cut_off_from(&mut next, m);
-            let begins = self.begins(lead.known);
             let me = &mut next.members[m];
             me.role = Role::Primary;
             in_force_from_the_start(me, begins);
@@ -348,12 +348,15 @@ impl World {
         if self.is_broken(Broken::Unsettled) {
             return true;
         }
-        let proposed = lead.proposed;
+        let by_set = self.is_broken(Broken::UnsettledMode);
+        let asked = lead
+            .proposed
+            .map(|p| p.map(|other| if by_set { other } else { self.begins(other) }));
         !lead.earlier_life
-            && proposed
+            && asked
                 .iter()
                 .flatten()
-                .all(|other| self.rules.covers(set, *other))
+                .all(|names| self.rules.covers(set, *names))
     }
 
     fn leader(&mut self, s: &State, p: usize, out: &mut Vec<Next>) {

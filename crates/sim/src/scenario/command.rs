@@ -72,6 +72,9 @@ impl Stage {
             let at = self.world.now + 20 * MS * m as u64;
             self.world.at(at, Event::Repair(Repair::StartAgent(m)));
         }
+        for h in all..self.world.hosts() {
+            self.world.repair(Repair::StartBackup(h));
+        }
         let open = self.run(self.world.now + START_MAX, notes, Some(&Condition::Open));
         self.world.net.away.fill(false);
         open.then_some(())
@@ -87,14 +90,45 @@ impl Stage {
         known.ok_or_else(|| format!("there is no member \"{name}\""))
     }
 
+    /// A member, or a backup.
+    fn host(&self, name: &str) -> Result<usize, String> {
+        let known = (0..self.world.hosts()).find(|h| self.world.name(*h).as_str() == name);
+        known.ok_or_else(|| format!("there is no host \"{name}\""))
+    }
+
+    /// What befalls a backup; none if the words are of something else.
+    fn backup(&mut self, words: &[&str]) -> Option<Result<(), String>> {
+        let h = self.host(words.last()?).ok()?;
+        self.world.backup(h)?;
+        match *words {
+            ["crash", _] => self.world.crash_backup(h),
+            ["kill", _] => self.world.backup_exit(h, false),
+            ["start", _] => self.world.repair(Repair::StartBackup(h)),
+            ["freeze", _] => self.world.backup_mut(h)?.frozen = true,
+            ["thaw", _] => self.world.repair(Repair::ThawBackup(h)),
+            ["empty", "disk", _] => {
+                self.world.crash_backup(h);
+                let b = self.world.backup_mut(h)?;
+                b.repository = crate::backup::Repository::default();
+                b.noted = None;
+                self.world.repair(Repair::StartBackup(h));
+            }
+            _ => return None,
+        }
+        Some(Ok(()))
+    }
+
     fn pair(&self, text: &str, between: char) -> Result<(usize, usize), String> {
         let (a, b) = text
             .split_once(between)
             .ok_or_else(|| format!("\"{text}\" is not a pair like a{between}b"))?;
-        Ok((self.member(a)?, self.member(b)?))
+        Ok((self.host(a)?, self.host(b)?))
     }
 
     fn fault(&mut self, words: &[&str]) -> Result<(), String> {
+        if let Some(done) = self.backup(words) {
+            return done;
+        }
         let repair = match *words {
             ["crash", m] => {
                 let m = self.member(m)?;
@@ -124,16 +158,17 @@ impl Stage {
                 Repair::DiskAnswers(m)
             }
             ["lag", m, time] => {
-                let time = duration(time)?;
-                return self.set(m, |w, m| w.net.wal_lag[m] = time);
+                let h = self.host(m)?;
+                self.world.net.wal_lag[h] = duration(time)?;
+                return Ok(());
             }
             ["delay", "transactions", m, time] => {
                 let time = duration(time)?;
                 return self.set(m, |w, m| w.net.store_lag[m] = time);
             }
             ["isolate", m] => {
-                let m = self.member(m)?;
-                for o in (0..self.world.members.len()).filter(|o| *o != m) {
+                let m = self.host(m)?;
+                for o in (0..self.world.hosts()).filter(|o| *o != m) {
                     self.cut(m, o);
                     self.cut(o, m);
                 }
@@ -151,7 +186,7 @@ impl Stage {
                 return Ok(());
             }
             ["heal"] => {
-                for m in 0..self.world.members.len() {
+                for m in 0..self.world.hosts() {
                     self.world.repair(Repair::Join(m));
                 }
                 return Ok(());

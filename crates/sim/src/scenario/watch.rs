@@ -14,6 +14,7 @@ pub struct Watch {
     leadership: Option<Leadership>,
     seals: BTreeMap<MemberId, Seal>,
     members: Vec<Seen>,
+    backups: Vec<Option<MemberId>>,
 }
 
 /// Of one member.
@@ -32,6 +33,7 @@ impl Watch {
             leadership: None,
             seals: BTreeMap::new(),
             members: vec![Seen::default(); world.members.len()],
+            backups: vec![None; world.backups.len()],
         }
     }
 
@@ -60,6 +62,14 @@ impl Watch {
             let now = Seen::of(world, m);
             let before = std::mem::replace(&mut self.members[m], now.clone());
             now.differs(&before, world.members[m].id.as_str(), notes);
+        }
+        for (b, before) in world.backups.iter().zip(&mut self.backups) {
+            let stream = b.daemon.as_ref().and_then(|d| d.stream.as_ref());
+            let from = stream.filter(|s| s.streaming).map(|s| world.name(s.leader));
+            if let Some(leader) = from.as_ref().filter(|_| from != *before) {
+                notes.push(format!("{} streams from {leader}", b.id));
+            }
+            *before = from;
         }
     }
 

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use craton_core::MemberId;
@@ -13,6 +14,7 @@ use tokio::time::{Instant, sleep};
 use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
 use crate::conformance::{Handle, put};
 use crate::embedded::{Embedded, EmbeddedConfig, Faults};
+use crate::raft::Timings;
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -43,9 +45,20 @@ pub(super) fn id(i: usize) -> MemberId {
     MemberId::new(format!("m{i}")).unwrap()
 }
 
+/// An address that no other cluster of this process is given, and that no connection is made from: of those that the
+/// system gives out, one that is let go before its node starts may be another's by then, or may connect to itself.
 fn free_address() -> String {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().to_string()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let begin = std::process::id() * 97;
+    loop {
+        let next = NEXT.fetch_add(1, Ordering::Relaxed);
+        let port = 10_000 + (begin + next) % 10_000;
+        let address = format!("127.0.0.1:{port}");
+        if std::net::TcpListener::bind(&address).is_ok() {
+            return address;
+        }
+        assert!(next < 20_000, "no port is free on this machine");
+    }
 }
 
 /// Waits for a condition that another task brings about.
@@ -60,6 +73,18 @@ pub(super) async fn until<F: Future<Output = bool>>(what: &str, mut holds: impl 
 impl Cluster {
     pub(super) async fn start(n: usize) -> Self {
         let mut cluster = Self::new(n);
+        for i in 0..n {
+            cluster.start_node(&id(i)).await;
+        }
+        cluster
+    }
+
+    /// With Raft's timings changed.
+    pub(super) async fn start_with(n: usize, timings: Timings) -> Self {
+        let mut cluster = Self::new(n);
+        for config in cluster.configs.values_mut() {
+            config.timings = timings;
+        }
         for i in 0..n {
             cluster.start_node(&id(i)).await;
         }
@@ -87,14 +112,9 @@ impl Cluster {
 
     pub(super) fn new(n: usize) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let listeners: Vec<_> = (0..n)
-            .map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap())
-            .collect();
-        let voters: Vec<_> = listeners
-            .iter()
-            .enumerate()
-            .map(|(i, l)| (id(i), l.local_addr().unwrap().to_string()))
-            .collect();
+        let voters: Vec<_> = (0..n).map(|i| (id(i), free_address())).collect();
+        // Its own: nothing that another cluster sends counts here.
+        let secret = format!("a secret of some length {}", rand::random::<u64>());
         let mut faults = BTreeMap::new();
         let configs = voters
             .iter()
@@ -105,7 +125,7 @@ impl Cluster {
                     voters.clone(),
                     address.clone(),
                     dir.path().join(me.as_str()),
-                    "a secret of some length".to_owned(),
+                    secret.clone(),
                 );
                 config.faults = Faults::default();
                 faults.insert(me.clone(), config.faults.clone());
@@ -130,13 +150,14 @@ impl Cluster {
         let seeds = self.configs.values();
         let seeds = seeds.map(|c| (c.me.clone(), c.listen.clone())).collect();
         let address = free_address();
+        let secret = self.configs.values().next().unwrap().secret.clone();
         let mut config = EmbeddedConfig::new(
             "test".to_owned(),
             who.clone(),
             seeds,
             address.clone(),
             self.dir.path().join(who.as_str()),
-            "a secret of some length".to_owned(),
+            secret,
         );
         config.advertise = Some(address.clone());
         self.configs.insert(who.clone(), config);

@@ -1,9 +1,10 @@
 use std::sync::Arc;
 
+use craton_core::Term;
 use tokio::time::{Instant, sleep};
 
 use super::server::{Members, PATIENCE, Servers, members, place, stop};
-use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
+use crate::api::{Coordinator, CoordinatorError, Renewal, TxnOutcome};
 use crate::conformance::put;
 use crate::contest::{Contest, TTL};
 
@@ -147,5 +148,51 @@ async fn unknown_and_unavailable_are_told_apart() {
         seen.get("b").is_none(),
         "what is unavailable has not happened"
     );
+    stop(members).await;
+}
+
+/// etcd restored from a copy says so by its revision: what it holds is shown, and a lease that was held is neither taken
+/// again nor refused. The same where its keys are gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_old_copy_and_no_keys_at_all() {
+    let mut servers = Servers::start(1);
+    let members = members(&place(&servers), 2).await;
+    let (holder, other) = (members.nth(0), members.nth(1));
+    assert!(other.renew(Term(1), TTL).await.is_ok());
+    assert!(other.txn(put("then", 0, "1")).await.is_ok());
+    let copy = servers.snapshot("copy");
+    assert!(other.release(Term(1)).await.is_ok());
+    assert!(holder.renew(Term(2), TTL).await.is_ok(), "taken");
+    assert!(holder.renew(Term(2), TTL).await.is_ok(), "renewed");
+    assert!(holder.txn(put("since", 0, "2")).await.is_ok());
+    let mut watch = holder.watch();
+    let seen = watch.wait_for(|s| s.get("since").is_some());
+    tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
+    let gone = |renewal: Result<Renewal, CoordinatorError>| match renewal {
+        Err(CoordinatorError::Unavailable(why)) => why.contains("old copy"),
+        _ => false,
+    };
+
+    servers.restore(&copy);
+    let seen = watch.wait_for(|s| s.get("since").is_none() && s.get("then").is_some());
+    tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
+    assert!(gone(holder.renew(Term(2), TTL).await));
+    // What was seen of a later beat says nothing about this one: the term that the copy names ends like any other.
+    let due = Instant::now() + PATIENCE;
+    while holder.free(Term(1)).await != Ok(true) {
+        assert!(Instant::now() < due, "never free");
+        sleep(TTL / 10).await;
+    }
+    holder.forget();
+    assert!(holder.renew(Term(2), TTL).await.is_ok(), "by order");
+    assert!(holder.renew(Term(2), TTL).await.is_ok());
+
+    let (out, ok) = servers.ctl(&["del", "--prefix", "/craton/test/"]);
+    assert!(ok, "{out}");
+    let seen = watch.wait_for(|s| s.entries.is_empty());
+    tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
+    assert!(gone(holder.renew(Term(2), TTL).await));
+    let (out, _) = servers.ctl(&["get", "--prefix", "/craton/test/", "--keys-only"]);
+    assert_eq!(out.trim(), "", "nothing was taken again");
     stop(members).await;
 }

@@ -184,6 +184,43 @@ fn a_mode_of_unknown_outcome_is_settled_before_postgresql_waits_for_less() {
     );
 }
 
+/// Found by the model check: `strict` was proposed, with the set as it is, and the answer is not there yet. A
+/// PostgreSQL that starts in place now by the record that is known, `quorum` with nobody, would acknowledge alone.
+#[test]
+fn a_start_in_place_waits_for_what_becomes_of_a_mode() {
+    let alone = wish(Scene::leader(), Durability::Strict)
+        .leadership(|l| l.sync = SyncSet::default())
+        .server(|s| {
+            s.standbys.clear();
+            s.sync_configured = SyncSet::closed();
+        });
+    check(
+        "proposed",
+        alone.clone(),
+        "hold 1, write leadership+history : leading sync_change",
+    );
+    let died = |s: Scene| {
+        s.with(|o| {
+            o.server = ServerView::Down;
+            o.peers.clear();
+        })
+    };
+    check(
+        "PostgreSQL dies, the answer is not known",
+        died(alone.after(50)),
+        "hold 1, write leadership : restarting sync_unsettled",
+    );
+    let never = wish(Scene::leader(), Durability::Quorum).leadership(|l| {
+        l.sync = SyncSet::default();
+        l.open = false;
+    });
+    check(
+        "nothing was proposed",
+        died(never),
+        "hold 1, StartPrimary (nobody (the leader is alone)) : restarting",
+    );
+}
+
 /// Whatever the mode, a leader that restarted in place opens when k of V have what it recovered; the agent may
 /// have restarted in between, and so remembers nothing.
 #[test]
@@ -379,4 +416,47 @@ fn what_a_member_that_never_leads_holds_comes_first() {
 fn a_member_that_never_leads_makes_no_cluster() {
     let s = Scene::blank("b").with(|o| o.me.priority = 0);
     check("waits", s, " : never_leads");
+}
+
+#[test]
+fn in_async_a_leader_is_remembered_where_it_was_when_it_led() {
+    let listed = |s: Scene| {
+        s.leadership(|l| {
+            l.durability = Durability::Async;
+            l.sync = set(0, &["b", "c"]);
+        })
+    };
+    let at = |lsn| {
+        let mut s = listed(Scene::standby());
+        let status = &mut s.o.peers.get_mut(&id("a")).unwrap().status;
+        (status.timeline, status.lsn) = (Some(TimelineId(1)), Some(Lsn(lsn)));
+        status.incarnation = Some(life("a"));
+        s
+    };
+    let far = 1000 + (17 << 20);
+    let elected = |before: Scene| {
+        let mut s = listed(Scene::election("b")).sealed(&[("b", 1, 1000), ("c", 1, 900)]);
+        s.memory = before.after(100).memory;
+        // What it says once its PostgreSQL is down.
+        let a = &mut s.o.peers.get_mut(&id("a")).unwrap().status;
+        (a.role, a.timeline, a.lsn) = (MemberRole::Down, None, None);
+        let s = s.after(2_500);
+        writes_leadership(&s)
+    };
+    assert!(elected(at(1000)));
+    assert!(
+        !elected(at(far)),
+        "more than max_lag_bytes behind where it was"
+    );
+    let unheard = listed(Scene::election("b")).sealed(&[("b", 1, 1000), ("c", 1, 900)]);
+    assert!(
+        writes_leadership(&unheard.after(2_500)),
+        "the leader had listed it, near enough"
+    );
+}
+
+fn writes_leadership(s: &Scene) -> bool {
+    let d = decide(&s.o, &s.memory);
+    let mut puts = d.changes.iter().flat_map(|c| &c.puts);
+    puts.any(|p| matches!(p, Record::Leadership(_)))
 }

@@ -190,6 +190,86 @@ fn the_operator_may_accept_a_loss() {
     );
 }
 
+/// An operator made this member's disk all there is.
+#[test]
+fn nobody_leads_by_recovered_records_before_the_operator_says_so() {
+    let recovered = |l: &mut Leadership| *l = l.clone().into_recovered();
+    let standby = || Scene::standby().with(|o| o.lease_seen = LeaseSeen::Lapsed);
+    check(
+        "the election is opened",
+        standby().leadership(recovered).after(2100),
+        "elect-after 1001 : lease_over",
+    );
+    let alone = standby().leadership(|l| l.sync = SyncSet::default());
+    check(
+        "also where the leader was alone",
+        alone.leadership(recovered).after(2100),
+        "elect-after 1001 : lease_over",
+    );
+
+    // The leader by these records: another may have led since.
+    check(
+        "a primary in its lease",
+        Scene::leader().leadership(recovered),
+        "kill, release 1001, elect-after 1001 : fenced demoted",
+    );
+    let down = |s: Scene| s.with(|o| o.server = ServerView::Down);
+    check(
+        "its PostgreSQL was stopped",
+        down(Scene::leader()).leadership(recovered),
+        "release 1001, elect-after 1001 : demoted",
+    );
+    let elected = Scene::leader()
+        .with(|o| o.server = ServerView::Running(running(true)))
+        .leadership(|l| (l.timeline, l.open) = (TimelineId(2), false));
+    check(
+        "elected, not promoted yet",
+        elected.clone(),
+        "hold 1, Promote 2 (1 of b, c) : promoting",
+    );
+    check(
+        "and recovered",
+        elected.leadership(recovered),
+        "release 1001, elect-after 1001 : demoted",
+    );
+
+    let mut stuck = Scene::election("b").leadership(recovered).sealed(&[
+        ("a", 1, 900),
+        ("b", 1, 1000),
+        ("c", 1, 900),
+    ]);
+    check("all have sealed", stuck.clone(), " : election no_winner");
+    let reasons = decide(&stuck.o, &stuck.memory).reasons;
+    let why = &reasons.iter().find(|r| r.code == "no_winner").unwrap().text;
+    assert!(why.contains("recovered the records"), "{why}");
+    stuck = stuck.asked(None, RequestPhase::Asked);
+    let request = &mut stuck.view().request.as_mut().unwrap().value;
+    request.kind = RequestKind::Failover;
+    check(
+        "asked without a word",
+        stuck.clone(),
+        " : election no_winner",
+    );
+    stuck.view().request.as_mut().unwrap().value.allow_data_loss = true;
+    check(
+        "the operator accepts the loss",
+        stuck.clone(),
+        "write leadership+history : election no_winner override",
+    );
+    let d = {
+        let s = stuck.leadership(|l| l.allow_data_loss = true);
+        decide(&s.o, &s.memory)
+    };
+    let won = d.changes[0].puts.iter().find_map(|p| match p {
+        Record::Leadership(l) => Some(l.clone()),
+        _ => None,
+    });
+    let won = won.unwrap();
+    assert_eq!(won.leader, Some(member("b")));
+    assert!(!won.recovered, "the new leader's records are whole");
+    assert_eq!(won.sync, SyncSet::default());
+}
+
 #[test]
 fn a_switchover_waits_for_the_one_it_wants() {
     let c_first = || {
@@ -218,5 +298,82 @@ fn a_switchover_waits_for_the_one_it_wants() {
         "it is dead",
         dead,
         "write leadership+timelines+history : election won",
+    );
+}
+
+/// A survivor may have sealed on a timeline that the recovered records do not know: its number is not given again.
+#[test]
+fn recovered_records_give_no_timeline_that_has_sealed() {
+    let mut s = Scene::election("b").leadership(|l| {
+        *l = l.clone().into_recovered();
+        l.allow_data_loss = true;
+    });
+    let term = s.view().leadership.as_ref().unwrap().value.term;
+    assert!(term.0 > 1000, "no survivor has seen it");
+    s.o.me.floor = Term(9);
+    s = s.sealed(&[("b", 9, 1000), ("c", 1, 900)]);
+    for seal in s.view().seals.values_mut() {
+        seal.value.term = term;
+    }
+    s.o.sealed.as_mut().unwrap().term = term;
+    let s = s.after(2_500);
+    let d = decide(&s.o, &s.memory);
+    let won = d
+        .changes
+        .iter()
+        .flat_map(|c| &c.puts)
+        .find_map(|p| match p {
+            Record::Leadership(l) => Some(l.timeline),
+            _ => None,
+        });
+    assert_eq!(won, Some(TimelineId(10)), "{}", line(&d));
+}
+
+/// A store that was restored from an old copy names terms that are over: nobody votes, wins or leads by them.
+#[test]
+fn records_below_the_floor_decide_nothing() {
+    let above = |s: Scene| s.with(|o| o.me.floor = Term(9));
+    check("no seal", above(Scene::election("b")), " : records_are_old");
+    let won = Scene::election("b").with(|o| {
+        o.sealed = Some(Seal {
+            term: Term(2),
+            incarnation: life("b"),
+            timeline: TimelineId(1),
+            lsn: Lsn(1000),
+        });
+    });
+    check(
+        "no win, though it is sealed",
+        above(won),
+        " : records_are_old",
+    );
+    let gone = Scene::standby().with(|o| o.lease_seen = LeaseSeen::Lapsed);
+    check(
+        "no election",
+        above(gone).after(2100),
+        " : lease_over records_are_old sealed",
+    );
+    check(
+        "no lease is held",
+        above(Scene::leader()),
+        " : records_are_old",
+    );
+    let back = Scene::leader().with(|o| {
+        o.lease = None;
+        o.server = ServerView::Running(running(true));
+    });
+    check(
+        "the leader of the old copy does not win by its own seal",
+        above(back),
+        " : records_are_old",
+    );
+    let down = Scene::leader().with(|o| {
+        o.lease = None;
+        o.server = ServerView::Down;
+    });
+    check(
+        "it starts as a standby of nobody",
+        above(down),
+        "StartStandby : records_are_old",
     );
 }

@@ -88,6 +88,53 @@ fn a_full_disk_on_the_leader() {
     );
 }
 
+/// A member that handed over, and leads again soon, is free to hand over once more: somebody else has led since.
+#[test]
+fn a_disk_that_fills_again_soon() {
+    let asked = Scene::leader().with(room(100)).after(50);
+    let back = |memory: Memory| {
+        let mut s = Scene::leader().with(room(100));
+        s.memory = memory;
+        s
+    };
+    check(
+        "in vain: nobody else took over",
+        back(asked.memory.clone()),
+        "hold 1 : unfit leading hands_over_later",
+    );
+    let mut other = Scene::cluster("a").leads("b", 2).leadership(|l| {
+        l.term = Term(2);
+        l.leader.as_mut().unwrap().member = id("b");
+    });
+    other.o.server = ServerView::Running(running(true));
+    other.memory = asked.memory.clone();
+    let later = |ms, memory| {
+        let mut s = back(memory);
+        s.o.now = s.o.now.after(Duration::from_millis(ms));
+        for peer in s.o.peers.values_mut() {
+            peer.heard_at = s.o.now;
+        }
+        s
+    };
+    let led = other.clone().after(50).memory;
+    check(
+        "b led meanwhile, a moment ago",
+        later(4000, led.clone()),
+        "hold 1 : unfit leading hands_over_later",
+    );
+    check(
+        "and some seconds ago",
+        later(5100, led),
+        "hold 1, write request : unfit leading hands_over",
+    );
+    other.view().leadership.as_mut().unwrap().value.open = false;
+    check(
+        "b was elected and never opened",
+        later(5100, other.after(50).memory),
+        "hold 1 : unfit leading hands_over_later",
+    );
+}
+
 /// The leader has asked for a switchover by itself.
 fn asked_itself(phase: RequestPhase, mib: u64) -> Scene {
     let mut s = Scene::leader().asked(Some("b"), phase).with(room(mib));
@@ -272,8 +319,9 @@ fn elections_prefer_members_that_are_fit() {
 
 #[test]
 fn a_lost_slot_is_no_reason_to_wait() {
-    let lost = |ms| {
+    let lost = |ms, in_v: &[&str]| {
         Scene::standby()
+            .leadership(|l| l.sync = set(1, in_v))
             .server(|s| s.streaming = false)
             .with(|o| {
                 let status = &mut o.peers.get_mut(&id("a")).unwrap().status;
@@ -281,10 +329,20 @@ fn a_lost_slot_is_no_reason_to_wait() {
             })
             .after(ms)
     };
-    check("at first", lost(900), " : not_streaming");
+    check("at first", lost(900, &["c"]), " : not_streaming");
     check(
         "cloned soon",
-        lost(1000),
+        lost(1000, &["c"]),
+        "Rewind a 1 : not_streaming slot_lost",
+    );
+    check(
+        "acknowledged commits may be here alone",
+        lost(3900, &["b", "c"]),
+        " : not_streaming slot_lost slot_lost",
+    );
+    check(
+        "in strict it stays in V",
+        lost(4000, &["b", "c"]),
         "Rewind a 1 : not_streaming slot_lost",
     );
 }

@@ -240,6 +240,14 @@ fn a_copy_that_craton_did_not_make_does_not_join() {
             ordered(strange(system)).leadership(|l| l.open = false),
             &format!("write member/b : {code} order_waits"),
         );
+        let mut stale = ordered(strange(system));
+        let order = stale.view().orders.get_mut(&id("b")).unwrap();
+        order.value.incarnation = Some(life("b"));
+        check(
+            "an order for what was there before it is none for this",
+            stale,
+            &format!("write history, delete order/b, write member/b : {code}"),
+        );
     }
 }
 
@@ -313,7 +321,18 @@ fn an_empty_data_directory() {
     let waits = failed.with(|o| o.failures[0].retry_at = o.now.after(Duration::from_secs(1)));
     check("and not at once", waits, " : cloning back_off");
     let closed = empty().leadership(|l| l.open = false);
-    check("not while nobody is open", closed, " : waiting_for_leader");
+    check(
+        "not while nobody is open",
+        closed.clone(),
+        " : waiting_for_leader",
+    );
+    // It may be this member that it waits for.
+    let again = closed.leadership(|l| l.restarted = true);
+    check(
+        "but from one that was, and was started in place",
+        again,
+        "Clone c 1 : cloning",
+    );
     let own = Scene::cluster("a").with(|o| o.data = DataView::Empty);
     check("never over the leadership", own, " : leader_without_data");
 }
@@ -502,8 +521,14 @@ fn a_member_that_comes_back() {
     let closed = former_leader(999).leadership(|l| l.open = false);
     check(
         "not before the leader is open",
-        closed,
+        closed.clone(),
         " : diverged waiting_for_leader",
+    );
+    // Found by the simulator (`--modes --operators`, seed 6092): in `strict` the two waited for each other for ever.
+    check(
+        "but it may have been, and wait for this member",
+        closed.leadership(|l| l.restarted = true),
+        "Rewind c 2 : diverged",
     );
     // An agent that was paused knows less than its WAL: found by the simulator, seed 1849.
     let ahead = Scene::standby().server(|s| {

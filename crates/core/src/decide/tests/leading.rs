@@ -73,7 +73,7 @@ fn the_elected() {
     check(
         "not before its sync set",
         unset,
-        "hold 2, SetSync (1 of a, c) : leading opening sync_change",
+        "hold 2, SetSync (1 of a, c) : leading opening sync_pending",
     );
     let wrong = primary.server(|s| s.timeline = TimelineId(3));
     check(
@@ -176,6 +176,18 @@ fn a_leader_that_restarted_in_place_opens_when_its_wal_is_safe() {
         s
     };
     check("not yet", closed(999), "hold 1 : leading recovering");
+    let mut overwritten = closed(999).leadership(|l| l.restarted = true);
+    overwritten.view().history = event("elected", 1);
+    check(
+        "nor when the history has lost the line that says so",
+        overwritten.clone(),
+        "hold 1 : leading recovering",
+    );
+    check(
+        "an elected one that did not restart need not wait",
+        overwritten.leadership(|l| l.restarted = false),
+        "hold 1, write leadership+history : leading",
+    );
     check(
         "safe",
         closed(1000),
@@ -218,6 +230,70 @@ fn a_change_of_unknown_outcome_is_settled_before_postgresql_waits_for_less() {
         restarted,
         "hold 1, write leadership : restarting sync_unsettled",
     );
+}
+
+/// What was flushed when the set came into force says nothing of what the next PostgreSQL recovers, in the same term or in
+/// another.
+#[test]
+fn a_barrier_does_not_outlive_its_postgresql() {
+    let lived = Scene::leader().after(50).memory;
+    let mut down = Scene::leader().with(|o| o.server = ServerView::Down);
+    down.memory = lived.clone();
+    let ended = down.after(50).memory;
+    let recovered = |memory: &Memory, term: u64| {
+        let mut s = Scene::leader().lease(term).leadership(|l| {
+            l.term = Term(term);
+            l.open = false;
+            l.restarted = true;
+        });
+        s.memory = memory.clone();
+        s.server(|s| {
+            s.end = Lsn(2000);
+            s.standbys = vec![standby_of("b", 1500), standby_of("c", 1500)];
+        })
+    };
+    check(
+        "in place: not what was flushed long ago",
+        recovered(&ended, 1),
+        "hold 1 : leading recovering",
+    );
+    check(
+        "another term, and nothing was seen in between",
+        recovered(&lived, 2),
+        "hold 2 : leading recovering",
+    );
+    let safe = recovered(&ended, 1).server(|s| s.standbys[0].flush_lsn = Lsn(2000));
+    check(
+        "what was recovered is on k",
+        safe,
+        "hold 1, write leadership+history : leading",
+    );
+}
+
+/// Found by the simulator (`--away --receivers 1`, seed 74765): the leader was alone on record, PostgreSQL was being told
+/// so and still waited for b; b came back and had flushed everything, so the coordinator was told that b counts. Then
+/// PostgreSQL stopped waiting for it.
+#[test]
+fn while_postgresql_is_told_another_set_the_coordinator_is_told_none() {
+    let back = Scene::leader()
+        .leadership(|l| l.sync = SyncSet::default())
+        .server(|s| {
+            s.standbys.truncate(1);
+            s.sync_configured = set(1, &["b"]);
+        })
+        .after(100);
+    check(
+        "nothing is under way",
+        back.clone(),
+        "hold 1, write leadership+history : leading sync_change",
+    );
+    let told = back.with(|o| {
+        o.task = Some(TaskView {
+            task: Task::SetSync(SyncSet::default()),
+            since: o.now,
+        });
+    });
+    check("it is told", told, "hold 1 : leading sync_pending");
 }
 
 #[test]

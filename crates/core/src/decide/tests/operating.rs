@@ -444,3 +444,33 @@ fn settings_reach_postgresql_when_nothing_else_is_to_be_done() {
     });
     assert_eq!(task(&decided(&busy)), None);
 }
+
+#[test]
+fn a_standby_that_has_not_replayed_what_the_leader_began_with_is_not_restarted_yet() {
+    let s = planned(Scene::leader(), &["b", "c"]).with(|o| {
+        for peer in o.peers.values_mut() {
+            peer.status.replay_lsn = Some(Lsn(1));
+        }
+    });
+    let d = decided(&s);
+    assert!(
+        writes(&d).0.is_empty() && says(&d, "rolling_waits"),
+        "{}",
+        line(&d)
+    );
+    let ServerView::Running(here) = &s.o.server else {
+        panic!("the leader runs");
+    };
+    let end = here.end;
+    let replayed = s.clone().with(|o| {
+        for peer in o.peers.values_mut() {
+            peer.status.replay_lsn = Some(end);
+        }
+    });
+    assert_eq!(writes(&decided(&replayed)).0, ["order/b"]);
+    assert_eq!(
+        writes(&decided(&s.after(11_000))).0,
+        ["order/b"],
+        "one that is far behind is restarted all the same"
+    );
+}

@@ -88,8 +88,10 @@ impl Dice {
             },
             timeline: TimelineId(u32::try_from(self.roll(5)).unwrap()),
             open: self.yes(),
+            restarted: self.yes(),
             preferred: self.maybe(|d| id(d.name())),
             allow_data_loss: self.roll(5) == 0,
+            recovered: self.roll(5) == 0,
             cause: String::new(),
         }
     }
@@ -271,6 +273,23 @@ fn founds_as_claimed(o: &Observation, task: &Task) {
     }
 }
 
+/// The operator has not accepted a loss yet.
+fn by_recovered_records_nobody_leads(o: &Observation, d: &Decision) {
+    let l = o.view.as_ref().and_then(|v| v.leadership.as_ref());
+    if !l.is_some_and(|l| l.value.may_be_old()) {
+        return;
+    }
+    let elects = |r: &Record| matches!(r, Record::Leadership(l) if l.leader.is_some());
+    assert!(
+        !d.changes.iter().any(|c| c.puts.iter().any(elects)),
+        "leads by recovered records"
+    );
+    assert!(
+        !matches!(d.lease, LeaseWish::Hold(_)),
+        "holds the lease by recovered records"
+    );
+}
+
 /// What holds for every decision.
 fn never_wrong(o: &Observation, d: &Decision) {
     let leads = o.view.as_ref().and_then(ClusterView::leader).cloned();
@@ -280,6 +299,7 @@ fn never_wrong(o: &Observation, d: &Decision) {
         .and_then(|v| v.leadership.as_ref())
         .map(|l| l.value.term);
     let leads = leads.is_some() && leads == o.me.reference();
+    by_recovered_records_nobody_leads(o, d);
     let lease = o.lease.filter(|l| l.until > o.now && Some(l.term) == term);
     if let Some(task) = &d.task {
         assert!(o.task.is_none(), "one task at a time");
