@@ -8,13 +8,13 @@ use craton_console::Client;
 use craton_coordinator::api::PresenceMap;
 use craton_core::decide::{StopHow, Task};
 use craton_core::promise::{Answer, Ask, Book, Facts};
-use craton_core::records::{At, MemberRecord, Seal, Timelines};
+use craton_core::records::{At, MemberRecord, Seal};
 use craton_core::slots::Notes;
 use craton_core::sync::{SyncSet, application_name};
 use craton_core::{BootTime, Incarnation, Lsn, MemberId, Term, TimelineId};
 use craton_pg::{
-    CloneProgress, InitArgs, InitOptions, KnownTimeline, PgError, RelationNames, RolePasswords,
-    StartMode, StopMode, SyncNames, Upstream,
+    CloneProgress, InitArgs, InitOptions, PgError, RelationNames, RolePasswords, StartMode,
+    StopMode, SyncNames, Upstream,
 };
 use tokio::sync::watch;
 
@@ -298,8 +298,7 @@ impl Actor {
                 term,
                 timeline,
                 sync,
-                known,
-            } => self.promote(term, timeline, sync, &known, members).await,
+            } => self.promote(term, timeline, sync, members).await,
             Task::Bootstrap => self.bootstrap().await,
             Task::Clone {
                 from,
@@ -431,6 +430,7 @@ impl Actor {
             .wait_ready(&process, READY_STANDBY_MAX)
             .await?;
         self.server.poke();
+        self.retire_former().await;
         Ok(())
     }
 
@@ -616,7 +616,6 @@ impl Actor {
         term: Term,
         timeline: TimelineId,
         sync: SyncSet,
-        known: &Timelines,
         members: &Members,
     ) -> Result<(), ActError> {
         let Some(process) = self.server.process() else {
@@ -627,19 +626,10 @@ impl Actor {
         let config = self.server.managed(None, sync_names(&sync));
         self.server.instance.write_config(&config).await?;
         process.reload()?;
-        let taken: Vec<KnownTimeline> = known
-            .0
-            .iter()
-            .filter(|t| t.timeline < timeline)
-            .filter_map(|t| {
-                Some(KnownTimeline {
-                    id: t.timeline,
-                    parent: t.parent?,
-                    fork: t.fork,
-                })
-            })
-            .collect();
-        self.server.instance.write_history_files(&taken).await?;
+        self.server
+            .instance
+            .reserve_timelines_below(timeline)
+            .await?;
         self.drop_broken_slots().await;
         self.server.set_maybe_primary();
         self.server.look_often_for(LIVELY);

@@ -73,29 +73,20 @@ impl Actor {
             .instance
             .clone_from(&source, self.clone.max_rate_kb, self.progress.clone())
             .await;
-        self.end_former(made.as_ref().err()).await;
-        made?;
+        if let Err(error) = made {
+            // The next try finds room for one.
+            if error.to_string().contains("No space left on device") {
+                former_is_removed(self.server.instance.discard_former().await);
+            }
+            return Err(error.into());
+        }
         self.server.data_changed();
         self.start_standby().await
     }
 
-    /// The former copy goes when there is a new one, or when there is no room for both.
-    async fn end_former(&self, failed: Option<&PgError>) {
-        let no_room = |e: &PgError| e.to_string().contains("No space left on device");
-        if failed.is_none_or(no_room) {
-            self.remove_former().await;
-        }
-    }
-
-    /// What cannot be removed now costs room, and no clone.
-    pub(crate) async fn remove_former(&self) {
-        match self.server.instance.discard_former().await {
-            Ok(true) => tracing::info!("what was here before the clone is removed"),
-            Ok(false) => {}
-            Err(error) => {
-                tracing::warn!(%error, "what was here before the clone cannot be removed now");
-            }
-        }
+    /// The former copy goes when PostgreSQL runs on another.
+    pub(crate) async fn retire_former(&self) {
+        former_is_removed(self.server.instance.retire_former().await);
     }
 
     /// Restores the newest backup, and replays the WAL that the archive has.
@@ -116,9 +107,6 @@ impl Actor {
             .await?;
         self.server.data_changed();
         let caught_up = self.read_archive(repository).await;
-        if caught_up.is_ok() {
-            self.end_former(None).await;
-        }
         if let Err(error) = caught_up {
             // Half of a copy would pass for a whole one; the next try takes another source.
             while !self.kill(KILL_MAX).await {}
@@ -206,6 +194,17 @@ fn restore_command(program: &Path, repository: &Path) -> Result<String, ActError
         quoted(program)?,
         quoted(repository)?
     ))
+}
+
+/// What cannot be removed now costs room, and no clone.
+fn former_is_removed(removed: craton_pg::Result<bool>) {
+    match removed {
+        Ok(true) => tracing::info!("what was here before the clone is removed"),
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!(%error, "what was here before the clone cannot be removed now");
+        }
+    }
 }
 
 #[cfg(test)]

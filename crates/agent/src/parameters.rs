@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use craton_core::observe::PendingChange;
+use craton_pg::guarantees::weakens;
 use craton_pg::parameters::refused;
 use tokio::sync::Notify;
 
@@ -34,8 +35,18 @@ pub struct Parameters {
 }
 
 impl Parameters {
-    /// With the member's own settings, `[node.postgresql]`.
-    pub fn new(own: BTreeMap<String, String>) -> Self {
+    /// With the member's own settings, `[node.postgresql]`. What Craton sets itself is left out, and said: a version
+    /// that owns more must not keep PostgreSQL from starting.
+    pub fn new(mut own: BTreeMap<String, String>) -> Self {
+        own.retain(|name, value| {
+            let why = refused(&name.to_ascii_lowercase());
+            if let Some(why) = why {
+                tracing::warn!(
+                    "node.postgresql.{name} = {value} is left out: {why}; take it out of this member's craton.toml"
+                );
+            }
+            why.is_none()
+        });
         Self {
             own,
             look: Notify::new(),
@@ -286,12 +297,12 @@ fn promises_kept(name: &str, value: &str, members: usize) -> Result<(), String> 
         "wal_level" if value.eq_ignore_ascii_case("minimal") => Err(
             "postgresql.wal_level = minimal lets no standby follow: use replica or logical".into(),
         ),
-        "synchronous_commit" if !["on", "remote_apply"].contains(&value) => Err(format!(
+        "synchronous_commit" if weakens(name, value) => Err(format!(
             "postgresql.synchronous_commit = {value} would acknowledge commits that no standby has: set durability for the cluster, or synchronous_commit in a session that may lose its own"
         )),
-        "restart_after_crash" if !["off", "false", "no", "0"].contains(&value) => Err(
-            "postgresql.restart_after_crash = on would show clients what PostgreSQL recovered after the crash of a session before any standby has it: the agent starts it again, or hands over".into(),
-        ),
+        "client_min_messages" if weakens(name, value) => Err(format!(
+            "postgresql.client_min_messages = {value} would hide from clients that the wait for the standbys was cancelled, and that the commit may be lost: use warning or less"
+        )),
         _ => Ok(()),
     }
 }
@@ -322,7 +333,10 @@ mod tests {
 
     #[test]
     fn the_members_own_go_over_the_clusters() {
-        let p = Parameters::new(map(&[("shared_buffers", "64MB".to_owned())]));
+        let p = Parameters::new(map(&[
+            ("shared_buffers", "64MB".to_owned()),
+            ("Restart_after_crash", "on".to_owned()),
+        ]));
         assert!(p.is_stale(), "nothing is written yet");
         p.set_cluster(map(&[
             ("shared_buffers", "1GB".to_owned()),
@@ -352,14 +366,13 @@ mod tests {
             ("max_replication_slots", "2"),
             ("wal_level", "minimal"),
             ("synchronous_commit", "local"),
-            ("restart_after_crash", "on"),
+            ("client_min_messages", "error"),
         ] {
             assert!(promises_kept(name, value, 3).is_err(), "{name} = {value}");
         }
         assert_eq!(promises_kept("max_wal_senders", "6", 3), Ok(()));
-        assert_eq!(
-            promises_kept("synchronous_commit", "remote_apply", 3),
-            Ok(())
-        );
+        for value in ["remote_apply", "on", "true"] {
+            assert_eq!(promises_kept("synchronous_commit", value, 3), Ok(()));
+        }
     }
 }

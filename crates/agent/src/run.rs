@@ -177,10 +177,6 @@ pub async fn run_with(
     let reached = (presence, others.clone());
     let actor = actor(&config, &server, &fencing, secrets, reached, &receivers)?;
     actor.end_strays_soon().await;
-    // A clone was complete when the agent ended, and what was there before it was not removed yet.
-    if let Err(error) = server.instance.remove_late_former().await {
-        tracing::warn!(%error, "what was here before the last clone cannot be removed now");
-    }
     let (seen_tx, seen) = watch::channel(None);
     let (topology_tx, topology) = watch::channel(Arc::new(empty_topology(&config)));
     let metrics = serve_http(

@@ -137,7 +137,16 @@ async fn delete(
             failure(StatusCode::CONFLICT, &error.to_string(), None)
         }
         Ok(Ok(Err(error))) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
-        _ => busy(),
+        // The daemon ends.
+        Ok(Err(_)) => busy(),
+        Err(_) => failure(
+            StatusCode::GATEWAY_TIMEOUT,
+            &format!(
+                "the backup is not removed after {} s; the removal goes on",
+                DELETE_TIMEOUT.as_secs()
+            ),
+            Some("craton backup list says when it is gone"),
+        ),
     }
 }
 

@@ -25,7 +25,7 @@ use std::time::Duration;
 use crate::observe::{DataView, Observation, Origin, ServerView};
 use crate::promise::PromiseNeed;
 use crate::records::{
-    Change, ClusterView, Event, Key, Leadership, MemberRecord, MemberRef, Record, Timelines,
+    Change, ClusterView, Event, Key, Leadership, MemberRecord, MemberRef, Record,
 };
 use crate::settings::{Durability, Settings};
 use crate::sync::SyncSet;
@@ -78,12 +78,10 @@ pub enum Task {
     Promote {
         /// The term it was elected in.
         term: Term,
-        /// The reserved timeline.
+        /// The reserved timeline; every number below it is taken.
         timeline: TimelineId,
         /// The sync set.
         sync: SyncSet,
-        /// Every timeline there is: their numbers are taken.
-        known: Timelines,
     },
     /// Create the roles and functions that other parts log in with.
     Bootstrap,

@@ -98,7 +98,7 @@ pub(crate) const DEFAULTS: &[(&str, &str)] = &[
 ];
 
 /// What the data directory's own configuration, which was perhaps another system's, must not say otherwise.
-const FIXED: [(&str, &str); 12] = [
+pub(crate) const FIXED: [(&str, &str); 12] = [
     ("archive_cleanup_command", ""),
     ("external_pid_file", ""),
     ("fsync", "on"),
@@ -128,6 +128,7 @@ pub(crate) const OWNED_KEYS: &[&str] = &[
     "hba_file",
     "hot_standby",
     "ident_file",
+    "lc_messages",
     "listen_addresses",
     "log_destination",
     "logging_collector",
@@ -143,6 +144,7 @@ pub(crate) const OWNED_KEYS: &[&str] = &[
     "recovery_target_time",
     "recovery_target_timeline",
     "recovery_target_xid",
+    "restart_after_crash",
     // A sealed standby that went on reading an archive would not be sealed (failover protocol, 3.1).
     "restore_command",
     "ssl",

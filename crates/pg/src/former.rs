@@ -5,8 +5,8 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
-use crate::data_dir::DataDir;
 use crate::disk;
 use crate::error::Result;
 use crate::files::{self, blocking};
@@ -21,7 +21,7 @@ impl Instance {
         self.member_dir().join("data.former")
     }
 
-    /// Makes room under the data directory's name, and keeps what was there until [`Self::discard_former`], where the
+    /// Makes room under the data directory's name, and keeps what was there until [`Self::retire_former`], where the
     /// file system has room for another of the kind. Returns where it is, if it was kept. Refused while PostgreSQL runs.
     pub async fn set_aside_data_dir(&self) -> Result<Option<PathBuf>> {
         let this = self.clone();
@@ -51,26 +51,31 @@ impl Instance {
         .await
     }
 
-    /// At an agent's start: a former copy that was left beside a whole one goes, in the background.
-    pub async fn remove_late_former(&self) -> Result<()> {
-        if !matches!(self.data_dir_state().await?, DataDir::Cluster { .. }) {
-            return Ok(());
-        }
+    /// Puts the former copy away once there is another that PostgreSQL runs on: out of the way at once, from the disk
+    /// in the background. True if there was one. What an agent that was killed had not removed yet goes as well.
+    pub async fn retire_former(&self) -> Result<bool> {
         let this = self.clone();
-        // Under another name at once: the next clone may keep what is here now.
-        let doomed = blocking(move || {
+        blocking(move || {
             let (former, doomed) = (this.former_dir(), this.member_dir().join("data.former.old"));
-            if former.exists() && !doomed.exists() {
+            let there = former.exists();
+            if there {
+                // The one before is on its way out, or was when its agent was killed.
+                remove_doomed(&doomed)?;
                 files::rename_durably(&former, &doomed)?;
+            } else if !doomed.exists() {
+                return Ok(false);
             }
-            Ok(doomed)
+            std::thread::spawn(move || {
+                if let Err(error) = remove_doomed(&doomed) {
+                    tracing::warn!(%error, "what was here before the clone takes room still");
+                }
+            });
+            Ok(there)
         })
-        .await?;
-        std::thread::spawn(move || files::remove_tree(&doomed));
-        Ok(())
+        .await
     }
 
-    /// Deletes the former copy, if there is one. True if there was.
+    /// Deletes the former copy, if there is one, and is done when its room is free. True if there was.
     pub async fn discard_former(&self) -> Result<bool> {
         let former = self.former_dir();
         blocking(move || {
@@ -80,6 +85,13 @@ impl Instance {
         })
         .await
     }
+}
+
+/// One removal at a time: two would stumble over each other's files.
+fn remove_doomed(doomed: &Path) -> Result<()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+    files::remove_tree(doomed)
 }
 
 /// What the files of a directory take, without following links. What cannot be read counts for nothing.

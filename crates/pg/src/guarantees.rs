@@ -34,7 +34,7 @@ const SQL: &str = "SELECT coalesce(json_agg(found), '[]') FROM (
 
 /// True if a session with this is promised less. `client_min_messages` hides the warning that the wait for the standbys
 /// was cancelled; with less than `on` a commit does not wait until a standby has flushed it.
-fn weakens(name: &str, value: &str) -> bool {
+pub fn weakens(name: &str, value: &str) -> bool {
     let value = value.to_ascii_lowercase();
     match name {
         "client_min_messages" => ["error", "fatal", "panic"].contains(&value.as_str()),

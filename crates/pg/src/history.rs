@@ -1,9 +1,9 @@
 //! Timeline history files.
 //!
 //! A promotion takes the first number for which no history file exists (timeline.c, `findNewestTimeLine`).
-//! A timeline that was begun on a member which is gone now is known to the coordinator only, so before a
-//! promotion its number is *reserved* here: by a history file that holds nothing but a comment. Such a file
-//! names no ancestor, so no standby ever follows it ("is not a child of …"); it only takes the number.
+//! A timeline that was begun on a member which is gone now is known to the coordinator only, or after an operator's
+//! recovery to nobody. So before a promotion every number below the one that it is to get is *reserved* here: by a
+//! history file that holds nothing but a comment. Such a file names no ancestor, so no standby ever follows it ("is not a child of …"); it only takes the number.
 //!
 //! Reserved numbers below a real timeline must stay: a WAL receiver asks its upstream for the history of
 //! every timeline between its own and the upstream's (walreceiver.c, `WalRcvFetchTimeLineHistoryFiles`) and
@@ -21,17 +21,6 @@ use crate::files;
 
 /// The first line of a file of ours.
 const MARK: &str = "# reserved by craton";
-
-/// A timeline as the coordinator records it.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct KnownTimeline {
-    /// Its number.
-    pub id: TimelineId,
-    /// The timeline it left.
-    pub parent: TimelineId,
-    /// Where it left.
-    pub fork: Lsn,
-}
 
 /// One line of a history file: this timeline was left at that position.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -78,20 +67,17 @@ pub(crate) fn read(wal_dir: &Path, timeline: TimelineId) -> Result<Vec<HistoryEn
         .map_or_else(|| Ok(Vec::new()), |text| parse(&text))
 }
 
-/// Reserves the numbers that have no history file here. Returns them.
-pub(crate) fn reserve(wal_dir: &Path, timelines: &[KnownTimeline]) -> Result<Vec<TimelineId>> {
+/// Reserves every number below the given one that has no history file here. Returns them.
+pub(crate) fn reserve_below(wal_dir: &Path, next: TimelineId) -> Result<Vec<TimelineId>> {
     let mut reserved = Vec::new();
-    for known in timelines.iter().filter(|t| t.id.0 > 1) {
-        let path = file_of(wal_dir, known.id);
+    for timeline in (2..next.0).map(TimelineId) {
+        let path = file_of(wal_dir, timeline);
         if path.exists() {
             continue;
         }
-        let text = format!(
-            "{MARK}: timeline {} left timeline {} at {}\n",
-            known.id, known.parent, known.fork
-        );
+        let text = format!("{MARK}: timeline {timeline} may be in use on another member\n");
         files::write_durably(&path, text.as_bytes())?;
-        reserved.push(known.id);
+        reserved.push(timeline);
     }
     Ok(reserved)
 }
@@ -181,14 +167,6 @@ pub(crate) fn newest_timeline_of_segment(
 mod tests {
     use super::*;
 
-    fn known(id: u32, parent: u32) -> KnownTimeline {
-        KnownTimeline {
-            id: TimelineId(id),
-            parent: TimelineId(parent),
-            fork: Lsn(0x300_0000),
-        }
-    }
-
     #[test]
     fn parses_what_postgresql_writes_and_refuses_the_rest() {
         let text =
@@ -207,17 +185,8 @@ mod tests {
     fn reserved_numbers_below_a_real_timeline_stay() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("00000004.history"), "1\t0/3000000\tx\n").unwrap();
-        let made = reserve(
-            dir.path(),
-            &[
-                known(1, 0),
-                known(2, 1),
-                known(3, 1),
-                known(4, 1),
-                known(5, 4),
-            ],
-        );
-        assert_eq!(made.unwrap(), [TimelineId(2), TimelineId(3), TimelineId(5)]);
+        let made = reserve_below(dir.path(), TimelineId(6)).unwrap();
+        assert_eq!(made, [TimelineId(2), TimelineId(3), TimelineId(5)]);
         assert!(read(dir.path(), TimelineId(2)).unwrap().is_empty());
         assert_eq!(
             remove_reserved(dir.path(), TimelineId(1)).unwrap(),

@@ -20,7 +20,7 @@ use crate::data_dir::DataDir;
 use crate::disk::{self, DiskSpace};
 use crate::error::{PgError, Result};
 use crate::files::{self, blocking};
-use crate::history::{self, HistoryEntry, KnownTimeline};
+use crate::history::{self, HistoryEntry};
 use crate::postmaster::{Postmaster, StartMode};
 use crate::processes;
 use crate::sync::{Proven, SyncNames};
@@ -594,14 +594,11 @@ impl Instance {
         blocking(move || history::read(&wal_dir, timeline)).await
     }
 
-    /// Makes PostgreSQL pass over timeline numbers that are taken elsewhere; call right before a
-    /// promotion. See [`crate::history`].
-    pub async fn write_history_files(
-        &self,
-        timelines: &[KnownTimeline],
-    ) -> Result<Vec<TimelineId>> {
-        let (wal_dir, timelines) = (self.wal_dir(), timelines.to_vec());
-        blocking(move || history::reserve(&wal_dir, &timelines)).await
+    /// Makes PostgreSQL take this timeline at its next promotion: every number below it is passed over. Call it right
+    /// before. See [`crate::history`].
+    pub async fn reserve_timelines_below(&self, next: TimelineId) -> Result<Vec<TimelineId>> {
+        let wal_dir = self.wal_dir();
+        blocking(move || history::reserve_below(&wal_dir, next)).await
     }
 
     /// Takes back reservations above the newest real timeline, after a promotion that did not happen;

@@ -69,7 +69,7 @@ pub use error::{PgError, Result, RewindFailure};
 pub use fetched::{history_name, segment_name};
 pub use guarantees::Weakening;
 pub use hba::HbaRule;
-pub use history::{HistoryEntry, KnownTimeline};
+pub use history::HistoryEntry;
 pub use initdb::{InitArgs, InitOptions};
 pub use instance::{Instance, InstanceConfig};
 pub use logical_slots::{SLOT_FILE_MAX, SlotFile};

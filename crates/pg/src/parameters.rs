@@ -52,6 +52,12 @@ pub fn refused(name: &str) -> Option<&'static str> {
             "it differs from member to member; set it in the member's craton.toml"
         }
         "fsync" | "full_page_writes" => "without it a crash can destroy acknowledged commits",
+        "lc_messages" => {
+            "Craton reads PostgreSQL's messages; give a role or a database another language with ALTER ROLE or ALTER DATABASE … SET"
+        }
+        "restart_after_crash" => {
+            "on would show clients what PostgreSQL recovered after the crash of a session before any standby has it; the agent starts it again, or hands over"
+        }
         "hot_standby" => "Craton reads the state of standbys through it",
         "log_destination" | "logging_collector" => "Craton keeps PostgreSQL's log in pg.log",
         _ if name.starts_with("recovery_") => "a member that stops short in recovery cannot follow",
@@ -324,6 +330,9 @@ mod tests {
     fn every_owned_parameter_is_refused_with_its_reason() {
         for key in config::OWNED_KEYS {
             assert!(refused(key).is_some(), "{key}");
+        }
+        for (key, _) in config::FIXED {
+            assert!(refused(key).is_some(), "{key} would be overwritten");
         }
         assert!(refused("synchronous_standby_names").is_some_and(|r| r.contains("durability")));
         assert_eq!(refused("work_mem"), None);

@@ -12,8 +12,7 @@ use std::time::Duration;
 use common::{LIMIT, Member, ran_as_postgres, until};
 use craton_core::{Lsn, TimelineId};
 use craton_pg::{
-    KnownTimeline, PgError, ReplicationRow, RewindFailure, StartMode, StopMode, SyncNames,
-    processes,
+    PgError, ReplicationRow, RewindFailure, StartMode, StopMode, SyncNames, processes,
 };
 
 async fn streams(leader: &Member, name: &str) -> bool {
@@ -240,14 +239,8 @@ async fn seal(a: &Member, b: &Member) {
 
 /// The numbers that the coordinator knows are passed over.
 async fn promote(b: &Member) {
-    let fork = b.control.sample(LIMIT).await.unwrap().end_of_wal();
-    let taken = |id| KnownTimeline {
-        id: TimelineId(id),
-        parent: TimelineId(1),
-        fork,
-    };
     b.instance
-        .write_history_files(&[taken(2), taken(3)])
+        .reserve_timelines_below(TimelineId(4))
         .await
         .unwrap();
     assert_eq!(b.control.promote(LIMIT).await.unwrap(), TimelineId(4));
@@ -383,12 +376,14 @@ async fn a_clone_that_fails_leaves_nothing_that_looks_like_a_cluster() {
         .clone_from(&source, None, progress)
         .await
         .unwrap();
-    assert!(b.instance.discard_former().await.unwrap());
+    assert!(b.instance.retire_former().await.unwrap());
     assert!(!former.exists() && !b.instance.discard_former().await.unwrap());
-    // Left behind beside a whole copy, it goes at the next start.
+    // What is still being removed does not stand in the way of the next.
     std::fs::create_dir(&former).unwrap();
-    b.instance.remove_late_former().await.unwrap();
-    assert!(!former.exists());
+    assert!(b.instance.retire_former().await.unwrap());
+    assert!(!former.exists() && !b.instance.retire_former().await.unwrap());
+    std::fs::create_dir(&former).unwrap();
+    assert!(b.instance.discard_former().await.unwrap() && !former.exists());
     // Half of a rewind is no copy.
     std::fs::write(b.instance.member_dir().join("rewind.incomplete"), "").unwrap();
     assert_eq!(b.instance.set_aside_data_dir().await.unwrap(), None);

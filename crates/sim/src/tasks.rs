@@ -125,14 +125,8 @@ impl World {
                 term,
                 timeline,
                 sync,
-                known,
             } => {
-                let taken = known
-                    .0
-                    .iter()
-                    .map(|t| t.timeline)
-                    .filter(|t| t < timeline)
-                    .max();
+                let taken = TimelineId(timeline.0.saturating_sub(1));
                 self.promote(m, r, *term, sync, taken)
             }
             Task::Bootstrap => {
@@ -371,7 +365,7 @@ impl World {
         r: &Running,
         term: Term,
         sync: &craton_core::sync::SyncSet,
-        taken: Option<TimelineId>,
+        taken: TimelineId,
     ) -> Step {
         let Some(pg) = &mut self.members[m].pg else {
             return Step::Failed("PostgreSQL is not running");
@@ -393,8 +387,8 @@ impl World {
             return Step::Failed("no data");
         };
         // PostgreSQL takes the next number after all whose history files it finds.
-        let newest = db.wal.iter().map(|r| r.timeline).max().max(taken);
-        let timeline = TimelineId(newest.map_or(1, |t| t.0) + 1);
+        let newest = db.wal.iter().map(|r| r.timeline).max();
+        let timeline = TimelineId(newest.map_or(1, |t| t.0).max(taken.0) + 1);
         let mut wal = db.wal.clone();
         let id = self.id();
         wal.push(Rec {

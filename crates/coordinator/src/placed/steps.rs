@@ -122,7 +122,12 @@ impl Shared {
             Some(note) => self
                 .check_kept(&current.place, &snapshot)
                 .and_then(|()| check_note(&note, &current.place, &placement, &snapshot))
-                .inspect_err(|why| self.disbelieve(why))?,
+                .inspect_err(|why| {
+                    // The members' own log is no copy that somebody could have put in its place.
+                    if current.place.backend != Backend::Embedded {
+                        self.disbelieve(why);
+                    }
+                })?,
             None if self.wish == current.place => {}
             None if revision == 0 && snapshot.entries.is_empty() => {
                 return self.found(current).await;

@@ -296,11 +296,6 @@ fn recovery_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Se
         term: l.term,
         timeline: l.timeline,
         sync,
-        known: view
-            .timelines
-            .as_ref()
-            .map(|t| t.value.clone())
-            .unwrap_or_default(),
     });
 }
 

@@ -118,7 +118,6 @@ pub(super) fn in_place_rule(mind: &mut Mind<'_>, view: &ClusterView, s: &crate::
     hold_rule(mind, s, order.id, "restart in place");
 }
 
-/// Throws the data directory away, once no promise to a client rests on it.
 /// The order to throw away data that do not belong to the cluster: no election needs them.
 pub(super) fn reinit_of_stranger(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership) {
     let order = view.orders.get(&mind.o.me.id).map(|o| &o.value);
@@ -149,6 +148,7 @@ pub(super) fn reinit_of_stranger(mind: &mut Mind<'_>, view: &ClusterView, l: &Le
     });
 }
 
+/// Throws the data directory away, once no promise to a client rests on it.
 fn reinit_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, order: &Order) -> bool {
     // A data directory that Craton did not make has no life that could be named.
     if order.incarnation.is_none() && mind.o.me.incarnation.is_none() {

@@ -387,17 +387,18 @@ fn rewind(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, s: &Server, re
 
 /// The leader no longer has the WAL that this member needs: cloned anew, once acknowledged commits do not rest on it.
 fn slot_lost(mind: &mut Mind<'_>, l: &Leadership, leader: &MemberId, waited: Duration) {
-    let text = format!(
-        "{leader} no longer has the WAL that this member needs (its slot there is lost): cloning anew"
-    );
-    mind.because("slot_lost", text);
+    let lost =
+        format!("{leader} no longer has the WAL that this member needs (its slot there is lost)");
     let me = mind.o.me.reference();
     let needed = me.is_some_and(|me| l.sync.holds(&me.member, me.incarnation));
     // A leader that does not take it out by then, in `strict`, waits for its new life.
     if needed && waited < order::patience(mind) {
-        let text = "waiting to be taken out of the sync set: until then acknowledged commits may rest on this copy";
+        let text = format!(
+            "{lost}; waiting to be taken out of the sync set: until then acknowledged commits may rest on this copy"
+        );
         return mind.because("slot_lost", text);
     }
+    mind.because("slot_lost", format!("{lost}: cloning anew"));
     mind.out.memory.not_streaming_since = None;
     mind.start(Task::Rewind {
         from: leader.clone(),

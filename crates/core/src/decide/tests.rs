@@ -21,7 +21,7 @@ use crate::observe::{
 };
 use crate::records::{
     At, ClusterRecord, MemberRecord, MemberRef, Request, RequestKind, RequestPhase, Seal,
-    TimelineRecord,
+    TimelineRecord, Timelines,
 };
 use crate::settings::Durability;
 use crate::sync::StandbyView;

@@ -41,7 +41,6 @@ fn a_leader_with_slots_opens_when_its_promotion_is_done() {
                     term: Term(1),
                     timeline: TimelineId(1),
                     sync: set(1, &["b", "c"]),
-                    known: Timelines::default(),
                 },
                 since: START,
             });
