@@ -195,6 +195,13 @@ pub fn differs_in_substance(a: &Topology, b: &Topology) -> bool {
     strip(a) != strip(b)
 }
 
+/// The leader's own agent says, by the records that are shown, that it serves nobody.
+fn is_known_closed(leader: Option<&MemberId>, members: &[MemberView]) -> bool {
+    members
+        .iter()
+        .any(|m| Some(&m.id) == leader && m.agent_alive && m.role != MemberRole::Leader)
+}
+
 /// `GET /v1/status`.
 pub fn status(o: &Observation, decision: &Decision) -> StatusView {
     let own = own_status(o, decision);
@@ -218,7 +225,7 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         answered_by: o.me.id.clone(),
         term: leadership.map(|l| l.term).unwrap_or_default(),
         revision: view.revision,
-        writable: leadership.is_some_and(|l| l.open),
+        writable: leadership.is_some_and(|l| l.open) && !is_known_closed(leader.as_ref(), &members),
         durability: leadership
             .map_or(settings.durability, |l| l.durability)
             .to_string(),

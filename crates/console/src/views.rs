@@ -17,7 +17,8 @@ pub struct StatusView {
     pub revision: u64,
     /// Who holds the leadership of `term`.
     pub leader: Option<MemberId>,
-    /// True when the leader is open for clients' writes.
+    /// True when the leader is open for clients' writes, as far as is known: false at once when its own agent says that
+    /// it does not serve, and only with the next election when nothing is heard of it.
     pub writable: bool,
     /// `async`, `quorum` or `strict`.
     pub durability: String,

@@ -160,7 +160,7 @@ fn headline(view: &StatusView) -> String {
     let state = match (&view.leader, view.writable, view.hold) {
         (_, true, true) => paint(Colour::Yellow, "switching over"),
         (_, true, false) => paint(Colour::Green, "writable"),
-        (Some(_), false, _) => paint(Colour::Yellow, "not writable yet"),
+        (Some(_), false, _) => paint(Colour::Yellow, "not writable"),
         (None, false, _) => paint(Colour::Red, "no leader"),
     };
     let leader = view
