@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use crate::disk;
 use crate::error::Result;
@@ -60,19 +59,25 @@ impl Instance {
             let there = former.exists();
             if there {
                 // The one before is on its way out, or was when its agent was killed.
-                remove_doomed(&doomed)?;
+                this.remove_doomed(&doomed)?;
                 files::rename_durably(&former, &doomed)?;
             } else if !doomed.exists() {
                 return Ok(false);
             }
             std::thread::spawn(move || {
-                if let Err(error) = remove_doomed(&doomed) {
+                if let Err(error) = this.remove_doomed(&doomed) {
                     tracing::warn!(%error, "what was here before the clone takes room still");
                 }
             });
             Ok(there)
         })
         .await
+    }
+
+    /// One removal at a time: two would stumble over each other's files.
+    fn remove_doomed(&self, doomed: &Path) -> Result<()> {
+        let _one = self.removal();
+        files::remove_tree(doomed)
     }
 
     /// Deletes the former copy, if there is one, and is done when its room is free. True if there was.
@@ -85,13 +90,6 @@ impl Instance {
         })
         .await
     }
-}
-
-/// One removal at a time: two would stumble over each other's files.
-fn remove_doomed(doomed: &Path) -> Result<()> {
-    static ONE: Mutex<()> = Mutex::new(());
-    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    files::remove_tree(doomed)
 }
 
 /// What the files of a directory take, without following links. What cannot be read counts for nothing.

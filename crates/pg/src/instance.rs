@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use craton_core::{Lsn, TimelineId};
@@ -59,6 +59,8 @@ struct Inner {
     socket_dir: PathBuf,
     conf_dir: PathBuf,
     os_user: String,
+    /// Held while what was here before a clone is removed, see [`crate::former`].
+    removal: Mutex<()>,
     /// See [`crate::sync`].
     sync_proven: Mutex<Option<Proven>>,
 }
@@ -70,6 +72,11 @@ pub struct Instance {
 }
 
 impl Instance {
+    pub(crate) fn removal(&self) -> MutexGuard<'_, ()> {
+        let removal = &self.inner.removal;
+        removal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Prepares the member's directory. The directory becomes private to the calling user.
     pub fn new(config: InstanceConfig) -> Result<Self> {
         files::private_dir(&config.member_dir)?;
@@ -83,6 +90,7 @@ impl Instance {
             socket_dir: root.join("run"),
             conf_dir: root.join("conf"),
             os_user: os_user()?,
+            removal: Mutex::new(()),
             sync_proven: Mutex::new(None),
             config: InstanceConfig {
                 member_dir: root,
