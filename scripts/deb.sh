@@ -21,7 +21,10 @@ install -D -m 644 -t "$root/usr/lib/systemd/system" packaging/craton-*.service
 doc=$root/usr/share/doc/craton
 install -d -m 755 "$doc" "$root/usr/share/man/man1" "$root/etc/craton"
 { printf 'Copyright: the Craton authors\nLicense: Apache-2.0, which on Debian is in /usr/share/common-licenses/Apache-2.0\n\n'; cat LICENSE; } >"$doc/copyright"
-cp -r docs/. CHANGELOG.md "$doc/"
+cp -r docs/. CHANGELOG.md SECURITY.md "$doc/"
+# What is in docs/ of the sources is one level higher here.
+sed -i 's|](\.\./\.\./SECURITY\.md)|](../SECURITY.md)|' "$doc/guide/security.md"
+sed -i 's|docs/guide/|guide/|g' "$doc/SECURITY.md"
 # Of the last commit, so that the same sources make the same package.
 date=$(git log -1 --format=%cD 2>/dev/null || date -R)
 printf 'craton (%s) unstable; urgency=medium\n\n  * What changed is in CHANGELOG.md.\n\n -- %s  %s\n' "$version" "$maintainer" "$date" \

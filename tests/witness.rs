@@ -16,6 +16,7 @@ use std::time::Duration;
 use craton::drill::recorder::longest_gap;
 use craton::layout::address;
 use craton::processes;
+use craton::sessions::value;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -84,6 +85,69 @@ fn two_members_lose_one_and_the_witness() {
         .wait_status("the witness is back", LIMIT, |s| votes(s, "w"));
     let (_, verdict) = clients.finish("the witness was lost");
     assert_eq!(verdict.lost, Vec::<u64>::new());
+    a_leader_started_in_place_lets_nobody_in(&rig);
+}
+
+/// A commit waits for a standby that is away when PostgreSQL crashes. Recovered, it would be seen by whoever logs in, and
+/// be gone with this host's disk: nobody is let in before the standby has it.
+fn a_leader_started_in_place_lets_nobody_in(rig: &Rig) {
+    rig.durability(&["durability=strict"], "strict", 1);
+    let leader = rig.leader();
+    let away = rig.standbys(&leader).pop().unwrap();
+    let port = rig.layout.postgres_port(&leader.parse().unwrap());
+    let ask = |query: &str| {
+        rig.runtime.block_on(async {
+            let client = rig.login.connect(port).await.unwrap();
+            value(&client, query).await.unwrap()
+        })
+    };
+    ask("CREATE TABLE seen (); SELECT 'made'");
+    rig.kill_host_for(&away, LIMIT * 2);
+    rig.cluster.wait_status("the standby is away", LIMIT, |s| {
+        let members = s["members"].as_array().map_or(&[][..], Vec::as_slice);
+        members
+            .iter()
+            .any(|m| m["id"] == away.as_str() && m["agent_alive"] == false)
+    });
+    let writer = rig.runtime.block_on(rig.login.connect(port)).unwrap();
+    let commit = rig.runtime.spawn(async move {
+        writer
+            .batch_execute("INSERT INTO seen DEFAULT VALUES")
+            .await
+    });
+    let waiting = "SELECT count(*)::text FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+    rig.cluster.wait("a commit that waits", LIMIT, || {
+        let waiting = ask(waiting);
+        (waiting == "1").then_some(()).ok_or(waiting)
+    });
+    let victim = rig.runtime.block_on(async {
+        let client = rig.login.connect(port).await.unwrap();
+        let pid = value(&client, "SELECT pg_backend_pid()::text").await;
+        let victim = processes::ProcessId::of(pid.unwrap().parse().unwrap());
+        assert!(victim.expect("a session").signal(Signal::KILL));
+        client
+    });
+    assert!(rig.runtime.block_on(commit).unwrap().is_err());
+    drop(victim);
+    rig.cluster
+        .wait("it waits with what it recovered", LIMIT, || {
+            let explained = text(&rig.cluster.craton(&["explain", &leader]));
+            let waits = explained.contains("opens when the standbys have flushed");
+            waits.then_some(()).ok_or(explained)
+        });
+    harness::watch(Duration::from_secs(1), || {
+        let refused = rig.runtime.block_on(rig.login.connect(port)).map(drop);
+        let why = format!("{:?}", refused.expect_err("somebody was let in"));
+        assert!(
+            why.contains("28000") || why.contains("pg_hba.conf"),
+            "{why}"
+        );
+    });
+    assert_eq!(rig.cluster.json(&["status"])["writable"], false);
+    rig.power_on(&away);
+    let status = rig.wait_whole();
+    assert_eq!(status["leader"], leader.as_str());
+    assert_eq!(ask("SELECT count(*)::text FROM seen"), "1");
 }
 
 /// A daemon gets a table for a witness, named x, and is started again.

@@ -268,9 +268,30 @@ fn its_owner_does_not_become_superuser(stack: &Stack) {
     assert_eq!(sql(is_super).unwrap(), "f");
     sql("SET search_path = pg_catalog; DROP SCHEMA repmgr CASCADE").unwrap();
     stack.wait("it is written again", Duration::from_secs(60), || {
-        let rows = sql("SELECT count(*) FROM repmgr.nodes")?;
-        if rows == "3" { Ok(()) } else { Err(rows) }
+        // The one that is stopped keeps its number and its name.
+        let rows = sql(
+            "SELECT count(*) || ' ' || string_agg(node_id || ' ' || node_name, ',') FILTER (WHERE NOT active) FROM repmgr.nodes",
+        )?;
+        if rows == "4 4 node4" { Ok(()) } else { Err(rows) }
     });
+    // The commands know it, too.
+    let shown = stack.exec(
+        "pgmaster",
+        &["gosu", "postgres", "repmgr", "cluster", "show"],
+    );
+    assert_eq!(shown.status.code(), Some(25));
+    let shown = containers::text(&shown);
+    let line = shown.lines().find(|l| l.contains("| node4"));
+    let line = line.unwrap_or_else(|| panic!("{shown}"));
+    assert!(
+        line.starts_with(" 4 ") && line.contains("- failed"),
+        "{shown}"
+    );
+    let dry = stack.sh(
+        "pgmaster",
+        "gosu postgres repmgr standby unregister --node-id=4 --dry-run",
+    );
+    assert!(dry.contains("pgslave3 would be taken out"), "{dry}");
     // The owner's operators came first on its path all the time.
     assert_eq!(sql(is_super).unwrap(), "f");
     sql("SET search_path = pg_catalog; ALTER DATABASE replication_db RESET search_path; DROP SCHEMA evil CASCADE").unwrap();
@@ -291,6 +312,21 @@ fn commands_of_a_node(stack: &Stack) {
     ] {
         stack.sh("pgslave3", &format!("gosu postgres repmgr {command}"));
     }
+    let leader = stack.whole("pgmaster", &NODES, Duration::from_secs(120));
+    assert_eq!(stack.sh("pgslave3", "cluster_master"), leader);
+    let upstream = stack.sh("pgslave3", "get_upstream_node_id");
+    assert_ne!(upstream, "");
+    stack.sh(
+        "pgslave3",
+        "has_pg_cluster && wait_recovery && standby_register",
+    );
+    let refused = stack.exec("pgslave3", &["node_unregister"]);
+    assert_eq!(
+        refused.status.code(),
+        Some(2),
+        "{}",
+        containers::text(&refused)
+    );
     let csv = stack.sh("pgslave3", "gosu postgres repmgr cluster show --csv");
     assert_eq!(csv.lines().count(), 4, "{csv}");
     let status = stack.sh("pgslave3", "gosu postgres repmgr node status");

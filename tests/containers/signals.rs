@@ -5,9 +5,10 @@
     reason = "a test may fail at any line"
 )]
 
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::containers::Stack;
+use crate::containers::{self, Stack, tag};
 use crate::writer::{TABLE, Writer};
 use crate::{NODES, new_leader, start, turn};
 
@@ -83,6 +84,32 @@ fn signals() {
     assert!(took < Duration::from_secs(3), "{took:?}");
     others(&stack);
     stops_in_time(&stack);
+    a_start_that_waits(&stack);
+}
+
+/// A container that waits for a node is told to stop: its first process gets only the signals that it handles.
+fn a_start_that_waits(stack: &Stack) {
+    let image = format!("craton/proxy:{}", tag());
+    for signal in ["TERM", "INT", "QUIT"] {
+        let id = stack.docker(&["run", "-d", "-e", "BACKENDS=0:nobody", &image]);
+        let log = || {
+            let out = containers::run(Command::new("docker").args(["logs", &id]));
+            containers::text(&out)
+        };
+        stack.wait("it waits for a node", Duration::from_secs(30), || {
+            let text = log();
+            let waits = text.contains("waiting for a node that tells");
+            if waits { Ok(()) } else { Err(text) }
+        });
+        let begun = Instant::now();
+        stack.docker(&["kill", "--signal", signal, &id]);
+        assert_eq!(stack.docker(&["wait", &id]), "0", "{signal}: {}", log());
+        let took = begun.elapsed();
+        assert!(took < Duration::from_secs(5), "{signal}: {took:?}");
+        let said = format!("told to stop (SIG{signal})");
+        assert!(log().contains(&said), "{}", log());
+        stack.docker(&["rm", &id]);
+    }
 }
 
 /// The proxy and the backup daemon.

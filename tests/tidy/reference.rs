@@ -121,7 +121,7 @@ fn metrics() -> String {
 }
 
 /// Title, what it is about, file and struct.
-const TABLES: [(&str, &str, &str, &str); 12] = [
+const TABLES: [(&str, &str, &str, &str); 13] = [
     (
         "[node]",
         "The agent beside one PostgreSQL.",
@@ -139,6 +139,12 @@ const TABLES: [(&str, &str, &str, &str); 12] = [
         "Where a new cluster keeps its records, and how this host reaches that etcd; moving them later: `craton coordinator move`.",
         "crates/coordinator/src/place.rs",
         "Place",
+    ),
+    (
+        "[node.clone]",
+        "How an empty data directory is filled.",
+        "crates/agent/src/config.rs",
+        "CloneConfig",
     ),
     (
         "[node.hooks]",

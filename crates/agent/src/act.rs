@@ -324,6 +324,7 @@ impl Actor {
             },
             Task::TakeSlots { from, term } => self.take_slots(&from, term, members).await,
             Task::SetSync(set) => self.set_sync(set).await,
+            Task::Admit => self.admit().await,
             Task::Checkpoint => Ok(self.prepare_handover().await?),
             Task::Configure => self.configure().await,
             Task::Reinit { incarnation, term } => self.reinit(incarnation, term).await,
@@ -398,6 +399,7 @@ impl Actor {
         upstream: Option<(Upstream, MemberId, Term)>,
     ) -> Result<(), ActError> {
         let whom = upstream.as_ref().map(|(_, m, t)| (m.clone(), *t));
+        self.server.set_closed(false);
         let mut config = self
             .server
             .managed(upstream.map(|(u, _, _)| u), SyncNames::Nobody);
@@ -430,7 +432,6 @@ impl Actor {
             .wait_ready(&process, READY_STANDBY_MAX)
             .await?;
         self.server.poke();
-        self.retire_former().await;
         Ok(())
     }
 
@@ -466,6 +467,8 @@ impl Actor {
     }
 
     async fn start_primary(&self, sync: SyncSet) -> Result<(), ActError> {
+        // Until what it recovers is safe.
+        self.server.set_closed(true);
         let config = self.server.managed(None, sync_names(&sync));
         self.server.instance.write_config(&config).await?;
         self.server.data_changed();
@@ -481,6 +484,20 @@ impl Actor {
         }
         self.server.instance.wait_ready(&process, READY_MAX).await?;
         self.server.poke();
+        Ok(())
+    }
+
+    /// Lets clients in.
+    async fn admit(&self) -> Result<(), ActError> {
+        let Some(process) = self.server.process() else {
+            return Err(ActError::Stale("PostgreSQL is not running".into()));
+        };
+        let config = self.server.with_clients(false);
+        self.server
+            .instance
+            .admit(&process, &self.server.control, &config, SYNC_MAX)
+            .await?;
+        self.server.set_closed(false);
         Ok(())
     }
 
@@ -626,9 +643,12 @@ impl Actor {
         let config = self.server.managed(None, sync_names(&sync));
         self.server.instance.write_config(&config).await?;
         process.reload()?;
+        let sealed = self.server.sealed().map(|s| s.timeline);
+        let own = sealed.or_else(|| self.server.sample().map(|s| s.timeline));
+        let own = own.ok_or_else(|| ActError::Stale("PostgreSQL does not answer".into()))?;
         self.server
             .instance
-            .reserve_timelines_below(timeline)
+            .reserve_timelines_below(own, timeline)
             .await?;
         self.drop_broken_slots().await;
         self.server.set_maybe_primary();

@@ -126,6 +126,8 @@ pub struct Agent {
     announced_at: Option<BootTime>,
     announced: Option<MemberStatus>,
     last_reasons: String,
+    /// The life of PostgreSQL that has streamed or led: nothing that was here before it is needed.
+    proven: Option<u64>,
     /// The last failure of a submission that was logged.
     last_failure: Option<CoordinatorError>,
     seen: watch::Sender<Option<Seen>>,
@@ -182,6 +184,7 @@ impl Agent {
             announced_at: None,
             announced: None,
             last_reasons: String::new(),
+            proven: None,
             last_failure: None,
             seen: parts.seen,
             topology: parts.topology,
@@ -558,7 +561,7 @@ impl Agent {
     fn start(&mut self, task: Task, o: &Observation) {
         let quiet = matches!(
             task.kind(),
-            TaskKind::SetSync | TaskKind::Checkpoint | TaskKind::Configure
+            TaskKind::SetSync | TaskKind::Admit | TaskKind::Checkpoint | TaskKind::Configure
         );
         if quiet {
             tracing::debug!(?task, "starting");
@@ -601,6 +604,7 @@ impl Agent {
             own.slots = self.server.slots();
             own.lost_slots = self.server.lost_slots();
         }
+        self.put_former_away(o, own.role);
         let heartbeat = o.view.as_ref().map_or_else(
             || o.initial_settings.heartbeat(),
             |v| v.settings().heartbeat(),
@@ -630,6 +634,18 @@ impl Agent {
                 self.topology_sent_at = o.now;
                 self.topology.send_replace(Arc::new(next));
             }
+        }
+    }
+
+    /// What was here before a clone is kept until PostgreSQL, on what is here now, streams from a leader or leads.
+    fn put_former_away(&mut self, o: &Observation, role: MemberRole) {
+        let streams = matches!(&o.server, ServerView::Running(s) if s.in_recovery && s.streaming);
+        let view = o.view.as_ref().and_then(|v| v.leadership.as_ref());
+        let proven = streams || (role == MemberRole::Leader && view.is_some_and(|l| l.value.open));
+        if o.task.is_none() && proven && o.process.is_some() && o.process != self.proven {
+            self.proven = o.process;
+            let actor = Arc::clone(&self.actor);
+            tokio::spawn(async move { actor.retire_former().await });
         }
     }
 

@@ -42,6 +42,8 @@ impl Actor {
         self.stop(StopHow::Fast, "WAL that it lacks is put beside its own")
             .await?;
         instance.place_fetched(size).await?;
+        // PostgreSQL looks for the newest timeline number by number.
+        instance.reserve_timelines_below(end.0, end.0).await?;
         self.start_standby().await?;
         self.seal(term).await?;
         match self.server.sealed() {

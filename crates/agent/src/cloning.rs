@@ -74,8 +74,9 @@ impl Actor {
             .clone_from(&source, self.clone.max_rate_kb, self.progress.clone())
             .await;
         if let Err(error) = made {
-            // The next try finds room for one.
-            if error.to_string().contains("No space left on device") {
+            // The next try finds room for one. What the server says of its own disk is marked ERROR.
+            let text = error.to_string();
+            if text.contains("No space left on device") && !text.contains("ERROR:") {
                 former_is_removed(self.server.instance.discard_former().await);
             }
             return Err(error.into());
@@ -84,7 +85,7 @@ impl Actor {
         self.start_standby().await
     }
 
-    /// The former copy goes when PostgreSQL runs on another.
+    /// The former copy goes when another has proven itself.
     pub(crate) async fn retire_former(&self) {
         former_is_removed(self.server.instance.retire_former().await);
     }

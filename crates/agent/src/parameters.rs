@@ -85,6 +85,13 @@ impl Parameters {
         wanted
     }
 
+    /// The settings that are in the configuration file, as far as is known.
+    pub fn in_file(&self) -> BTreeMap<String, String> {
+        let known = self.known();
+        let written = known.written.clone();
+        written.unwrap_or_else(|| self.wanted(&known))
+    }
+
     /// What the file holds is not what was asked for: it is to be written again.
     pub fn forget_written(&self) {
         self.known().written = None;

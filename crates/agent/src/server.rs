@@ -43,6 +43,8 @@ struct Known {
     /// See [`LocalServer::carried`].
     carried: BTreeMap<String, String>,
     maybe_primary: bool,
+    /// PostgreSQL's configuration refuses clients.
+    closed: bool,
     upstream: Option<(MemberId, Term)>,
     in_force: Option<SyncSet>,
     /// When `in_force` was proven.
@@ -155,6 +157,8 @@ impl LocalServer {
         (networks, md5): (Vec<String>, bool),
         tls: Option<PgTls>,
     ) -> Arc<Self> {
+        // An agent that ended may have left it so. A file that cannot be read refuses everybody.
+        let closed = instance.is_closed().unwrap_or(true);
         Arc::new(Self {
             control: instance.control(),
             instance,
@@ -168,7 +172,10 @@ impl LocalServer {
             changed: Notify::new(),
             look: Notify::new(),
             data_seen: Notify::new(),
-            known: Mutex::new(Known::default()),
+            known: Mutex::new(Known {
+                closed,
+                ..Known::default()
+            }),
             crashes: Mutex::new(Vec::new()),
         })
     }
@@ -292,6 +299,12 @@ impl LocalServer {
         k.in_force = set;
         k.in_force_at = clock::now();
         drop(k);
+        self.poke();
+    }
+
+    /// Whether PostgreSQL is to refuse clients, from the next [`Self::managed`] on.
+    pub fn set_closed(&self, closed: bool) {
+        self.known().closed = closed;
         self.poke();
     }
 
@@ -518,6 +531,7 @@ impl LocalServer {
             sync_configured: configured,
             standbys: standbys(s),
             active_transactions: k.active_transactions,
+            closed: k.closed,
         })
     }
 
@@ -647,22 +661,33 @@ impl LocalServer {
         }
     }
 
-    /// The configuration for a role.
+    /// The configuration for a role, to be written.
     pub fn managed(&self, upstream: Option<Upstream>, sync: SyncNames) -> ManagedConfig {
-        let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
-        let hba = HbaRule::standard(&networks, self.tls.is_some());
-        let member_slots = self.known().member_slots.clone();
+        let closed = self.known().closed;
         ManagedConfig {
             upstream,
-            restore_command: None,
             sync,
-            member_slots,
             settings: self.parameters.to_write(),
+            ..self.with_clients(closed)
+        }
+    }
+
+    /// The configuration as far as it says who may log in.
+    pub fn with_clients(&self, closed: bool) -> ManagedConfig {
+        let networks: Vec<&str> = self.networks.iter().map(String::as_str).collect();
+        let hba = HbaRule::standard(&networks, self.tls.is_some());
+        ManagedConfig {
+            upstream: None,
+            restore_command: None,
+            sync: SyncNames::Nobody,
+            member_slots: self.known().member_slots.clone(),
+            settings: self.parameters.in_file(),
             hba: if self.md5 {
                 HbaRule::with_md5(hba)
             } else {
                 hba
             },
+            closed,
             tls: self.tls.clone(),
         }
     }

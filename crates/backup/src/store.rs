@@ -402,12 +402,21 @@ impl Repository {
         }
     }
 
-    /// Keeps a timeline's history file.
+    /// Keeps a timeline's history file. One that names no ancestor only takes a number where it is, and is not kept: some
+    /// members have the real one.
     pub(crate) fn put_history(&self, timeline: TimelineId, text: &str) -> Result<()> {
         let relative = layout::history(timeline);
-        History::parse(timeline, text).map_err(BackupError::format(&self.path(&relative)))?;
+        let parsed =
+            History::parse(timeline, text).map_err(BackupError::format(&self.path(&relative)))?;
+        if parsed.ancestors.is_empty() {
+            return Ok(());
+        }
         match self.read(&relative) {
             Ok(held) if held == text.as_bytes() => Ok(()),
+            // Earlier versions kept them.
+            Ok(_) if self.history(timeline)?.ancestors.is_empty() => {
+                self.write(&relative, text.as_bytes())
+            }
             Ok(_) => Err(BackupError::Refused(format!(
                 "the server's history of timeline {timeline} is another than the one held in {}: two servers took the \
                  same timeline number, or this repository belongs to another past of the cluster; nothing was overwritten",

@@ -31,7 +31,11 @@ pub const EXIT_UNREACHABLE: u8 = 200;
 /// A segment that is still being received is delivered as far as it came and filled with zeros, so
 /// that a restore to the latest state loses nothing that was received.
 pub fn wal_fetch(repository: &Repository, name: &str, target: &Path) -> Result<Fetched> {
-    let Some(mut bytes) = raw(repository, name)? else {
+    let found = match raw(repository, name)? {
+        None => passed_over(repository, name)?,
+        found => found,
+    };
+    let Some(mut bytes) = found else {
         return Ok(Fetched::NotThere);
     };
     if layout::parse_history_name(name).is_none() {
@@ -50,6 +54,18 @@ pub fn wal_fetch(repository: &Repository, name: &str, target: &Path) -> Result<F
         BackupError::io("write", target)(e)
     })?;
     Ok(Fetched::Delivered)
+}
+
+/// For a timeline that never was, or that nobody archived, below one that is held: PostgreSQL looks for the newest number
+/// by number, and would stop before it (timeline.c, `findNewestTimeLine`).
+fn passed_over(repository: &Repository, name: &str) -> Result<Option<Vec<u8>>> {
+    let Some(timeline) = layout::parse_history_name(name) else {
+        return Ok(None);
+    };
+    let newest = repository.timelines()?.last().copied();
+    Ok(newest
+        .is_some_and(|n| timeline < n)
+        .then(|| b"# not held; a later timeline is\n".to_vec()))
 }
 
 /// A segment, as far as it came, or a history file.
@@ -82,6 +98,8 @@ mod tests {
         sink.flush().unwrap();
         repo.put_history(TimelineId(2), "1\t0/0\tno reason\n")
             .unwrap();
+        repo.put_history(TimelineId(5), "2\t0/0\tno reason\n")
+            .unwrap();
         let target = dir.path().join("RECOVERYXLOG");
         let fetch = |name: &str| {
             let _ = fs::remove_file(&target);
@@ -98,14 +116,34 @@ mod tests {
             (Fetched::Delivered, 1 << 20, 9, 0)
         );
         assert_eq!(fetch("00000002.history").0, Fetched::Delivered);
+        let (outcome, text) = fetch("00000004.history");
+        assert_eq!((outcome, text.first()), (Fetched::Delivered, Some(&b'#')));
         for absent in [
-            "00000003.history",
+            "00000006.history",
             "000000010000000000000000",
             "000000020000000000000002",
             "nonsense",
         ] {
             assert_eq!(fetch(absent), (Fetched::NotThere, vec![]), "{absent}");
         }
+    }
+
+    /// A member that was cloned has no history of an ancestor but a reservation of its number.
+    #[test]
+    fn a_number_that_is_only_taken_is_no_history() {
+        let dir = tempfile::tempdir().unwrap();
+        let repo = Repository::open_or_create(dir.path(), 1, 1 << 20).unwrap();
+        let (two, real) = (TimelineId(2), "1\t0/0\tno reason\n");
+        let held = || repo.read(&layout::history(two)).ok();
+        repo.put_history(two, "# reserved\n").unwrap();
+        assert_eq!(held(), None);
+        // As earlier versions kept it.
+        repo.write(&layout::history(two), b"# reserved\n").unwrap();
+        for text in [real, "# reserved\n", real] {
+            repo.put_history(two, text).unwrap();
+            assert_eq!(held().as_deref(), Some(real.as_bytes()));
+        }
+        assert!(repo.put_history(two, "1\t0/8\tanother\n").is_err());
     }
 
     #[test]

@@ -125,6 +125,8 @@ pub enum Task {
     },
     /// Put a sync set in force.
     SetSync(SyncSet),
+    /// Let clients in, who were refused since PostgreSQL was started as a primary.
+    Admit,
     /// Write a checkpoint and begin a WAL segment, so that the shutdown of a switchover and the promotion have little to
     /// do.
     Checkpoint,
@@ -157,6 +159,7 @@ pub enum TaskKind {
     CatchUp,
     TakeSlots,
     SetSync,
+    Admit,
     Checkpoint,
     Configure,
     Reinit,
@@ -180,6 +183,7 @@ impl Task {
             Self::CatchUp { .. } => TaskKind::CatchUp,
             Self::TakeSlots { .. } => TaskKind::TakeSlots,
             Self::SetSync(_) => TaskKind::SetSync,
+            Self::Admit => TaskKind::Admit,
             Self::Checkpoint => TaskKind::Checkpoint,
             Self::Configure => TaskKind::Configure,
             Self::Reinit { .. } => TaskKind::Reinit,

@@ -137,6 +137,8 @@ pub struct Server {
     pub standbys: Vec<StandbyView>,
     /// Client transactions in progress, counted while a switchover waits for them.
     pub active_transactions: Option<u32>,
+    /// Started in place as a primary, and clients are refused until what it recovered is safe.
+    pub closed: bool,
 }
 
 /// The PostgreSQL process.

@@ -18,6 +18,11 @@ const fn m(code: &'static str, means: &'static str, todo: &'static str) -> Meani
 /// All of them, in alphabetical order.
 pub const MEANINGS: &[Meaning] = &[
     m(
+        "admitting",
+        "What the leader recovered is safe, and clients are let in before the record says that it is open.",
+        "",
+    ),
+    m(
         "adopted_data_missing",
         "The cluster was claimed for a data directory of this member that is not there any more.",
         "Bring it back to where it was. To begin with another database instead, empty the coordinator directories of all members and start anew.",
@@ -291,7 +296,7 @@ pub const MEANINGS: &[Meaning] = &[
     ),
     m(
         "recovering",
-        "The leader restarted; it opens once enough standbys have flushed what it recovered.",
+        "The leader restarted; it lets clients in once enough standbys have flushed what it recovered.",
         "Bring a standby of the sync set back if none is there.",
     ),
     m(

@@ -126,7 +126,7 @@ pub struct Leadership {
     pub cause: String,
 }
 
-/// Terms that a recovery leaps: more than the voters that are gone can have agreed on unseen.
+/// Terms that a recovery leaps at least: more than the voters that are gone can have agreed on unseen.
 const RECOVERY_LEAP: u64 = 1000;
 
 impl Leadership {
@@ -142,11 +142,13 @@ impl Leadership {
     }
 
     /// What is left of it when an operator recovers it from one voter's disk: nobody leads by it, and what was asked
-    /// for or accepted before does not count. Its term leaps past all that a survivor may have sealed or followed.
+    /// for or accepted before does not count. Its term leaps past all that a survivor may have sealed or followed: to
+    /// the second since 1970, so that what is recovered later, from whichever disk, is above what was recovered before.
     #[must_use]
-    pub fn into_recovered(self) -> Self {
+    pub fn into_recovered(self, at_ms: u64) -> Self {
+        let leapt = self.term.0.saturating_add(RECOVERY_LEAP);
         Self {
-            term: Term(self.term.0.saturating_add(RECOVERY_LEAP)),
+            term: Term(leapt.max(at_ms / 1000)),
             recovered: true,
             open: false,
             restarted: false,

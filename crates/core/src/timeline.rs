@@ -1,7 +1,11 @@
 //! Whether a member's WAL is a prefix of the leader's history, or went its own way.
 
 use crate::records::{TimelineRecord, Timelines};
-use crate::types::{Lsn, TimelineId};
+use crate::types::{Lsn, MemberId, Term, TimelineId};
+
+/// Timeline numbers that a recovery passes over at least, and at most as many again: members that are gone may have
+/// promoted unseen, and two recoveries of one log must not meet.
+const RECOVERY_TIMELINES: u64 = 32;
 
 /// How a member's WAL relates to the leader's timeline.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -34,6 +38,22 @@ impl Timelines {
                 .max()
                 .map_or(1, |m| m.saturating_add(1)),
         )
+    }
+
+    /// What is left when an operator recovers the records from one voter's disk: numbers that others may have taken
+    /// since are passed over. The last of them stands for all.
+    #[must_use]
+    pub fn into_recovered(mut self, term: Term, member: MemberId, at_ms: u64) -> Self {
+        let passed = RECOVERY_TIMELINES + at_ms % RECOVERY_TIMELINES;
+        let last = u64::from(self.next_free().0).saturating_add(passed);
+        self.0.push(TimelineRecord {
+            timeline: TimelineId(u32::try_from(last).unwrap_or(u32::MAX)),
+            term,
+            parent: None,
+            fork: Lsn::ZERO,
+            member,
+        });
+        self
     }
 
     /// The ancestors of `timeline` with the position where each was left, nearest first.
@@ -89,7 +109,6 @@ impl Timelines {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{MemberId, Term};
 
     /// 1 ─100─ 2 ─200─ 4
     ///          └─150─ 3
@@ -139,5 +158,28 @@ mod tests {
         );
         assert_eq!(rel(9, 1), Relation::Unknown);
         assert_eq!(tree.next_free(), TimelineId(5));
+    }
+
+    /// Somebody else may have promoted to 5, or to some more, after the log that is recovered was cut off.
+    #[test]
+    fn a_recovery_passes_over_the_numbers_that_others_may_have_taken() {
+        let recovered = |at_ms| {
+            let member = MemberId::new("a").unwrap();
+            let mut t = tree().into_recovered(Term(9), member.clone(), at_ms);
+            let (parent, timeline) = (Some(TimelineId(4)), t.next_free());
+            t.0.push(TimelineRecord {
+                timeline,
+                term: Term(10),
+                parent,
+                fork: Lsn(300),
+                member,
+            });
+            (t, timeline)
+        };
+        let (t, now) = recovered(0);
+        assert!(now.0 > 5 + 30, "{now}");
+        assert_eq!(t.relation(TimelineId(5), Lsn(250), now), Relation::Unknown);
+        assert_eq!(t.relation(TimelineId(4), Lsn(300), now), Relation::Prefix);
+        assert_ne!(recovered(1).1, now, "two recoveries of one log");
     }
 }

@@ -2,12 +2,12 @@
 //!
 //! # Layout
 //! * [`environment`]: the variables, their meaning, their `_FILE` forms; [`plan`]: from them to a daemon's settings. Pure.
-//! * [`entry`]: the image's command: environment, directories, [`keys`], [`adopt`], [`ssh`]; then away with root.
+//! * [`entry`]: the image's command: environment, directories, [`keys`], [`adopt`], [`ssh`]; then away with root. [`stop`]: signals until then.
 //! * [`init`]: the first process: children, signals, the dead. [`leave`]: the handover before a stop.
 //! * [`daemon`]: waits for what must be there and becomes the daemon. [`health`]: whether it is alive, whether it serves.
 //! * [`recover`]: a whole cluster back to a point in time.
 //! * [`settings`]: which variable each setting comes from.
-//! * [`side`]: metrics and health in the clear, [`first_start`], [`nodes_table`], the backups' [`schedule`].
+//! * [`side`]: metrics and health in the clear, [`first_start`], [`nodes_table`] and [`known_nodes`], the backups' [`schedule`].
 //! * [`names`]: links to the program; [`repmgr`], [`pcp`], [`barman`]: what they do, with their [`options`]; [`shown`]: files that are looked at.
 
 use clap::Subcommand;
@@ -23,6 +23,7 @@ pub mod first_start;
 pub mod health;
 pub mod init;
 pub mod keys;
+pub mod known_nodes;
 pub mod leave;
 pub mod names;
 pub mod nodes_table;
@@ -36,6 +37,7 @@ pub mod settings;
 pub mod shown;
 pub mod side;
 pub mod ssh;
+pub mod stop;
 
 use environment::Kind;
 

@@ -258,6 +258,8 @@ pub struct ManagedConfig {
     pub settings: BTreeMap<String, String>,
     /// Who may connect over TCP.
     pub hba: Vec<HbaRule>,
+    /// Only the cluster's own roles are let in, and the superuser on this host.
+    pub closed: bool,
     /// The server's own TLS.
     pub tls: Option<PgTls>,
 }
@@ -314,21 +316,26 @@ pub(crate) fn write(place: &Place<'_>, managed: &ManagedConfig) -> Result<Config
     if files::read_text(&main)?.as_deref() != Some(&text) {
         files::write_durably(&main, text.as_bytes())?;
     }
+    change.changed.extend(write_access(place, managed)?);
+    change.removed_overrides = remove_overrides(place.data_dir, &wanted)?;
+    Ok(change)
+}
+
+/// Writes who may log in, where it differs; returns the names of the files that did.
+pub(crate) fn write_access(place: &Place<'_>, managed: &ManagedConfig) -> Result<Vec<String>> {
+    let rules = logical::rules(place, managed);
+    let mut changed = Vec::new();
     for (name, text) in [
-        (
-            "pg_hba.conf",
-            hba::hba(place, &logical::rules(place, managed))?,
-        ),
+        (hba::FILE, hba::hba(place, &rules, managed.closed)?),
         ("pg_ident.conf", hba::ident(place)?),
     ] {
         let path = place.conf_dir.join(name);
         if files::read_text(&path)?.as_deref() != Some(&text) {
             files::write_durably(&path, text.as_bytes())?;
-            change.changed.push(name.to_owned());
+            changed.push(name.to_owned());
         }
     }
-    change.removed_overrides = remove_overrides(place.data_dir, &wanted)?;
-    Ok(change)
+    Ok(changed)
 }
 
 /// What says which role the server plays: only a change of the role changes it.
@@ -649,6 +656,19 @@ mod tests {
                 "host all all 10.0.0.0/24 scram-sha-256",
             ]
         );
+        let closed = ManagedConfig {
+            closed: true,
+            ..managed
+        };
+        assert_eq!(
+            write_in(dir.path(), &closed).unwrap().changed,
+            ["pg_hba.conf"]
+        );
+        let hba = std::fs::read_to_string(dir.path().join("pg_hba.conf")).unwrap();
+        let lines: Vec<&str> = hba.lines().filter(|l| !l.starts_with('#')).collect();
+        assert_eq!(lines[1], "local all all reject");
+        assert_eq!(lines.len(), 6, "nobody else is let in: {lines:?}");
+        assert!(lines[2..].iter().all(|l| l.contains(" craton_")));
         let text = std::fs::read_to_string(dir.path().join("postgresql.conf")).unwrap();
         let settings = parse_settings(&text);
         assert_eq!(settings["ssl_key_file"], "/s/a b.pem");

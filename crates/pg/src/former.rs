@@ -1,7 +1,11 @@
 //! The copy that was here, while another is made: `data.former`.
 //!
-//! A member whose slot is lost is cloned anew, and so may be all standbys at once. Until its clone is complete, what a
-//! member had stays on its disk where there is room for both: if the leader's disk dies meanwhile, it is all there is.
+//! A member whose slot is lost is cloned anew, and so may be all standbys at once. Until its clone streams from a leader,
+//! what a member had stays on its disk where there is room for both: if the leader's disk dies meanwhile, it is all there
+//! is.
+//!
+//! So while there is a former copy, the data directory is one that has proven nothing yet. If it is to be cloned once
+//! more, it goes, and the former copy stays.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,14 +24,25 @@ impl Instance {
         self.member_dir().join("data.former")
     }
 
+    /// On its way out.
+    fn doomed_dir(&self) -> PathBuf {
+        self.member_dir().join("data.former.old")
+    }
+
     /// Makes room under the data directory's name, and keeps what was there until [`Self::retire_former`], where the
     /// file system has room for another of the kind. Returns where it is, if it was kept. Refused while PostgreSQL runs.
     pub async fn set_aside_data_dir(&self) -> Result<Option<PathBuf>> {
+        self.refuse_while_running().await?;
         let this = self.clone();
         let keep = blocking(move || {
+            let _one = this.removal();
+            files::remove_tree(&this.doomed_dir())?;
             // Their directories are outside, and the clone needs them.
             let tablespaces = this.data_dir().join("pg_tblspc");
-            if !files::is_empty_dir(&tablespaces)? || this.rewind_marker().exists() {
+            if this.former_dir().exists()
+                || !files::is_empty_dir(&tablespaces)?
+                || this.rewind_marker().exists()
+            {
                 return Ok(false);
             }
             let needed = tree_bytes(this.data_dir());
@@ -39,33 +54,40 @@ impl Instance {
             self.discard_data_dir().await?;
             return Ok(None);
         }
-        self.refuse_while_running().await?;
         let this = self.clone();
         blocking(move || {
+            let _one = this.removal();
             let former = this.former_dir();
-            files::remove_tree(&former)?;
             files::rename_durably(this.data_dir(), &former)?;
             Ok(Some(former))
         })
         .await
     }
 
-    /// Puts the former copy away once there is another that PostgreSQL runs on: out of the way at once, from the disk
-    /// in the background. True if there was one. What an agent that was killed had not removed yet goes as well.
+    /// Puts the former copy away, once PostgreSQL runs here and there is nothing in the former that another would miss:
+    /// out of the way at once, from the disk in the background. True if there was one. What an agent that was killed had
+    /// not removed yet goes as well.
     pub async fn retire_former(&self) -> Result<bool> {
         let this = self.clone();
         blocking(move || {
-            let (former, doomed) = (this.former_dir(), this.member_dir().join("data.former.old"));
-            let there = former.exists();
-            if there {
-                // The one before is on its way out, or was when its agent was killed.
-                this.remove_doomed(&doomed)?;
-                files::rename_durably(&former, &doomed)?;
-            } else if !doomed.exists() {
+            let one = this.removal();
+            // Said a moment ago, and by now what runs may have become the former one itself.
+            if !this.data_dir().join("postmaster.pid").exists() {
                 return Ok(false);
             }
+            let (former, doomed) = (this.former_dir(), this.doomed_dir());
+            let there = former.exists();
+            if !there && !doomed.exists() {
+                return Ok(false);
+            }
+            if there {
+                files::remove_tree(&doomed)?;
+                files::rename_durably(&former, &doomed)?;
+            }
+            drop(one);
             std::thread::spawn(move || {
-                if let Err(error) = this.remove_doomed(&doomed) {
+                let _one = this.removal();
+                if let Err(error) = files::remove_tree(&doomed) {
                     tracing::warn!(%error, "what was here before the clone takes room still");
                 }
             });
@@ -74,18 +96,15 @@ impl Instance {
         .await
     }
 
-    /// One removal at a time: two would stumble over each other's files.
-    fn remove_doomed(&self, doomed: &Path) -> Result<()> {
-        let _one = self.removal();
-        files::remove_tree(doomed)
-    }
-
     /// Deletes the former copy, if there is one, and is done when its room is free. True if there was.
     pub async fn discard_former(&self) -> Result<bool> {
-        let former = self.former_dir();
+        let this = self.clone();
         blocking(move || {
+            let _one = this.removal();
+            let former = this.former_dir();
             let there = former.exists();
             files::remove_tree(&former)?;
+            files::remove_tree(&this.doomed_dir())?;
             Ok(there)
         })
         .await

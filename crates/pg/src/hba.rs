@@ -69,15 +69,31 @@ impl HbaRule {
     }
 }
 
-/// The text of `pg_hba.conf`.
-pub(crate) fn hba(place: &Place<'_>, rules: &[HbaRule]) -> Result<String> {
+/// Its name.
+pub(crate) const FILE: &str = "pg_hba.conf";
+/// In the file while clients are refused.
+const CLOSED: &str = "# Closed: what this primary recovered is not on enough standbys yet. Only the cluster itself is let in.\n";
+
+/// True if the file refuses clients.
+pub(crate) fn is_closed(text: &str) -> bool {
+    text.contains(CLOSED)
+}
+
+/// The text of `pg_hba.conf`. While it is `closed`, the cluster's own roles are let in, and the superuser on this host.
+pub(crate) fn hba(place: &Place<'_>, rules: &[HbaRule], closed: bool) -> Result<String> {
     let mut text = String::from("# Written by the craton agent: changes are overwritten.\n");
+    if closed {
+        text.push_str(CLOSED);
+    }
     let _ = writeln!(
         text,
         "local all {} peer map=craton",
         hba_token(place.superuser)?
     );
-    let _ = writeln!(text, "local all all scram-sha-256");
+    let others = if closed { "reject" } else { "scram-sha-256" };
+    let _ = writeln!(text, "local all all {others}");
+    // Nothing below that names no role matches any more.
+    let rules = rules.iter().filter(|r| !closed || r.user != "all");
     for rule in rules {
         let [database, user, address, method] =
             [&rule.database, &rule.user, &rule.address, &rule.method].map(|t| hba_token(t));

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{PgError, Result};
 use crate::files;
 
-/// The first line of a file of ours.
+/// What a reservation says to whoever opens it.
 const MARK: &str = "# reserved by craton";
 
 /// One line of a history file: this timeline was left at that position.
@@ -67,17 +67,51 @@ pub(crate) fn read(wal_dir: &Path, timeline: TimelineId) -> Result<Vec<HistoryEn
         .map_or_else(|| Ok(Vec::new()), |text| parse(&text))
 }
 
-/// Reserves every number below the given one that has no history file here. Returns them.
-pub(crate) fn reserve_below(wal_dir: &Path, next: TimelineId) -> Result<Vec<TimelineId>> {
+/// A file without an entry takes a number, and nothing more: PostgreSQL's own have one at least. (What was written and
+/// not flushed when the host went down is such a file as well.)
+pub(crate) fn is_reservation(text: &str) -> bool {
+    parse(text).is_ok_and(|entries| entries.is_empty())
+}
+
+/// The history file of an ancestor, as it stands at the head of its descendant's: a promotion copies the parent's whole
+/// file, and adds an empty line and its own (timeline.c, `writeTimeLineHistory`).
+fn ancestor(descendant: &str, timeline: TimelineId) -> Option<&str> {
+    let at = descendant.match_indices('\n').find(|(at, _)| {
+        let line = descendant.get(at + 1..).unwrap_or_default();
+        line.split(['\t', ' ']).next().and_then(|t| t.parse().ok()) == Some(timeline.0)
+    });
+    let text = descendant.get(..at?.0)?;
+    (!is_reservation(text)).then_some(text)
+}
+
+/// Gives every number below `next` a history file, where there is none: the ancestors of `own` theirs, others a
+/// reservation. `own` itself is left alone. Returns the reserved numbers.
+///
+/// The names are durable when it returns, contents of reservations need not be.
+pub(crate) fn reserve_below(
+    wal_dir: &Path,
+    own: TimelineId,
+    next: TimelineId,
+) -> Result<Vec<TimelineId>> {
+    let lineage = files::read_text(&file_of(wal_dir, own))?.unwrap_or_default();
     let mut reserved = Vec::new();
-    for timeline in (2..next.0).map(TimelineId) {
+    for timeline in (2..next.0).map(TimelineId).filter(|t| *t != own) {
         let path = file_of(wal_dir, timeline);
         if path.exists() {
             continue;
         }
+        if let Some(text) = ancestor(&lineage, timeline) {
+            files::write_durably(&path, text.as_bytes())?;
+            continue;
+        }
         let text = format!("{MARK}: timeline {timeline} may be in use on another member\n");
-        files::write_durably(&path, text.as_bytes())?;
+        fs::write(&path, text).map_err(PgError::io("cannot write", &path))?;
         reserved.push(timeline);
+    }
+    if !reserved.is_empty() {
+        fs::File::open(wal_dir)
+            .and_then(|d| d.sync_all())
+            .map_err(PgError::io("cannot sync", wal_dir))?;
     }
     Ok(reserved)
 }
@@ -87,7 +121,7 @@ pub(crate) fn remove_reserved(wal_dir: &Path, newest_known: TimelineId) -> Resul
     let mut reserved = Vec::new();
     let mut newest_real = newest_known;
     for (timeline, path) in list(wal_dir)? {
-        if files::read_text(&path)?.is_some_and(|t| t.starts_with(MARK)) {
+        if files::read_text(&path)?.is_some_and(|t| is_reservation(&t)) {
             reserved.push((timeline, path));
         } else {
             newest_real = newest_real.max(timeline);
@@ -185,7 +219,7 @@ mod tests {
     fn reserved_numbers_below_a_real_timeline_stay() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("00000004.history"), "1\t0/3000000\tx\n").unwrap();
-        let made = reserve_below(dir.path(), TimelineId(6)).unwrap();
+        let made = reserve_below(dir.path(), TimelineId(4), TimelineId(6)).unwrap();
         assert_eq!(made, [TimelineId(2), TimelineId(3), TimelineId(5)]);
         assert!(read(dir.path(), TimelineId(2)).unwrap().is_empty());
         assert_eq!(
@@ -198,6 +232,37 @@ mod tests {
                 .unwrap()
                 .is_empty()
         );
+    }
+
+    /// What PostgreSQL wrote on the ancestors themselves, to the byte: a backup that has the one and is shown another
+    /// takes them for two histories.
+    #[test]
+    fn ancestors_get_their_own_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (two, four) = (
+            "1\t0/3000000\tno recovery target specified\n",
+            "1\t0/3000000\tno recovery target specified\n\n2\t0/5000000\tx\n",
+        );
+        let seven = format!("{four}\n4\t0/7000000\tx\n");
+        fs::write(dir.path().join("00000007.history"), seven).unwrap();
+        let made = reserve_below(dir.path(), TimelineId(7), TimelineId(9)).unwrap();
+        assert_eq!(made, [3, 5, 6, 8].map(TimelineId));
+        let text =
+            |n: u32| fs::read_to_string(dir.path().join(format!("{n:08X}.history"))).unwrap();
+        assert_eq!((text(2).as_str(), text(4).as_str()), (two, four));
+        assert_eq!(
+            remove_reserved(dir.path(), TimelineId(1)).unwrap(),
+            [TimelineId(8)]
+        );
+        // Its own file was lost before Craton came: nothing is put in its place.
+        let dir = tempfile::tempdir().unwrap();
+        let made = reserve_below(dir.path(), TimelineId(2), TimelineId(4)).unwrap();
+        assert_eq!(made, [TimelineId(3)]);
+        // A real one is real whatever its parent's began with.
+        let path = dir.path().join("00000004.history");
+        fs::write(&path, format!("{MARK}: x\n\n2\t0/5000000\tx\n")).unwrap();
+        assert_eq!(remove_reserved(dir.path(), TimelineId(1)).unwrap(), []);
+        assert!(path.exists());
     }
 
     #[test]

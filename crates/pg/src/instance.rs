@@ -356,6 +356,10 @@ impl Instance {
         config::write_settings(&self.place(), settings)
     }
 
+    pub(crate) fn write_access_blocking(&self, managed: &ManagedConfig) -> Result<()> {
+        config::write_access(&self.place(), managed).map(drop)
+    }
+
     fn place(&self) -> config::Place<'_> {
         config::Place {
             conf_dir: self.conf_dir(),
@@ -602,11 +606,15 @@ impl Instance {
         blocking(move || history::read(&wal_dir, timeline)).await
     }
 
-    /// Makes PostgreSQL take this timeline at its next promotion: every number below it is passed over. Call it right
-    /// before. See [`crate::history`].
-    pub async fn reserve_timelines_below(&self, next: TimelineId) -> Result<Vec<TimelineId>> {
+    /// Makes PostgreSQL, whose WAL is on timeline `own`, take `next` at its next promotion, or find `next` when it looks
+    /// for the newest: every number below has a history file then. See [`crate::history`].
+    pub async fn reserve_timelines_below(
+        &self,
+        own: TimelineId,
+        next: TimelineId,
+    ) -> Result<Vec<TimelineId>> {
         let wal_dir = self.wal_dir();
-        blocking(move || history::reserve_below(&wal_dir, next)).await
+        blocking(move || history::reserve_below(&wal_dir, own, next)).await
     }
 
     /// Takes back reservations above the newest real timeline, after a promotion that did not happen;

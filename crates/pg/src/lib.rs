@@ -23,6 +23,7 @@
 //! a cluster is being made: they are renamed to `data/` when complete, so that half a cluster is never
 //! taken for one.
 
+mod admit;
 pub mod adopt;
 pub mod binaries;
 pub mod clone;

@@ -111,6 +111,50 @@ async fn a_server_outlives_its_handle_and_is_adopted() {
 }
 
 #[tokio::test]
+async fn a_closed_primary_lets_in_the_cluster_alone_until_clients_are_admitted() {
+    if ran_as_postgres("a_closed_primary_lets_in_the_cluster_alone_until_clients_are_admitted") {
+        return;
+    }
+    let root = tempfile::tempdir().unwrap();
+    let mut member = Member::new_primary(root.path(), "a").await;
+    let port = member.instance.config().port;
+    let log_in = async |user: &str| {
+        let login = tokio_postgres::Config::new()
+            .host("127.0.0.1")
+            .port(port)
+            .user(user)
+            .dbname("postgres")
+            .password(PASSWORD)
+            .connect(tokio_postgres::NoTls)
+            .await;
+        login.map(drop).map_err(|e| e.code().cloned())
+    };
+    let refused = Err(Some(
+        tokio_postgres::error::SqlState::INVALID_AUTHORIZATION_SPECIFICATION,
+    ));
+    assert_eq!(log_in("postgres").await, Ok(()));
+    assert!(!member.instance.is_closed().unwrap());
+    member.stop(StopMode::Fast).await;
+
+    member.managed.closed = true;
+    member.start(StartMode::Primary).await;
+    assert!(member.instance.is_closed().unwrap());
+    assert_eq!(log_in("postgres").await, refused);
+    assert_eq!(log_in("craton_proxy").await, Ok(()));
+    assert_eq!(member.sql("SELECT 1").await, "1");
+
+    member.managed.closed = false;
+    let (postmaster, control) = (member.postmaster(), &member.control);
+    let admitted = member
+        .instance
+        .admit(postmaster, control, &member.managed, LIMIT);
+    admitted.await.unwrap();
+    // At once, not soon.
+    assert_eq!(log_in("postgres").await, Ok(()));
+    assert!(!member.instance.is_closed().unwrap());
+}
+
+#[tokio::test]
 async fn kill_all_leaves_no_process_even_of_a_frozen_server() {
     if ran_as_postgres("kill_all_leaves_no_process_even_of_a_frozen_server") {
         return;

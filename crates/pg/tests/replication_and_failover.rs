@@ -240,7 +240,7 @@ async fn seal(a: &Member, b: &Member) {
 /// The numbers that the coordinator knows are passed over.
 async fn promote(b: &Member) {
     b.instance
-        .reserve_timelines_below(TimelineId(4))
+        .reserve_timelines_below(TimelineId(1), TimelineId(4))
         .await
         .unwrap();
     assert_eq!(b.control.promote(LIMIT).await.unwrap(), TimelineId(4));
@@ -376,12 +376,21 @@ async fn a_clone_that_fails_leaves_nothing_that_looks_like_a_cluster() {
         .clone_from(&source, None, progress)
         .await
         .unwrap();
+    // The second clone has proven nothing yet: it goes, and the first copy stays.
+    assert!(!b.instance.retire_former().await.unwrap());
+    assert_eq!(b.instance.set_aside_data_dir().await.unwrap(), None);
+    assert!(former.join("PG_VERSION").exists());
+    std::fs::create_dir(b.instance.data_dir()).unwrap();
+    let pid_file = b.instance.data_dir().join("postmaster.pid");
+    let running = std::process::id();
+    std::fs::write(&pid_file, format!("{running}\n")).unwrap();
     assert!(b.instance.retire_former().await.unwrap());
-    assert!(!former.exists() && !b.instance.discard_former().await.unwrap());
+    assert!(!former.exists());
     // What is still being removed does not stand in the way of the next.
     std::fs::create_dir(&former).unwrap();
-    assert!(b.instance.retire_former().await.unwrap());
-    assert!(!former.exists() && !b.instance.retire_former().await.unwrap());
+    assert!(b.instance.retire_former().await.unwrap() && !former.exists());
+    assert!(!b.instance.discard_former().await.unwrap());
+    std::fs::remove_file(&pid_file).unwrap();
     std::fs::create_dir(&former).unwrap();
     assert!(b.instance.discard_former().await.unwrap() && !former.exists());
     // Half of a rewind is no copy.

@@ -61,7 +61,7 @@ fn rows(configured: &[PoolNode], routes: &Routes) -> Vec<[String; 9]> {
             if primary { "primary" } else { "standby" }.to_owned(),
             "0".to_owned(),
             "false".to_owned(),
-            "0".to_owned(),
+            target.map_or(0, |t| t.behind_bytes()).to_string(),
         ]
     };
     nodes.iter().map(row).collect()
@@ -198,5 +198,43 @@ mod tests {
                 "4 d up 0.250000 standby"
             ]
         );
+    }
+
+    #[test]
+    fn the_delay_is_what_a_standby_has_not_replayed() {
+        use craton_core::topology::{MemberRole, Topology, TopologyMember};
+        use craton_core::{Lsn, MemberId, Term};
+        let member = |id: &str, role, lsn: u64, replay_lsn: Option<u64>| TopologyMember {
+            id: MemberId::new(id).unwrap(),
+            host: id.to_owned(),
+            port: 1,
+            api: String::new(),
+            role,
+            timeline: None,
+            lsn: Some(Lsn(lsn)),
+            replay_lsn: replay_lsn.map(Lsn),
+            streaming: role == MemberRole::Standby,
+            noload: false,
+        };
+        let topology = Topology {
+            cluster: "c".to_owned(),
+            system_id: None,
+            term: Term(1),
+            revision: 1,
+            writable: Some(MemberId::new("a").unwrap()),
+            hold: false,
+            members: vec![
+                member("a", MemberRole::Leader, 5000, None),
+                member("b", MemberRole::Standby, 5000, Some(4100)),
+                member("c", MemberRole::Standby, 4990, None),
+                // Heard of a moment after the leader was.
+                member("d", MemberRole::Standby, 5001, Some(5001)),
+            ],
+        };
+        let delays: Vec<String> = rows(&[], &Routes::of_topology(&topology))
+            .iter()
+            .map(|r| format!("{} {}", r[1], r[8]))
+            .collect();
+        assert_eq!(delays, ["a 0", "b 900", "c 10", "d 0"]);
     }
 }

@@ -36,6 +36,8 @@ pub struct Target {
     revoked: AtomicBool,
     /// Transactions that run there now, of all workers.
     pub busy: AtomicU64,
+    /// How many bytes of WAL it is behind the primary, as last heard of both.
+    behind: AtomicU64,
 }
 
 impl Target {
@@ -47,6 +49,11 @@ impl Target {
     /// True when it takes writes.
     pub fn is_primary(&self) -> bool {
         self.term.is_some()
+    }
+
+    /// How many bytes of WAL a standby has not replayed yet, as last heard; 0 for a primary.
+    pub fn behind_bytes(&self) -> u64 {
+        self.behind.load(Ordering::Relaxed)
     }
 
     fn is(&self, member: &TopologyMember, term: Option<Term>) -> bool {
@@ -116,6 +123,7 @@ impl Routes {
                         term,
                         revoked: AtomicBool::new(false),
                         busy: AtomicU64::new(0),
+                        behind: AtomicU64::new(0),
                     })
                 },
                 Arc::clone,
@@ -148,6 +156,27 @@ impl Routes {
         (!self.is_same(&next)).then_some(next)
     }
 
+    /// Notes how far behind the standbys are. While there is no primary, or one does not say, the last number stays.
+    fn note_positions(&self, topology: &Topology) {
+        let Some(end) = topology.leader().and_then(|l| l.lsn) else {
+            return;
+        };
+        for target in self.targets().filter(|t| !t.is_primary()) {
+            let member = topology.members.iter().find(|m| target.is(m, None));
+            if let Some(own) = member.and_then(|m| m.replay_lsn.or(m.lsn)) {
+                target.behind.store(end.bytes_since(own), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Follows one topology, as [`follow`] does.
+    #[cfg(test)]
+    pub fn of_topology(topology: &Topology) -> Self {
+        let routes = Self::default().next(topology, &mut 0).unwrap();
+        routes.note_positions(topology);
+        routes
+    }
+
     /// A primary and standbys named as their hosts are.
     #[cfg(test)]
     pub fn for_test(primary: &str, standbys: &[&str]) -> Self {
@@ -160,6 +189,7 @@ impl Routes {
                 term,
                 revoked: AtomicBool::new(false),
                 busy: AtomicU64::new(0),
+                behind: AtomicU64::new(0),
             })
         };
         Self {
@@ -200,6 +230,7 @@ pub async fn follow(
                 announce(&current, &next, &topology);
                 publish.send_replace(Arc::new(next));
             }
+            publish.borrow().note_positions(&topology);
         }
         if topologies.changed().await.is_err() {
             return;

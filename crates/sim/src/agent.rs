@@ -308,6 +308,7 @@ impl World {
             sync_in_force: agent.in_force,
             standbys,
             active_transactions: Some(u32::try_from(pg.waiting.len()).unwrap_or(u32::MAX)),
+            closed: pg.closed,
         })
     }
 

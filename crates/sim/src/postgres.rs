@@ -18,6 +18,8 @@ pub struct Postgres {
     pub start_primary: bool,
     /// Accepts writes.
     pub primary: bool,
+    /// Started in place as a primary, and refuses clients.
+    pub closed: bool,
     /// It was started as a primary or told to promote: it may accept writes.
     pub maybe_primary: bool,
     /// All local WAL has been read, so the end of it is known.

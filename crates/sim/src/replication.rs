@@ -45,6 +45,7 @@ impl World {
             ready: false,
             start_primary: primary.is_some(),
             primary: false,
+            closed: primary.is_some(),
             maybe_primary: primary.is_some(),
             exact: false,
             stopping: false,
@@ -642,7 +643,8 @@ impl World {
     pub fn write(&mut self, m: usize) -> bool {
         let member = &self.members[m];
         let Some(pg) = &member.pg else { return false };
-        let open = pg.ready && pg.primary && !pg.stopping && member.up && !member.frozen;
+        let open = pg.ready && pg.primary && !pg.closed && !pg.stopping;
+        let open = open && member.up && !member.frozen;
         let run = pg.run;
         if open && member.disk_full {
             self.pg_exit(m, false);

@@ -154,6 +154,12 @@ impl World {
                 from, term, lsn, ..
             } => self.catch_up(m, r, from, *term, *lsn),
             Task::SetSync(set) => self.set_sync(m, r, set),
+            Task::Admit => {
+                if let Some(pg) = &mut self.members[m].pg {
+                    pg.closed = false;
+                }
+                Step::Done
+            }
             Task::Checkpoint => {
                 if r.stage == 0 {
                     return Step::Again(1, 100 * MS);

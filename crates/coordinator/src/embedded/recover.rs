@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use craton_core::MemberId;
-use craton_core::records::{Event, History, Key, Leadership};
+use craton_core::records::{Event, History, Key, Leadership, Timelines};
 
 use super::disk::{Faults, LOG_FILE, OpenError, Store};
 use crate::api::{Op, Snapshot, Txn};
@@ -148,18 +148,26 @@ fn mark(snapshot: &Snapshot, me: &MemberId, at_ms: u64) -> Result<Option<String>
         ),
     };
     let history = record::<History>(snapshot, &Key::History)?.unwrap_or_default();
+    let timelines = record::<Timelines>(snapshot, &Key::Timelines)?.unwrap_or_default();
+    let recovered = leadership.into_recovered(at_ms);
+    let timelines = timelines.into_recovered(recovered.term, me.clone(), at_ms);
+    // What was asked for before, of members that may know more than this one, is not done.
+    let asked = snapshot.entries.keys().filter(|path| {
+        let one = [Key::Request, Key::Restart, Key::Schedule];
+        path.starts_with("order/") || one.iter().any(|k| k.path() == **path)
+    });
+    let mut ops = vec![
+        put(&Key::Leadership, &recovered)?,
+        put(&Key::Timelines, &timelines)?,
+        put(&Key::History, &history.with(event))?,
+    ];
+    ops.extend(asked.map(|key| Op::Delete { key: key.clone() }));
     let request = kv::Request {
         client: rand::random(),
         seq: 1,
         txn: Txn {
             compares: vec![],
-            ops: vec![
-                put(&Key::Leadership, &leadership.into_recovered())?,
-                put(&Key::History, &history.with(event))?,
-                Op::Delete {
-                    key: Key::Request.path(),
-                },
-            ],
+            ops,
         },
     };
     let text = serde_json::to_string(&request)

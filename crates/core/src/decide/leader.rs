@@ -341,6 +341,9 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
     );
     if !l.open {
         open_rule(mind, view, l, s);
+    } else if s.closed {
+        // An agent ended in between, and PostgreSQL was started once more.
+        mind.start(Task::Admit);
     }
     sync_rule(mind, view, l, s);
     hand_over_rule(mind, view, l, s);
@@ -460,6 +463,14 @@ fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
         .count()
         >= l.sync.k as usize;
     if !restarted || safe {
+        // Before the record: a proxy that reads it must not be refused.
+        if s.closed {
+            mind.because(
+                "admitting",
+                "what was recovered is safe: letting clients in",
+            );
+            return mind.start(Task::Admit);
+        }
         return submit_open(
             mind,
             view,

@@ -100,6 +100,7 @@ fn running(in_recovery: bool) -> Server {
         sync_in_force: true,
         standbys: vec![],
         active_transactions: None,
+        closed: false,
     }
 }
 
@@ -313,9 +314,10 @@ impl Scene {
 
     /// This member and others sealed at these positions; `me` knows its own.
     fn sealed(mut self, seals: &[(&str, u32, u64)]) -> Self {
+        let election = self.view().leadership.as_ref().unwrap().value.term;
         for (name, timeline, lsn) in seals {
             let seal = Seal {
-                term: Term(2),
+                term: election,
                 incarnation: life(name),
                 timeline: TimelineId(*timeline),
                 lsn: Lsn(*lsn),

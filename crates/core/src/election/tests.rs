@@ -67,7 +67,7 @@ fn case(v: usize, k: u32) -> Case {
 impl Case {
     fn seal(mut self, n: usize, lsn: u64) -> Self {
         let value = Seal {
-            term: Term(2),
+            term: self.leadership.term,
             incarnation: Incarnation(1),
             timeline: TimelineId(1),
             lsn: Lsn(lsn),
@@ -288,7 +288,9 @@ fn the_operator_may_take_the_loss() {
 fn recovered_records_prove_nothing() {
     let mut c = case(1, 1).seal(1, 50);
     assert_eq!(c.tally().winner, Some(id(1)));
-    c.leadership = c.leadership.into_recovered();
+    c.leadership = c.leadership.into_recovered(0);
+    assert_eq!(c.tally().have, 0, "what was sealed before is over");
+    let c = c.seal(1, 50);
     let tally = c.tally();
     assert_eq!((tally.winner, tally.catch_up), (None, None));
     assert_eq!(
@@ -311,13 +313,14 @@ fn recovered_records_prove_nothing() {
     let mut loose = case(1, 0).seal(1, 1000);
     loose.leadership.durability = Durability::Async;
     assert_eq!(loose.tally().winner, Some(id(1)));
-    loose.leadership = loose.leadership.into_recovered();
-    assert_eq!(loose.tally().winner, None);
+    loose.leadership = loose.leadership.into_recovered(0);
+    assert_eq!(loose.seal(1, 1000).tally().winner, None);
 
     // What was accepted before the recovery was another loss.
     let mut c = case(1, 1).seal(1, 50);
     (c.leadership.allow_data_loss, c.leadership.preferred) = (true, Some(id(1)));
-    c.leadership = c.leadership.into_recovered();
+    c.leadership = c.leadership.into_recovered(0);
+    let mut c = c.seal(1, 50);
     assert_eq!(c.leadership.preferred, None);
     assert_eq!(c.tally().winner, None);
     c.leadership.allow_data_loss = true;

@@ -63,7 +63,7 @@ pub struct TakeoverArgs {
     /// How long the shutdown of the primary is waited for, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 600)]
     pub wait: u64,
-    /// Run this with sh once the database may be adopted, for example "systemctl start craton-node"
+    /// Run this with sh, as this user, once the database may be adopted, for example "sudo systemctl start craton-node"
     #[arg(long, value_name = "COMMAND")]
     pub then: Option<String>,
 }

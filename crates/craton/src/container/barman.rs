@@ -3,6 +3,7 @@
 mod commands;
 mod diagnose;
 mod recover;
+mod switch;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -85,7 +86,7 @@ pub fn run(args: &[String]) -> anyhow::Result<u8> {
         }
         Asked::Diagnose => wait_for(diagnose::run(&facts)),
         Asked::Recover => recover::run(&facts, &line),
-        Asked::SwitchWal => wait_for(switch_wal(&facts)),
+        Asked::SwitchWal => switch::run(&facts, &line),
         Asked::Delete => delete(&facts, line.word(2).unwrap_or_default()),
         Asked::Nothing | Asked::Help | Asked::Version => {
             output::line(
@@ -353,56 +354,6 @@ async fn status(facts: &Facts) -> anyhow::Result<u8> {
         s.backups
     ));
     Ok(exit::OK)
-}
-
-/// Asks the leader for a new WAL segment, as the application's superuser.
-async fn switch_wal(facts: &Facts) -> anyhow::Result<u8> {
-    let (Some(user), Some(password)) = (
-        facts.env.get("POSTGRES_USER"),
-        facts.env.get("POSTGRES_PASSWORD"),
-    ) else {
-        output::line("nothing to do: WAL is received as it is written, not a segment at a time");
-        return Ok(exit::OK);
-    };
-    let trust = certificates::operator(&Facts::secrets())?;
-    let agents = Client::trusted(trust, Role::Node);
-    let mut last = anyhow::anyhow!("no node is known");
-    for agent in facts.agents() {
-        let topology = match agents
-            .get_json::<craton_core::topology::Topology>(&agent, "/v1/topology")
-            .await
-        {
-            Ok(topology) => topology,
-            Err(error) => {
-                last = error.into();
-                continue;
-            }
-        };
-        let Some(leader) = topology.leader() else {
-            last = anyhow::anyhow!("there is no leader now");
-            continue;
-        };
-        let (client, connection) = tokio_postgres::Config::new()
-            .host(&leader.host)
-            .port(leader.port)
-            .user(user)
-            .password(password)
-            .dbname(facts.env.or("POSTGRES_DB", user))
-            .connect_timeout(Duration::from_secs(5))
-            .connect(tokio_postgres::NoTls)
-            .await?;
-        tokio::spawn(connection);
-        let row = client
-            .query_one("SELECT pg_walfile_name(pg_switch_wal())", &[])
-            .await?;
-        let name: String = row.try_get(0)?;
-        output::line(format!(
-            "The WAL file {name} has been closed on server '{}'",
-            server(facts)
-        ));
-        return Ok(exit::OK);
-    }
-    Err(last)
 }
 
 /// Free and used bytes of the repository's file system.

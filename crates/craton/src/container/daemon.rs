@@ -18,7 +18,7 @@ use super::entry::{Facts, RUN_DIR};
 use super::environment::{Environment, Kind};
 use super::plan::initdb::{self, Makes};
 use super::plan::{self, API_PORT, FRONT_PORT, Here, NODE_DIR, NodeNames, Plan};
-use super::recover;
+use super::{recover, stop};
 use crate::cli::wait_for;
 use crate::exit::{Problem, REFUSED, UNREACHABLE, USAGE};
 
@@ -56,6 +56,7 @@ pub fn known_hosts(facts: &Facts) -> PathBuf {
 /// `craton container daemon KIND`. Does not return where all goes well.
 pub fn run(kind: Kind) -> anyhow::Result<u8> {
     crate::daemons::log_to_stderr("info", false);
+    stop::ends_the_start()?;
     let facts = Facts::require()?;
     let secrets = Facts::secrets().display().to_string();
     let here = Here {
@@ -115,7 +116,8 @@ fn say_once(plan: &Plan) -> anyhow::Result<()> {
 fn node(facts: &Facts, secrets: &str) -> anyhow::Result<Plan> {
     let names = facts.node.as_ref().context("this is no node")?;
     let known = parameters();
-    let mut plan = plan::node(&facts.env, names, secrets, known.as_ref()).map_err(wrong)?;
+    let mut plan =
+        plan::node(&facts.env, names, &facts.cluster, secrets, known.as_ref()).map_err(wrong)?;
     if let Some(upstream) = wait_for(second_level(&facts.env, names))? {
         plan.set("upstream", upstream, Some("REPLICATION_PRIMARY_HOST"));
     }

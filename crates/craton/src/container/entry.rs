@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::environment::{Environment, Kind, is_secret};
 use super::keys::{self, Holder};
 use super::plan::{self, CLUSTER_DEFAULT, FRONT_PORT, Here, NODE_DIR, NodeNames};
-use super::{adopt, shown};
+use super::{adopt, daemon, recover, shown, stop};
 use crate::cli::wait_for;
 use crate::exit::{Problem, USAGE};
 use crate::owner::{self, Account};
@@ -141,6 +141,7 @@ fn read_file(path: &str) -> Result<String, String> {
 /// `craton container node|proxy|backup`, the image's command. Does not return where all goes well.
 pub fn run(kind: Kind) -> anyhow::Result<u8> {
     crate::daemons::log_to_stderr("info", false);
+    stop::ends_the_start()?;
     let all = std::env::vars_os()
         .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)));
     let env = Environment::gather(kind, all, read_file).map_err(usage)?;
@@ -171,7 +172,7 @@ pub fn run(kind: Kind) -> anyhow::Result<u8> {
             tracing::warn!("{error:#}: it is only for people who look there, nothing reads it");
         }
     }
-    let cluster = cluster_name(kind, &env)?;
+    let cluster = cluster_name(kind, &env, &hostname)?;
     let facts = Facts {
         kind,
         cluster,
@@ -297,13 +298,54 @@ fn give(path: &Path, account: &Account) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The cluster's name: said, or a node's, which a proxy or a backup daemon asks for.
-fn cluster_name(kind: Kind, env: &Environment) -> anyhow::Result<String> {
+/// Where a node has its cluster's name from, if nobody says it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum NameOf {
+    /// Nobody has another one.
+    Default,
+    /// It was asked for once.
+    Noted(String),
+    /// The nodes that it is told of.
+    Others,
+}
+
+/// A node that is told to follow another has that one's name. It asks while it has no data, and can do nothing without the
+/// other anyway; later it must start on its own.
+fn name_of(follows: bool, asks: bool, noted: Option<String>) -> NameOf {
+    match noted {
+        _ if follows && asks => NameOf::Others,
+        Some(name) if follows => NameOf::Noted(name),
+        _ => NameOf::Default,
+    }
+}
+
+/// The name of a node's cluster where `CLUSTER_NAME` does not say it.
+fn name_for_node(env: &Environment, hostname: &str) -> anyhow::Result<String> {
+    let host = env.or("CLUSTER_NODE_NETWORK_NAME", hostname);
+    let note = Path::new(NODE_DIR).join(recover::CLUSTER_NOTE);
+    let noted = std::fs::read_to_string(&note).ok();
+    let noted = noted.map(|n| n.trim().to_owned()).filter(|n| !n.is_empty());
+    // Who was given a database makes the cluster.
+    let asks = daemon::is_fresh() && recover::restored().is_none();
+    let follows = plan::told_to_follow(env, host).is_some();
+    match name_of(follows, asks, noted) {
+        NameOf::Default => Ok(CLUSTER_DEFAULT.to_owned()),
+        NameOf::Noted(name) => Ok(name),
+        NameOf::Others => {
+            let name = wait_for(ask_name(&plan::others(env, host)))?;
+            craton_trust::files::write_secret(&note, &format!("{name}\n"))?;
+            Ok(name)
+        }
+    }
+}
+
+/// The cluster's name: said, or a node's, which others ask for.
+fn cluster_name(kind: Kind, env: &Environment, hostname: &str) -> anyhow::Result<String> {
     if let Some(name) = env.get("CLUSTER_NAME") {
         return Ok(name.to_owned());
     }
     let hosts: Vec<String> = match kind {
-        Kind::Node => return Ok(CLUSTER_DEFAULT.to_owned()),
+        Kind::Node => return name_for_node(env, hostname),
         Kind::Proxy => {
             let nodes = plan::proxy(env, &Here::default())
                 .and_then(|_| plan::backends(env))
@@ -410,5 +452,32 @@ fn log_level(word: &str) -> &'static str {
         "WARNING" | "WARN" => "warn",
         "ERROR" | "ALERT" | "CRIT" | "EMERG" => "error",
         _ => "info",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_follows_another_has_its_clusters_name() {
+        let noted = || Some("theirs".to_owned());
+        let known = NameOf::Noted("theirs".to_owned());
+        for (follows, asks, note, expected) in [
+            (true, true, None, NameOf::Others),
+            (true, true, noted(), NameOf::Others),
+            // With data it starts also while nobody else runs.
+            (true, false, noted(), known),
+            // From before names were noted: it had the default.
+            (true, false, None, NameOf::Default),
+            (false, true, None, NameOf::Default),
+            (false, false, noted(), NameOf::Default),
+        ] {
+            assert_eq!(
+                name_of(follows, asks, note.clone()),
+                expected,
+                "{follows} {asks} {note:?}"
+            );
+        }
     }
 }

@@ -370,6 +370,10 @@ pub(crate) mod tests {
             "REPMGR_MAJOR, REPMGR_PID_FILE change nothing: there is no repmgr"
         );
         assert!(notes[1].starts_with("STOPPING_LOCK_FILE changes nothing: "));
+        let e = env(Kind::Backup, &[("CONFIGS", "compression:gzip")]);
+        let notes = e.notes(Kind::Backup);
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(notes[0].starts_with("CONFIGS changes nothing: "));
         assert!(is_secret("DB_USERS") && is_secret("PCP_PASSWORD_FILE"));
         assert!(is_secret("POSTGRES_PASSWORD_FILE") && is_secret("CHECK_PASSWORD"));
         assert!(!is_secret("POSTGRES_USER"));

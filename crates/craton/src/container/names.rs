@@ -36,6 +36,10 @@ enum Called {
     HasEnough,
     Pcp,
     Sshd,
+    UpstreamId,
+    HasPgCluster,
+    ClusterMaster,
+    Replaced,
 }
 
 const NODE: &[Kind] = &[Kind::Node];
@@ -63,6 +67,46 @@ const LINKS: &[Link] = &[
         NODE,
         Called::WaitLocal,
     ),
+    link(
+        "/usr/local/bin/get_upstream_node_id",
+        NODE,
+        Called::UpstreamId,
+    ),
+    link("/usr/local/bin/has_pg_cluster", NODE, Called::HasPgCluster),
+    link("/usr/local/bin/cluster_master", NODE, Called::ClusterMaster),
+    // What they waited for is so before this node serves.
+    link("/usr/local/bin/wait_recovery", NODE, Called::WaitLocal),
+    link("/usr/local/bin/wait_master_clone", NODE, Called::WaitLocal),
+    link(
+        "/usr/local/bin/wait_upstream_node_id",
+        NODE,
+        Called::WaitLocal,
+    ),
+    link(
+        "/usr/local/bin/wait_upstream_postgres",
+        NODE,
+        Called::WaitLocal,
+    ),
+    link("/usr/local/bin/master_register", NODE, Called::Replaced),
+    link("/usr/local/bin/standby_register", NODE, Called::Replaced),
+    link("/usr/local/bin/standby_reregister", NODE, Called::Replaced),
+    link("/usr/local/bin/node_unregister", NODE, Called::Replaced),
+    link("/usr/local/bin/do_master_clone", NODE, Called::Replaced),
+    link("/usr/local/bin/do_rewind", NODE, Called::Replaced),
+    link(
+        "/usr/local/bin/close_partners_slots",
+        NODE,
+        Called::Replaced,
+    ),
+    link("/usr/local/bin/postgres_configure", NODE, Called::Replaced),
+    link(
+        "/usr/local/bin/postdock_polymorphic",
+        NODE,
+        Called::Replaced,
+    ),
+    link("/usr/local/bin/wait_db_schema", NODE, Called::Replaced),
+    link("/usr/local/bin/system_stop", NODE, Called::Replaced),
+    link("/usr/local/bin/system_exit", NODE, Called::Replaced),
     link(
         "/usr/local/bin/cluster/healthcheck/is_major_master.sh",
         NODE,
@@ -146,13 +190,22 @@ pub fn run(args: &[OsString]) -> Option<anyhow::Result<u8>> {
         }
         Called::WaitLocal => wait_for(repmgr::wait_local()),
         Called::IsMajor => wait_for(repmgr::is_major()),
+        Called::UpstreamId => wait_for(repmgr::scripts::upstream_id()),
+        Called::HasPgCluster => Ok(repmgr::scripts::has_pg_cluster()),
+        Called::ClusterMaster => wait_for(repmgr::scripts::cluster_master()),
+        Called::Replaced => repmgr::scripts::replaced(name_of(program)),
         Called::Barman => barman::run(rest),
         Called::WalReceiver => barman::run(&["cron".to_owned()]),
         Called::HasWriteNode => wait_for(pcp::has_write_node()),
         Called::HasEnough => wait_for(pcp::has_enough(rest)),
-        Called::Pcp => pcp::run(program.rsplit('/').next().unwrap_or(program), rest),
+        Called::Pcp => pcp::run(name_of(program), rest),
         Called::Sshd => sshd(),
     })
+}
+
+/// The last part of a path.
+fn name_of(program: &str) -> &str {
+    program.rsplit('/').next().unwrap_or(program)
 }
 
 fn sshd() -> anyhow::Result<u8> {
@@ -215,11 +268,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn every_link_is_in_an_image_once() {
+        for (n, link) in LINKS.iter().enumerate() {
+            assert!(link.path.starts_with("/usr/local/bin/"), "{}", link.path);
+            let again = LINKS.iter().skip(n + 1).any(|l| l.path == link.path);
+            assert!(!again, "{}", link.path);
+        }
+    }
+
+    #[test]
     fn names_with_and_without_their_path() {
         let called = |program: &str| called_by(program).map(|l| l.called);
         assert_eq!(called("repmgr"), Some(Called::Repmgr));
         assert_eq!(called("/usr/local/bin/repmgr"), Some(Called::Repmgr));
         assert_eq!(called("pcp_node_info"), Some(Called::Pcp));
+        assert_eq!(called("get_upstream_node_id"), Some(Called::UpstreamId));
+        assert_eq!(called("has_pg_cluster"), Some(Called::HasPgCluster));
+        assert_eq!(called("cluster_master"), Some(Called::ClusterMaster));
+        assert_eq!(called("wait_recovery"), Some(Called::WaitLocal));
+        assert_eq!(called("node_unregister"), Some(Called::Replaced));
+        assert_eq!(name_of("/usr/local/bin/do_rewind"), "do_rewind");
         assert_eq!(
             called("/usr/local/bin/pgpool/entrypoint.sh"),
             Some(Called::Start)

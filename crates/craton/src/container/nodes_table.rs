@@ -1,6 +1,7 @@
 //! The table `repmgr.nodes` in `REPLICATION_DB`, which scripts of the old stack read. The leader's container writes it when
 //! something in it changes; nothing reads it here, and nothing rests on it.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -36,20 +37,25 @@ GRANT SELECT ON repmgr.nodes, repmgr.show_nodes TO PUBLIC;
 DELETE FROM repmgr.nodes;
 ";
 
-/// Keeps the table for as long as this node leads.
+/// Keeps the table for as long as this node leads; on every node, what the members say of their names.
 pub async fn keep(facts: Arc<Facts>) {
     let mut written = String::new();
+    let mut warned: Vec<String> = Vec::new();
     let mut said = String::new();
     loop {
         tokio::time::sleep(LOOK_INTERVAL).await;
         if first_start::pending() {
             continue;
         }
-        let Some(rows) = wanted(&facts).await else {
+        let Some((rows, warnings)) = wanted(&facts).await else {
             // Whoever leads next begins anew.
             written.clear();
             continue;
         };
+        for warning in warnings.iter().filter(|w| !warned.contains(w)) {
+            tracing::warn!("{warning}");
+        }
+        warned = warnings;
         if rows == written {
             continue;
         }
@@ -70,44 +76,69 @@ pub async fn keep(facts: Arc<Facts>) {
     }
 }
 
-/// The rows, as SQL; none where this node does not lead.
-async fn wanted(facts: &Facts) -> Option<String> {
+/// The rows, as SQL, and the nodes that are not among them; none where this node does not lead.
+async fn wanted(facts: &Facts) -> Option<(String, Vec<String>)> {
     let trust = certificates::operator(&Facts::secrets()).ok()?;
     let client = Client::trusted(trust, Role::Node);
     let at = daemon_address(Kind::Node);
     let status: StatusView = client.get_json(&at, "/v1/status").await.ok()?;
+    // On every node: each remembers the others' numbers and names, for when they do not run.
+    let nodes = repmgr::nodes(&status).await;
     if !status.writable || status.leader.as_ref() != Some(&status.answered_by) {
         return None;
     }
-    let nodes = repmgr::nodes(&status).await;
     let user = facts.env.or("REPLICATION_USER", "replication_user");
     let database = facts.env.or("REPLICATION_DB", "replication_db");
     Some(rows(&nodes, user, database))
 }
 
-fn rows(nodes: &[Node], user: &str, database: &str) -> String {
+/// The node of each number, which is the table's key, and what there is to say about others of the same number. One that
+/// runs goes before one that does not.
+fn by_number(nodes: &[Node]) -> (BTreeMap<i32, &Node>, Vec<String>) {
+    let mut chosen: BTreeMap<i32, &Node> = BTreeMap::new();
+    let mut warnings = Vec::new();
+    // Whoever never said a number has none.
+    let numbered = nodes
+        .iter()
+        .filter_map(|n| Some((i32::try_from(n.id?).ok()?, n)));
+    for (id, node) in numbered {
+        let Some(other) = chosen.get(&id).copied() else {
+            chosen.insert(id, node);
+            continue;
+        };
+        let newer = node.view.agent_alive && !other.view.agent_alive;
+        let (shown, left) = if newer { (node, other) } else { (other, node) };
+        chosen.insert(id, shown);
+        warnings.push(format!(
+            "{} (member {}) and {} (member {}) both have the number {id}: the latter is left out of repmgr.nodes; set NODE_ID, another one at each node",
+            shown.name, shown.view.id, left.name, left.view.id
+        ));
+    }
+    (chosen, warnings)
+}
+
+fn rows(nodes: &[Node], user: &str, database: &str) -> (String, Vec<String>) {
     let leader = nodes.iter().find(|n| n.view.role == MemberRole::Leader);
-    let row = |node: &Node| {
-        // Who does not run tells no number, and repmgr's key is one.
-        let id = node.id?;
+    let (chosen, warnings) = by_number(nodes);
+    let row = |(id, node): (&i32, &&Node)| {
         let upstream = repmgr::upstream_of(node, nodes, leader).and_then(|n| n.id);
         let upstream = upstream.map_or_else(|| "NULL".to_owned(), |id| id.to_string());
         let leads = leader.is_some_and(|l| l.view.id == node.view.id);
         let kind = if leads { "primary" } else { "standby" };
         let (host, port) = (&node.view.host, node.view.port);
         let conninfo = format!("user={user} dbname={database} host={host} port={port}");
-        let slot = format!("craton_{}", node.view.id);
-        Some(format!(
+        format!(
             "({id}, {upstream}, {},{}, '{kind}', 'default', {},{},{},{}, '')",
             node.view.agent_alive,
             literal(&node.name),
             node.view.priority,
             literal(&conninfo),
             literal(user),
-            literal(&slot),
-        ))
+            literal(&node.view.id.slot_name()),
+        )
     };
-    nodes.iter().filter_map(row).collect::<Vec<_>>().join(",\n")
+    let rows: Vec<String> = chosen.iter().map(row).collect();
+    (rows.join(",\n"), warnings)
 }
 
 async fn write(facts: &Facts, rows: &str) -> anyhow::Result<()> {
@@ -139,4 +170,61 @@ async fn write(facts: &Facts, rows: &str) -> anyhow::Result<()> {
     );
     client.batch_execute(&sql).await?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(member: &str, id: Option<u32>, name: &str, leads: bool, alive: bool) -> Node {
+        let role = if leads { "leader" } else { "down" };
+        let view = serde_json::from_value(serde_json::json!({
+            "id": member, "role": role, "state": "", "host": member, "port": 5432, "api": "h:2", "agent_alive": alive,
+            "heard_ms_ago": 10, "timeline": 1, "lsn": "0/1", "replay_lsn": null, "lag_bytes": 0,
+            "streaming": false, "sync": false, "priority": 100, "incarnation": null
+        }));
+        Node {
+            view: view.unwrap(),
+            id,
+            name: name.to_owned(),
+        }
+    }
+
+    #[test]
+    fn a_node_that_is_stopped_keeps_its_row() {
+        let nodes = [
+            node("pg-1", Some(1), "node1", true, true),
+            node("pg-2", Some(2), "node2", false, false),
+            node("pg-3", None, "pg-3", false, false),
+        ];
+        let (rows, warnings) = rows(&nodes, "u", "d");
+        let rows: Vec<&str> = rows.lines().collect();
+        assert_eq!(
+            rows,
+            [
+                "(1, NULL, true, E'node1', 'primary', 'default', 100, E'user=u dbname=d host=pg-1 port=5432', E'u', E'craton_pg_1', ''),",
+                "(2, 1, false, E'node2', 'standby', 'default', 100, E'user=u dbname=d host=pg-2 port=5432', E'u', E'craton_pg_2', '')"
+            ]
+        );
+        assert_eq!(warnings, [""; 0]);
+    }
+
+    #[test]
+    fn a_number_that_two_nodes_have_has_one_row() {
+        let nodes = [
+            node("a", Some(1000), "alpha", false, false),
+            node("b", Some(1000), "beta", true, true),
+            node("c", Some(3), "gamma", false, true),
+            node("d", Some(4_000_000_000), "delta", false, true),
+        ];
+        let (rows, warnings) = rows(&nodes, "u", "d");
+        let starts: Vec<&str> = rows.lines().filter_map(|r| r.get(..20)).collect();
+        // Of two that have it, the one that runs; what PostgreSQL's integer does not hold is none.
+        assert_eq!(starts, ["(3, 1000, true, E'ga", "(1000, NULL, true, E"]);
+        assert!(rows.contains("E'beta'") && !rows.contains("E'alpha'"));
+        assert_eq!(warnings.len(), 1, "{warnings:?}");
+        for said in ["alpha (member a)", "beta (member b)", "NODE_ID"] {
+            assert!(warnings[0].contains(said), "{warnings:?}");
+        }
+    }
 }

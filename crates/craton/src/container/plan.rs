@@ -4,13 +4,16 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use craton_core::MemberId;
-use serde::{Deserialize, Serialize};
 
 use super::environment::{Environment, configs};
 
 pub mod check;
 pub mod initdb;
+mod names;
+mod parameters;
 mod pgpool;
+
+pub use names::{ID_MAX, NodeNames, id_from_name};
 
 /// PostgreSQL's port in every container.
 pub const POSTGRES_PORT: u16 = 5432;
@@ -95,72 +98,6 @@ pub struct Here<'a> {
     pub cluster: &'a str,
 }
 
-/// Who a node is.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
-pub struct NodeNames {
-    /// How others reach it.
-    pub host: String,
-    /// The member of the cluster.
-    pub member: MemberId,
-    /// For people of the old stack.
-    pub node_name: String,
-    /// For people of the old stack.
-    pub node_id: u32,
-    /// Preference when a leader is elected.
-    pub priority: u32,
-}
-
-/// A member's name out of a host's: lower case, what a name may not hold becomes `-`.
-fn member_of(host: &str) -> Result<MemberId, String> {
-    let short = host.split('.').next().unwrap_or(host);
-    let name: String = short
-        .to_ascii_lowercase()
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() { c } else { '-' })
-        .take(MemberId::LEN_MAX)
-        .collect();
-    MemberId::new(name.trim_matches('-')).map_err(|e| {
-        format!(
-            "the network name \"{host}\" makes no member's name: {e}; set CLUSTER_NODE_NETWORK_NAME"
-        )
-    })
-}
-
-/// The number of a node: the digits at the end of its name and 1000.
-pub fn id_from_name(name: &str) -> Option<u32> {
-    let start = name.trim_end_matches(|c: char| c.is_ascii_digit()).len();
-    let digits = name.get(start..)?;
-    digits.parse::<u32>().ok()?.checked_add(1000)
-}
-
-impl NodeNames {
-    /// From the environment, the host's name, and the member whose data the volume holds.
-    pub fn of(
-        env: &Environment,
-        hostname: &str,
-        recorded: Option<MemberId>,
-    ) -> Result<Self, String> {
-        let host = env.or("CLUSTER_NODE_NETWORK_NAME", hostname).to_owned();
-        let member = match recorded {
-            Some(member) => member,
-            None => member_of(&host)?,
-        };
-        let node_name = env.or("NODE_NAME", &host).to_owned();
-        let node_id = match env.number::<u32>("NODE_ID")? {
-            Some(id) => id,
-            None => id_from_name(&node_name).unwrap_or(1000),
-        };
-        let priority = env.number::<i64>("NODE_PRIORITY")?.unwrap_or(100);
-        Ok(Self {
-            host,
-            member,
-            node_name,
-            node_id,
-            priority: u32::try_from(priority.max(0)).unwrap_or(u32::MAX),
-        })
-    }
-}
-
 /// The hosts that may know the cluster: partners and upstream, this one left out.
 pub fn others(env: &Environment, host: &str) -> Vec<String> {
     let mut hosts = env.list("REPLICATION_PRIMARY_HOST");
@@ -195,6 +132,7 @@ pub fn told_to_follow<'a>(env: &'a Environment, host: &str) -> Option<&'a str> {
 pub fn node(
     env: &Environment,
     names: &NodeNames,
+    cluster: &str,
     secrets: &str,
     known: Option<&BTreeSet<String>>,
 ) -> Result<Plan, String> {
@@ -203,7 +141,6 @@ pub fn node(
     let host_from = env
         .get("CLUSTER_NODE_NETWORK_NAME")
         .map(|_| "CLUSTER_NODE_NETWORK_NAME");
-    let cluster = env.or("CLUSTER_NAME", CLUSTER_DEFAULT);
     plan.set(
         "cluster",
         cluster,
@@ -246,7 +183,8 @@ pub fn node(
         plan.set("clone.over_rewind", true, Some("CLEAN_OVER_REWIND"));
     }
     detection(env, &mut plan)?;
-    parameters(env, &mut plan, known)?;
+    parameters::apply(env, &mut plan, known)?;
+    plan.notes.extend(names::same_member(env, names));
     Ok(plan)
 }
 
@@ -270,7 +208,7 @@ fn detection(env: &Environment, plan: &mut Plan) -> Result<(), String> {
             Some(from),
         );
         plan.notes.push(format!(
-            "{from} asks to wait {ttl_ms} ms for a lost leader; without it Craton waits 2000 ms, and never has two writers"
+            "{from} asks to wait {ttl_ms} ms for a lost leader of a new cluster; for one that is there already: craton config set ttl_ms={ttl_ms}. Without it Craton waits 2000 ms, and never has two writers"
         ));
     }
     if let Some(seconds) = env.number::<i64>("MASTER_RESPONSE_TIMEOUT")? {
@@ -282,55 +220,6 @@ fn detection(env: &Environment, plan: &mut Plan) -> Result<(), String> {
         );
     }
     Ok(())
-}
-
-/// `CONFIGS`, for PostgreSQL.
-fn parameters(
-    env: &Environment,
-    plan: &mut Plan,
-    known: Option<&BTreeSet<String>>,
-) -> Result<(), String> {
-    let from = Some("CONFIGS");
-    let mut listen = "*".to_owned();
-    let mut seen = BTreeSet::new();
-    // The last of several counts, as in postgresql.conf.
-    for (name, value) in configs(env)?.into_iter().rev() {
-        if !seen.insert(name.clone()) {
-            continue;
-        }
-        let (name, value) = renamed(name, value, &mut plan.notes);
-        if name == "listen_addresses" {
-            listen = value;
-        } else if let Some(why) = craton_pg::parameters::refused(&name) {
-            plan.notes
-                .push(format!("CONFIGS: {name} is left out: {why}"));
-        } else if known.is_some_and(|k| !name.contains('.') && !k.contains(&name)) {
-            plan.notes.push(format!(
-                "CONFIGS: {name} is left out: this PostgreSQL has no such parameter"
-            ));
-        } else {
-            plan.set(&format!("postgresql.\"{name}\""), value, from);
-        }
-    }
-    let chosen = seen.contains("listen_addresses");
-    plan.set("listen_addresses", listen, from.filter(|_| chosen));
-    Ok(())
-}
-
-/// Parameters of older releases under their present names.
-fn renamed(name: String, value: String, notes: &mut Vec<String>) -> (String, String) {
-    let (new, new_value) = match (name.as_str(), value.as_str()) {
-        ("wal_keep_segments", segments) => match segments.parse::<u64>() {
-            Ok(n) => ("wal_keep_size", format!("{}MB", n.saturating_mul(16))),
-            Err(_) => return (name, value),
-        },
-        ("wal_level", "hot_standby" | "archive") => ("wal_level", "replica".to_owned()),
-        _ => return (name, value),
-    };
-    notes.push(format!(
-        "CONFIGS: {name} = {value} is {new} = {new_value} now"
-    ));
-    (new.to_owned(), new_value)
 }
 
 /// The first node of the compose file, which names the others.
@@ -528,26 +417,10 @@ mod tests {
     fn node_of(variables: &[(&str, &str)]) -> (craton_agent::AgentConfig, Plan) {
         let e = env(Kind::Node, variables);
         let names = NodeNames::of(&e, "host-1", None).unwrap();
-        let plan = node(&e, &names, "/s", None).unwrap();
+        let plan = node(&e, &names, "c", "/s", None).unwrap();
         let (config, _): (craton_agent::AgentConfig, _) = settings(&plan, "");
         config.validate().unwrap();
         (config, plan)
-    }
-
-    #[test]
-    fn numbers_of_nodes() {
-        assert_eq!(id_from_name("node-45"), Some(1045));
-        assert_eq!(id_from_name("node-102"), Some(1102));
-        assert_eq!(id_from_name("node1"), Some(1001));
-        assert_eq!(id_from_name("node"), None);
-        assert_eq!(id_from_name("n99999999999"), None);
-        let id = |variables: &[(&str, &str)]| {
-            NodeNames::of(&env(Kind::Node, variables), "h", None)
-                .unwrap()
-                .node_id
-        };
-        assert_eq!(id(&[("NODE_NAME", "node-102")]), 1102);
-        assert_eq!(id(&[("NODE_NAME", "node-102"), ("NODE_ID", "7")]), 7);
     }
 
     #[test]
@@ -577,7 +450,7 @@ mod tests {
         assert_eq!(
             parameters,
             [
-                "max_replication_slots=5",
+                "max_replication_slots=10",
                 "pg_stat_statements.max=7",
                 "wal_keep_size=160MB"
             ]
@@ -601,7 +474,12 @@ mod tests {
             ("NODE_PRIORITY", "-1"),
             ("RECONNECT_INTERVAL", "2"),
         ];
-        let (config, _) = node_of(&variables);
+        let (config, plan) = node_of(&variables);
+        // It counts where a cluster is made, and is said at every start.
+        let note = plan.notes.iter().find(|n| n.contains("RECONNECT_INTERVAL"));
+        let note = note.unwrap();
+        assert!(note.contains("of a new cluster"), "{note}");
+        assert!(note.contains("craton config set ttl_ms=6000"), "{note}");
         assert_eq!(config.member.as_str(), "pg-slave");
         assert!(config.peers.is_empty());
         assert_eq!(config.join, ["pgmaster:9898"]);
@@ -633,7 +511,7 @@ mod tests {
         );
         let names = NodeNames::of(&e, "h", None).unwrap();
         let known = BTreeSet::from(["work_mem".to_owned()]);
-        let plan = node(&e, &names, "/s", Some(&known)).unwrap();
+        let plan = node(&e, &names, "c", "/s", Some(&known)).unwrap();
         let (config, _): (craton_agent::AgentConfig, _) = settings(&plan, "");
         assert_eq!(
             config.postgresql.keys().collect::<Vec<_>>(),

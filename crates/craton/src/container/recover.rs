@@ -24,7 +24,9 @@ const MAKING: &str = "restored.making";
 /// What was there before, with the time behind it.
 const BEFORE: &str = "before-";
 /// What stays where it is.
-const KEPT: [&str; 3] = ["craton-member", "lost+found", RESTORED];
+const KEPT: [&str; 4] = ["craton-member", CLUSTER_NOTE, "lost+found", RESTORED];
+/// The name of the cluster, where a node asked for it: what is made of a restored database has the same.
+pub const CLUSTER_NOTE: &str = "craton-cluster";
 
 /// `craton container recover`
 #[derive(Args, Debug)]
@@ -211,7 +213,7 @@ mod tests {
         for name in ["data", "coordinator", "restored", "before-1"] {
             std::fs::create_dir(at(name)).unwrap();
         }
-        for name in ["craton-member", "state.json"] {
+        for name in ["craton-member", "craton-cluster", "state.json"] {
             std::fs::write(at(name), "a").unwrap();
         }
         let now: Timestamp = "2026-11-27T05:06:07Z".parse().unwrap();
@@ -220,7 +222,7 @@ mod tests {
         for moved in ["data", "coordinator", "state.json"] {
             assert!(aside.join(moved).exists() && !at(moved).exists(), "{moved}");
         }
-        for kept in ["craton-member", "restored", "before-1"] {
+        for kept in ["craton-member", "craton-cluster", "restored", "before-1"] {
             assert!(at(kept).exists(), "{kept}");
         }
         assert_eq!(move_aside(dir.path(), now).unwrap(), None);

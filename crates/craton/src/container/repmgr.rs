@@ -3,7 +3,9 @@
 mod changes;
 mod commands;
 mod major;
+pub mod scripts;
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,7 +18,8 @@ use tokio::time::Instant;
 
 use super::entry::Facts;
 use super::first_start;
-use super::plan::FRONT_PORT;
+use super::known_nodes::{KnownNodes, Said};
+use super::plan::{FRONT_PORT, NODE_DIR};
 use crate::access::Access;
 use crate::cli::wait_for;
 use crate::exit::{self, Problem};
@@ -66,7 +69,7 @@ pub fn access() -> anyhow::Result<Access> {
     )
 }
 
-/// The members, with their names.
+/// The members, with their names: as they say now, else as they said last.
 pub async fn nodes(status: &StatusView) -> Vec<Node> {
     let client = Client::new(None).with_timeout(ABOUT_TIMEOUT);
     let mut asked = tokio::task::JoinSet::new();
@@ -75,18 +78,43 @@ pub async fn nodes(status: &StatusView) -> Vec<Node> {
         asked.spawn(async move {
             let at = format!("{}:{FRONT_PORT}", view.host);
             let about: Option<AboutView> = client.get_json(&at, "/about").await.ok();
-            Node {
-                id: about.as_ref().and_then(|a| a.node_id),
-                name: about
-                    .and_then(|a| a.node_name)
-                    .unwrap_or_else(|| view.id.to_string()),
-                view,
-            }
+            let said = about.and_then(|a| said_by(&view, a));
+            (view, said)
         });
     }
-    let mut nodes = asked.join_all().await;
-    nodes.sort_by_key(|n| (n.id.unwrap_or(u32::MAX), n.view.id.clone()));
+    let volume = Path::new(NODE_DIR);
+    let mut known = KnownNodes::load(volume, &status.cluster);
+    let (nodes, news) = named(asked.join_all().await, &mut known);
+    if news && let Err(error) = known.store(volume) {
+        tracing::warn!("the numbers and names of the nodes are not kept: {error:#}");
+    }
     nodes
+}
+
+/// What a member's container says of its names; none where another one answers at its address.
+fn said_by(view: &MemberView, about: AboutView) -> Option<Said> {
+    let same = about.member.as_deref() == Some(view.id.as_str());
+    same.then_some(Said {
+        node_id: about.node_id,
+        node_name: about.node_name,
+    })
+}
+
+/// The nodes in the order of their numbers, and whether something that was said is new.
+fn named(said: Vec<(MemberView, Option<Said>)>, known: &mut KnownNodes) -> (Vec<Node>, bool) {
+    let heard = said.iter().map(|(v, s)| (v.id.clone(), s.clone()));
+    let news = known.learn(heard.collect());
+    let node = |(view, _): (MemberView, Option<Said>)| {
+        let said = known.of(&view.id).cloned().unwrap_or_default();
+        Node {
+            id: said.node_id,
+            name: said.node_name.unwrap_or_else(|| view.id.to_string()),
+            view,
+        }
+    };
+    let mut nodes: Vec<Node> = said.into_iter().map(node).collect();
+    nodes.sort_by_key(|n| (n.id.unwrap_or(u32::MAX), n.view.id.clone()));
+    (nodes, news)
 }
 
 fn id_text(id: Option<u32>) -> String {
@@ -177,29 +205,29 @@ fn status_word(view: &MemberView) -> &'static str {
 async fn show(csv: bool) -> anyhow::Result<u8> {
     let status = access()?.status().await?;
     let nodes = nodes(&status).await;
-    let leader = nodes
-        .iter()
-        .find(|n| Some(&n.view.id) == status.leader.as_ref());
+    let (text, good) = shown(&nodes, status.leader.as_ref(), csv);
+    output::line(text);
+    Ok(if good { exit::OK } else { NODE_STATUS })
+}
+
+/// What `cluster show` says, and whether all is as it should be.
+fn shown(nodes: &[Node], leads: Option<&MemberId>, csv: bool) -> (String, bool) {
+    let leader = nodes.iter().find(|n| Some(&n.view.id) == leads);
     let mut good = true;
-    let mut rows = Vec::new();
-    for node in &nodes {
+    let (mut lines, mut rows) = (Vec::new(), Vec::new());
+    for node in nodes {
         let word = status_word(&node.view);
         let up = !word.starts_with('-');
         good &= word.starts_with(['*', ' ']);
-        if csv {
-            let recovery = match (up, node.view.role) {
-                (false, _) => -1,
-                (true, MemberRole::Leader) => 0,
-                (true, _) => 1,
-            };
-            output::line(format!(
-                "{},{},{recovery}",
-                id_text(node.id),
-                if up { 0 } else { -1 }
-            ));
-        }
+        let recovery = match (up, node.view.role) {
+            (false, _) => -1,
+            (true, MemberRole::Leader) => 0,
+            (true, _) => 1,
+        };
+        let available = if up { 0 } else { -1 };
+        lines.push(format!("{},{available},{recovery}", id_text(node.id)));
         let upstream =
-            upstream_of(node, &nodes, leader).map_or_else(String::new, |n| n.name.clone());
+            upstream_of(node, nodes, leader).map_or_else(String::new, |n| n.name.clone());
         rows.push(vec![
             id_text(node.id),
             node.name.clone(),
@@ -210,19 +238,19 @@ async fn show(csv: bool) -> anyhow::Result<u8> {
             format!("host={} port={}", node.view.host, node.view.port),
         ]);
     }
-    if !csv {
-        let header = [
-            "ID",
-            "Name",
-            "Role",
-            "Status",
-            "Upstream",
-            "Location",
-            "Connection string",
-        ];
-        output::line(table(&header, &rows));
+    if csv {
+        return (lines.join("\n"), good);
     }
-    Ok(if good { exit::OK } else { NODE_STATUS })
+    let header = [
+        "ID",
+        "Name",
+        "Role",
+        "Status",
+        "Upstream",
+        "Location",
+        "Connection string",
+    ];
+    (table(&header, &rows), good)
 }
 
 /// What each node says of each: `*` it hears it, `x` it does not, `?` it does not answer itself.
@@ -390,5 +418,70 @@ mod tests {
         let expected = " ID   | Name  | Role    | Status\n\
                         ------+-------+---------+-----------\n 1001 | node1 | primary | * running\n 2    | n2    | standby |   running";
         assert_eq!(text, expected);
+    }
+
+    pub(super) fn view(name: &str, leads: bool, alive: bool) -> MemberView {
+        let role = match (leads, alive) {
+            (_, false) => "down",
+            (true, true) => "leader",
+            (false, true) => "standby",
+        };
+        serde_json::from_value(serde_json::json!({
+            "id": name, "role": role, "state": "", "host": name, "port": 5432, "api": "h:2", "agent_alive": alive,
+            "heard_ms_ago": 10, "timeline": 1, "lsn": "0/1", "replay_lsn": null, "lag_bytes": 0,
+            "streaming": alive && !leads, "sync": false, "priority": 100, "incarnation": null
+        }))
+        .unwrap()
+    }
+
+    fn said(id: u32) -> Said {
+        Said {
+            node_id: Some(id),
+            node_name: Some(format!("node{id}")),
+        }
+    }
+
+    #[test]
+    fn a_stopped_node_keeps_its_number_and_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut known = KnownNodes::load(dir.path(), "c");
+        let all = vec![
+            (view("pgmaster", true, true), Some(said(1))),
+            (view("pgslave1", false, true), Some(said(2))),
+        ];
+        assert!(named(all, &mut known).1);
+        let (nodes, news) = named(
+            vec![
+                (view("pgmaster", false, false), None),
+                (view("pgslave1", true, true), Some(said(2))),
+                (view("pgslave9", false, false), None),
+            ],
+            &mut known,
+        );
+        assert!(!news);
+        let leader = MemberId::new("pgslave1").unwrap();
+        let (text, good) = shown(&nodes, Some(&leader), false);
+        assert!(!good);
+        let line = |n: usize| text.lines().nth(n).unwrap_or_default();
+        assert!(
+            line(2).starts_with(" 1  | node1    | standby | - failed  | node2 "),
+            "{text}"
+        );
+        // Whoever never said a number has none.
+        assert!(line(4).starts_with(" ?  | pgslave9 |"), "{text}");
+        let (csv, _) = shown(&nodes, Some(&leader), true);
+        assert_eq!(csv, "1,-1,-1\n2,0,0\n?,-1,-1");
+    }
+
+    #[test]
+    fn another_container_at_a_members_address_is_not_believed() {
+        let about = |member: &str| AboutView {
+            member: Some(member.to_owned()),
+            node_id: Some(3),
+            ..AboutView::default()
+        };
+        let at = view("a", false, true);
+        assert!(said_by(&at, about("a")).is_some());
+        assert_eq!(said_by(&at, about("b")), None);
     }
 }

@@ -193,7 +193,7 @@ fn the_operator_may_accept_a_loss() {
 /// An operator made this member's disk all there is.
 #[test]
 fn nobody_leads_by_recovered_records_before_the_operator_says_so() {
-    let recovered = |l: &mut Leadership| *l = l.clone().into_recovered();
+    let recovered = |l: &mut Leadership| *l = l.clone().into_recovered(0);
     let standby = || Scene::standby().with(|o| o.lease_seen = LeaseSeen::Lapsed);
     check(
         "the election is opened",
@@ -243,8 +243,9 @@ fn nobody_leads_by_recovered_records_before_the_operator_says_so() {
     let why = &reasons.iter().find(|r| r.code == "no_winner").unwrap().text;
     assert!(why.contains("recovered the records"), "{why}");
     stuck = stuck.asked(None, RequestPhase::Asked);
+    let term = stuck.view().leadership.as_ref().unwrap().value.term;
     let request = &mut stuck.view().request.as_mut().unwrap().value;
-    request.kind = RequestKind::Failover;
+    (request.kind, request.term) = (RequestKind::Failover, term);
     check(
         "asked without a word",
         stuck.clone(),
@@ -305,18 +306,13 @@ fn a_switchover_waits_for_the_one_it_wants() {
 #[test]
 fn recovered_records_give_no_timeline_that_has_sealed() {
     let mut s = Scene::election("b").leadership(|l| {
-        *l = l.clone().into_recovered();
+        *l = l.clone().into_recovered(0);
         l.allow_data_loss = true;
     });
     let term = s.view().leadership.as_ref().unwrap().value.term;
     assert!(term.0 > 1000, "no survivor has seen it");
     s.o.me.floor = Term(9);
-    s = s.sealed(&[("b", 9, 1000), ("c", 1, 900)]);
-    for seal in s.view().seals.values_mut() {
-        seal.value.term = term;
-    }
-    s.o.sealed.as_mut().unwrap().term = term;
-    let s = s.after(2_500);
+    let s = s.sealed(&[("b", 9, 1000), ("c", 1, 900)]).after(2_500);
     let d = decide(&s.o, &s.memory);
     let won = d
         .changes

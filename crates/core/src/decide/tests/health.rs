@@ -338,7 +338,7 @@ fn a_lost_slot_is_no_reason_to_wait() {
     check(
         "acknowledged commits may be here alone",
         lost(3900, &["b", "c"]),
-        " : not_streaming slot_lost slot_lost",
+        " : not_streaming slot_lost",
     );
     check(
         "in strict it stays in V",

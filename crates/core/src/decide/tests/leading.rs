@@ -193,6 +193,22 @@ fn a_leader_that_restarted_in_place_opens_when_its_wal_is_safe() {
         closed(1000),
         "hold 1, write leadership+history : leading",
     );
+    let refuses = |s: Scene| s.server(|s| s.closed = true);
+    check(
+        "clients are refused until then",
+        refuses(closed(999)),
+        "hold 1 : leading recovering",
+    );
+    check(
+        "and let in before proxies hear of it",
+        refuses(closed(1000)),
+        "hold 1, Admit : leading admitting",
+    );
+    check(
+        "an agent that ended in between left the door shut",
+        refuses(Scene::leader()),
+        "hold 1, Admit : leading",
+    );
 }
 
 /// A transaction whose answer was lost may be done later: found by the simulator, seed 23263.

@@ -71,6 +71,7 @@ impl Dice {
                     .map(|_| standby_of(self.name(), self.roll(4) * 1000))
                     .collect(),
                 active_transactions: self.maybe(|d| u32::try_from(d.roll(3)).unwrap()),
+                closed: self.yes(),
             }),
         }
     }
@@ -290,6 +291,21 @@ fn by_recovered_records_nobody_leads(o: &Observation, d: &Decision) {
     );
 }
 
+fn opened_only_to_whom_it_lets_in(o: &Observation, d: &Decision, term: Option<Term>) {
+    let now = o.view.as_ref().and_then(|v| v.leadership.as_ref());
+    let was_open = |term| now.is_some_and(|l| l.value.open && l.value.term == term);
+    for r in d.changes.iter().flat_map(|c| &c.puts) {
+        if let Record::Leadership(l) = r {
+            assert!(Some(l.term) >= term, "the term goes back");
+            let refuses = matches!(&o.server, ServerView::Running(s) if s.closed);
+            assert!(
+                !l.open || was_open(l.term) || !refuses,
+                "opened on record, and PostgreSQL refuses clients"
+            );
+        }
+    }
+}
+
 /// What holds for every decision.
 fn never_wrong(o: &Observation, d: &Decision) {
     let leads = o.view.as_ref().and_then(ClusterView::leader).cloned();
@@ -351,11 +367,7 @@ fn never_wrong(o: &Observation, d: &Decision) {
             "a primary without leadership or lease lives on"
         );
     }
-    for r in d.changes.iter().flat_map(|c| &c.puts) {
-        if let Record::Leadership(l) = r {
-            assert!(Some(l.term) >= term, "the term goes back");
-        }
-    }
+    opened_only_to_whom_it_lets_in(o, d, term);
     for c in &d.changes {
         for put in &c.puts {
             let key = put.key();

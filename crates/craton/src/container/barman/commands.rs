@@ -149,8 +149,8 @@ fn command(name: &str) -> Option<(Asked, Accepted)> {
             (Asked::Recover, accepted(done, COPYING, 3))
         }
         "switch-wal" | "switch-xlog" => {
-            let needless = &["force", "archive", "archive-timeout"];
-            (Asked::SwitchWal, accepted(&[], needless, 1))
+            let done = &["archive", "archive-timeout"];
+            (Asked::SwitchWal, accepted(done, &["force"], 1))
         }
         "delete" => (Asked::Delete, accepted(&[], &[], 2)),
         "cron" => (Asked::Nothing, accepted(&[], &["keep-descriptors"], 0)),
@@ -193,7 +193,7 @@ fn instead(option: &str) -> Option<&'static str> {
 }
 
 /// The hint where a command is not understood, and the help.
-pub const HELP: &str = "known are: list-backup [--minimal], show-backup, backup, check, recover SERVER BACKUP DIRECTORY [--target-time|--target-lsn|--target-immediate] [--target-tli] [--tablespace OLD:NEW], delete, status, list-server, diagnose, cron, switch-wal, receive-wal";
+pub const HELP: &str = "known are: list-backup [--minimal], show-backup, backup, check, recover SERVER BACKUP DIRECTORY [--target-time|--target-lsn|--target-immediate] [--target-tli] [--tablespace OLD:NEW], delete, status, list-server, diagnose, cron, switch-wal [--archive [--archive-timeout SECONDS]], receive-wal";
 
 /// Understands a command line, or refuses it.
 pub fn understand(args: &[String]) -> anyhow::Result<(Asked, Line)> {

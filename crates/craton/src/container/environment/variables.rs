@@ -100,7 +100,7 @@ pub const VARIABLES: &[Variable] = &[
     used(
         ALL,
         "CLUSTER_NAME",
-        "node: pg_cluster; others ask a node",
+        "node: pg_cluster, or REPLICATION_PRIMARY_HOST's; others ask a node",
         "The cluster's name",
     ),
     used(
@@ -114,6 +114,11 @@ pub const VARIABLES: &[Variable] = &[
         "CONFIGS",
         "",
         "Settings: of PostgreSQL for a node, of pgpool for the proxy, which translates those that mean something here. `name:value[,name:value…]`",
+    ),
+    noted(
+        BACKUP,
+        "CONFIGS",
+        "neither PostgreSQL nor a balancer runs here; Craton's settings are CRATON_BACKUP_…",
     ),
     used(
         NODE_PROXY,

@@ -3,7 +3,7 @@
 
 use super::super::environment::{Environment, Kind, configs};
 use super::super::schedule::Schedule;
-use super::{Here, backup, proxy};
+use super::{Here, ID_MAX, backup, proxy};
 
 /// A variable that is a number.
 struct Number {
@@ -25,7 +25,13 @@ const fn number(name: &'static str, of: &'static str) -> Number {
 
 /// Every variable that is read as a number.
 const NUMBERS: &[Number] = &[
-    number("NODE_ID", ""),
+    Number {
+        name: "NODE_ID",
+        least: 0,
+        // repmgr.nodes has them as integers.
+        most: ID_MAX,
+        of: "",
+    },
     Number {
         name: "NODE_PRIORITY",
         least: -2_147_483_648,
@@ -88,6 +94,7 @@ mod tests {
             (Kind::Node, "STOPPING_TIMEOUT", "5s"),
             (Kind::Node, "STOPPING_TIMEOUT", "-1"),
             (Kind::Node, "NODE_ID", "one"),
+            (Kind::Node, "NODE_ID", "2147483648"),
             (Kind::Node, "NODE_PRIORITY", "high"),
             (Kind::Node, "RECONNECT_ATTEMPTS", "3.5"),
             (Kind::Node, "RECONNECT_INTERVAL", "5s"),
@@ -109,7 +116,7 @@ mod tests {
             "STOPPING_TIMEOUT=5s: a whole number of seconds, without a unit, from 0 to 4294967295 is expected"
         );
         let error = check(Kind::Node, &env(Kind::Node, &[("NODE_ID", "x")]));
-        let expected = "NODE_ID=x: a whole number from 0 to 4294967295 is expected";
+        let expected = "NODE_ID=x: a whole number from 0 to 2147483647 is expected";
         assert_eq!(error.unwrap_err(), expected);
     }
 

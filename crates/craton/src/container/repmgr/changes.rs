@@ -217,18 +217,36 @@ fn found(nodes: &[Node], wanted: &Wanted) -> anyhow::Result<MemberId> {
     let fits = |n: &&Node| match wanted {
         Wanted::Own => false,
         Wanted::Id(id) => n.id == Some(*id),
-        Wanted::Name(name) => n.name == *name || n.view.id.as_str() == name,
+        Wanted::Name(name) => n.name == *name,
     };
-    if let Some(node) = nodes.iter().find(fits) {
-        return Ok(node.view.id.clone());
+    let mut fitting: Vec<&Node> = nodes.iter().filter(fits).collect();
+    if let (true, Wanted::Name(name)) = (fitting.is_empty(), wanted) {
+        fitting.extend(nodes.iter().find(|n| n.view.id.as_str() == name));
     }
-    let what = match wanted {
-        Wanted::Id(id) => format!("no node with the number {id} answers"),
-        Wanted::Name(name) => format!("there is no node \"{name}\", or it does not answer"),
-        Wanted::Own => "no node is meant".to_owned(),
+    let called = match wanted {
+        Wanted::Id(id) => format!("the number {id}"),
+        Wanted::Name(name) => format!("the name \"{name}\""),
+        Wanted::Own => "no name".to_owned(),
     };
-    let hint = "a node that does not run tells neither number nor name: craton member list, craton member remove NAME";
-    Err(Problem::new(exit::FAILURE, what, hint).into())
+    match fitting.as_slice() {
+        [node] => Ok(node.view.id.clone()),
+        [] => {
+            let hint = "repmgr cluster show has the numbers and names. A node that has not answered since this one knows it tells neither: craton member list, craton member remove NAME";
+            let what = format!("no node is known that has {called}");
+            Err(Problem::new(exit::FAILURE, what, hint).into())
+        }
+        several => {
+            let named = |n: &&Node| format!("{} (member {})", n.name, n.view.id);
+            let names: Vec<String> = several.iter().map(named).collect();
+            let what = format!(
+                "{} have {called}: {}; nothing was done",
+                several.len(),
+                names.join(", ")
+            );
+            let hint = "craton member remove MEMBER says which is meant; NODE_ID and NODE_NAME give each node its own";
+            Err(Problem::new(USAGE, what, hint).into())
+        }
+    }
 }
 
 fn may_leave(status: &StatusView, member: &MemberId) -> Result<(), Obstacle> {
@@ -280,6 +298,17 @@ mod tests {
         });
         change(&mut value);
         serde_json::from_value(value).unwrap()
+    }
+
+    /// Its members as `node1`, `node2`, …
+    fn nodes_of(status: &StatusView) -> Vec<Node> {
+        let numbered = status.members.iter().cloned().zip(1..);
+        let node = |(view, n)| Node {
+            id: Some(n),
+            name: format!("node{n}"),
+            view,
+        };
+        numbered.map(node).collect()
     }
 
     #[test]
@@ -356,21 +385,32 @@ mod tests {
             let error = wanted(&line(wrong)).unwrap_err();
             assert_eq!(exit::code_of(&error), USAGE, "{wrong}");
         }
-        let nodes: Vec<Node> = status(|_| {})
-            .members
-            .into_iter()
-            .zip(1..)
-            .map(|(view, n)| Node {
-                id: Some(n),
-                name: format!("node{n}"),
-                view,
-            })
-            .collect();
+        let nodes = nodes_of(&status(|_| {}));
         assert_eq!(found(&nodes, &Wanted::Id(3)).unwrap(), id("c"));
         assert_eq!(
             found(&nodes, &Wanted::Name("node2".into())).unwrap(),
             id("b")
         );
-        assert!(found(&nodes, &Wanted::Id(9)).is_err());
+        assert_eq!(found(&nodes, &Wanted::Name("b".into())).unwrap(), id("b"));
+        let error = found(&nodes, &Wanted::Id(9)).unwrap_err();
+        assert!(error.to_string().contains("the number 9"), "{error}");
+    }
+
+    #[test]
+    fn a_number_that_two_nodes_have_is_refused() {
+        let mut nodes = nodes_of(&status(|_| {}));
+        for (node, name) in nodes.iter_mut().zip(["alpha", "beta", "beta"]) {
+            node.id = Some(1000);
+            name.clone_into(&mut node.name);
+        }
+        let error = found(&nodes, &Wanted::Id(1000)).unwrap_err();
+        assert_eq!(exit::code_of(&error), USAGE);
+        for named in ["alpha (member a)", "beta (member b)", "beta (member c)"] {
+            assert!(error.to_string().contains(named), "{error}");
+        }
+        let name = |text: &str| found(&nodes, &Wanted::Name(text.to_owned()));
+        assert_eq!(name("alpha").unwrap(), id("a"));
+        assert_eq!(exit::code_of(&name("beta").unwrap_err()), USAGE);
+        assert_eq!(name("c").unwrap(), id("c"));
     }
 }
