@@ -15,6 +15,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use craton::layout::{Layout, address};
 use craton_console::views::{StatusView, SwitchoverRequest};
 use craton_console::{Client, ClientError, Token};
 use craton_trust::authority::{Authority, KEY_FILE};
@@ -312,6 +313,14 @@ fn each_role_gets_what_it_needs(c: &Cluster) {
     let operator = operator.to_str().unwrap();
     let out = craton(&["--api", &api, "--certs", operator, "status"], "");
     c.expect_ok(&out, "an operator that joined");
+    let daemon = address(Layout::require(&c.dir).unwrap().backup_http_port());
+    let status = ["backup", "status", "--daemon", &daemon];
+    let out = craton(&[&["--certs", operator][..], &status].concat(), "");
+    c.expect_ok(&out, "the backup daemon from elsewhere");
+    assert!(text(&out).contains("WAL"), "{}", text(&out));
+    let out = craton(&status, "");
+    let refused = out.status.code() == Some(2) && text(&out).contains("--certs");
+    assert!(refused, "{}", text(&out));
     renewed_by_an_agent(&place.path().join("proxy"), &api);
 }
 

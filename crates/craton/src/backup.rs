@@ -35,23 +35,36 @@ pub enum BackupCommand {
     /// Run the daemon that receives WAL and takes backups
     Daemon(DaemonArgs),
     /// Take a base backup now, and wait for its end
-    Run,
+    Run(DaemonAt),
     /// Backups, oldest first
-    List(RepositoryArgs),
+    List {
+        /// Which daemon
+        #[command(flatten)]
+        daemon: DaemonAt,
+        /// Which repository
+        #[command(flatten)]
+        repository: RepositoryArgs,
+    },
     /// One backup, and up to where it can be restored
     Show {
         /// The backup's name
         id: String,
+        /// Which daemon
+        #[command(flatten)]
+        daemon: DaemonAt,
         /// Which repository
         #[command(flatten)]
         repository: RepositoryArgs,
     },
     /// What the daemon is doing: WAL received, lag, backups
-    Status,
+    Status(DaemonAt),
     /// Remove a backup, with the WAL and the data that only it needed
     Delete {
         /// The backup's name
         id: String,
+        /// Which daemon
+        #[command(flatten)]
+        daemon: DaemonAt,
         /// Do not ask
         #[arg(long)]
         yes: bool,
@@ -68,6 +81,28 @@ pub enum BackupCommand {
         /// Where to put it (%p)
         target: PathBuf,
     },
+}
+
+/// Which daemon.
+#[derive(Args, Debug)]
+pub struct DaemonAt {
+    /// The backup daemon's API (its listen address), with --certs [default: the local cluster's, or this container's]
+    #[arg(
+        long = "daemon",
+        value_name = "HOST:PORT",
+        env = "CRATON_BACKUP_API",
+        hide_env_values = true
+    )]
+    pub address: Option<String>,
+}
+
+/// What the command line says for all commands.
+#[derive(Clone, Copy)]
+pub struct Here<'a> {
+    /// The local cluster's directory.
+    pub dir: &'a Path,
+    /// The directory with the operator's certificate.
+    pub certificates: Option<&'a Path>,
 }
 
 /// Which repository.
@@ -93,27 +128,34 @@ impl RepositoryArgs {
 }
 
 /// Runs the command.
-pub fn run(dir: &Path, command: BackupCommand, json: bool) -> anyhow::Result<u8> {
+pub fn run(here: Here<'_>, command: BackupCommand, json: bool) -> anyhow::Result<u8> {
+    let dir = here.dir;
     match command {
         BackupCommand::Daemon(args) => daemons::backup(&args),
-        BackupCommand::Run => wait_for(take(dir, json)),
-        BackupCommand::List(repository) => {
+        BackupCommand::Run(daemon) => wait_for(take(Daemon::find(here, &daemon)?, json)),
+        BackupCommand::List { daemon, repository } => {
             let read = |r: &Repository| catalog::list(r);
+            let whom = (here, &daemon);
             show_list(
-                &ask_or_read(dir, &repository, "/v1/backup/list", read)?,
+                &ask_or_read(whom, &repository, "/v1/backup/list", read)?,
                 json,
             )
         }
-        BackupCommand::Show { id, repository } => {
+        BackupCommand::Show {
+            id,
+            daemon,
+            repository,
+        } => {
             let id = named(&id)?;
             let path = format!("/v1/backup/show/{id}");
+            let read = |r: &Repository| catalog::show(r, &id);
             show_one(
-                &ask_or_read(dir, &repository, &path, |r| catalog::show(r, &id))?,
+                &ask_or_read((here, &daemon), &repository, &path, read)?,
                 json,
             )
         }
-        BackupCommand::Status => wait_for(status(dir, json)),
-        BackupCommand::Delete { id, yes } => {
+        BackupCommand::Status(daemon) => wait_for(status(Daemon::find(here, &daemon)?, json)),
+        BackupCommand::Delete { id, daemon, yes } => {
             let id = named(&id)?;
             must_be_meant(
                 yes,
@@ -122,7 +164,7 @@ pub fn run(dir: &Path, command: BackupCommand, json: bool) -> anyhow::Result<u8>
                 ),
             )?;
             report_removed(
-                &wait_for(async { Daemon::here(dir)?.delete(&id).await })?,
+                &wait_for(async { Daemon::find(here, &daemon)?.delete(&id).await })?,
                 json,
             )
         }
@@ -158,7 +200,7 @@ pub fn report_removed(swept: &SweptView, json: bool) -> anyhow::Result<u8> {
     Ok(exit::OK)
 }
 
-/// The daemon of a local cluster.
+/// A backup daemon.
 pub struct Daemon {
     address: String,
     client: Client,
@@ -173,11 +215,31 @@ impl Daemon {
         })
     }
 
-    /// That of the container which this is in, else that of the local cluster.
-    fn here(dir: &Path) -> anyhow::Result<Self> {
-        match (Layout::load(dir)?, Facts::load()?) {
+    /// The one that is named, else that of the container which this is in, else that of the local cluster.
+    fn find(here: Here<'_>, at: &DaemonAt) -> anyhow::Result<Self> {
+        if let Some(address) = &at.address {
+            let Some(certificates) = here.certificates else {
+                return Err(Problem::new(
+                    exit::USAGE,
+                    "--daemon needs --certs: the directory with the operator's certificate",
+                    "`craton join` makes one; on a member's host it is the directory of the secrets",
+                )
+                .into());
+            };
+            return Ok(Self {
+                address: address.clone(),
+                client: Client::trusted(certificates::operator(certificates)?, Role::Backup),
+            });
+        }
+        match (Layout::load(here.dir)?, Facts::load()?) {
             (None, Some(facts)) => Self::container(&facts),
-            _ => Self::local(&Layout::require(dir)?),
+            (None, None) => Err(Problem::new(
+                exit::UNREACHABLE,
+                format!("there is no cluster in {}", here.dir.display()),
+                "for a daemon elsewhere: --daemon HOST:PORT --certs DIR; for its repository on this host: --repo DIR",
+            )
+            .into()),
+            _ => Self::local(&Layout::require(here.dir)?),
         }
     }
 
@@ -213,24 +275,24 @@ impl Daemon {
 
 /// The daemon's answer; from the disk where the repository was named, or where no daemon answers.
 fn ask_or_read<T: serde::de::DeserializeOwned>(
-    dir: &Path,
+    (here, at): (Here<'_>, &DaemonAt),
     repository: &RepositoryArgs,
     path: &str,
     read: impl FnOnce(&Repository) -> craton_backup::Result<T>,
 ) -> anyhow::Result<T> {
     if repository.repo.is_none() {
-        let daemon = Daemon::here(dir)?;
+        let daemon = Daemon::find(here, at)?;
         match wait_for(async { Ok(daemon.client.get_json(&daemon.address, path).await) })? {
             Ok(view) => return Ok(view),
             Err(error @ ClientError::Refused { .. }) => return Err(error.into()),
+            Err(error) if at.address.is_some() => return Err(error.into()),
             Err(error) => output::note(format!("{error}; reading the repository itself")),
         }
     }
-    Ok(read(&repository.open(dir)?)?)
+    Ok(read(&repository.open(here.dir)?)?)
 }
 
-async fn take(dir: &Path, json: bool) -> anyhow::Result<u8> {
-    let daemon = Daemon::here(dir)?;
+async fn take(daemon: Daemon, json: bool) -> anyhow::Result<u8> {
     let client = daemon.client.clone().with_timeout(CHANGE_TIMEOUT);
     let accepted: RunAcceptedView = client
         .post_json(&daemon.address, "/v1/backup/run", &serde_json::json!({}))
@@ -260,7 +322,7 @@ async fn take(dir: &Path, json: bool) -> anyhow::Result<u8> {
                     Err(Problem::new(
                         exit::FAILURE,
                         what,
-                        "see log/backup.log; what was stored is used again by the next one",
+                        "see the backup daemon's log; what was stored is used again by the next one",
                     )
                     .into())
                 }
@@ -390,8 +452,8 @@ fn gap(missing: &craton_repo::continuity::Missing) -> String {
     )
 }
 
-async fn status(dir: &Path, json: bool) -> anyhow::Result<u8> {
-    let view = Daemon::here(dir)?.status().await?;
+async fn status(daemon: Daemon, json: bool) -> anyhow::Result<u8> {
+    let view = daemon.status().await?;
     if json {
         output::json(&view)?;
         return Ok(exit::OK);

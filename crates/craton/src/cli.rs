@@ -46,7 +46,8 @@ pub struct Cli {
         hide_env_values = true
     )]
     pub api: Vec<String>,
-    /// Directory with authority.pem and operator.pem for the agents named by --api, as `craton join` makes it
+    /// Directory with authority.pem and operator.pem for the agents named by --api or the backup daemon named by
+    /// --daemon, as `craton join` makes it
     #[arg(
         long,
         global = true,
@@ -336,7 +337,14 @@ pub fn dispatch(cli: Cli) -> anyhow::Result<u8> {
         Command::Adopt(command) => adopt::run(&command, json),
         Command::Recover(args) => recover::run(&args),
         Command::Psql(args) => psql::run(&dir, args),
-        Command::Backup(command) => backup::run(&dir, command, json),
+        Command::Backup(command) => {
+            let certificates = cli.certs.as_deref();
+            let here = backup::Here {
+                dir: &dir,
+                certificates,
+            };
+            backup::run(here, command, json)
+        }
         Command::Ca(command) => run_ca(command, &dir, access, json),
         Command::Join(args) => wait_for(join::run(args, json)),
         Command::Restore(args) => restore::run(&dir, &args, json),
