@@ -317,7 +317,12 @@ fn old_commands_of_the_balancer(stack: &Stack) {
     });
     // What prepares everything gets the same rows.
     let prepared = "echo 'show pool_nodes \\bind \\g' | PGPASSWORD=monkey_pass psql -h localhost -U monkey_user -d monkey_db -XAtq -v ON_ERROR_STOP=1";
-    assert_eq!(stack.sh("pgpool", prepared), nodes);
+    // But for the last column: WAL may be on its way.
+    let still = |rows: &str| {
+        let row = |l: &str| l.rsplit_once('|').map(|(row, _)| row.to_owned());
+        rows.lines().map(row).collect::<Vec<_>>()
+    };
+    assert_eq!(still(&stack.sh("pgpool", prepared)), still(&nodes));
     // As the old README has it.
     stack.sh("pgpool", "PGPASSWORD=replication_example psql -U replication_user -h localhost template1 -c 'show pool_nodes'");
     stack.sh("pgpool", "/usr/local/bin/pgpool/has_write_node.sh");

@@ -211,6 +211,8 @@ impl LocalServer {
             data_before: k.data_before.take(),
             data_look_since: k.data_look_since,
             data_epoch: k.data_epoch,
+            // What the files say outlives the process.
+            closed: k.closed,
             ..Known::default()
         };
         drop(k);
@@ -597,7 +599,11 @@ impl LocalServer {
         while let Err(error) = self.instance.kill_leftovers(Duration::from_secs(5)).await {
             tracing::error!(%error, "processes of PostgreSQL are left; nothing else is done until they are gone");
         }
-        self.gone();
+        // A task may have been faster, and have started the next one.
+        let held = self.process().map(|p| p.pid());
+        if held.is_none_or(|pid| pid == process.pid()) {
+            self.gone();
+        }
     }
 
     /// Keeps what a look brought. True if a standby began to stream since the last one.

@@ -255,7 +255,7 @@ pub fn rotate(step: RotateStep, dir: &Path) -> anyhow::Result<u8> {
             let coming = Authority::load(&next)?;
             let both = format!("{}{}", present.certificate_pem(), coming.certificate_pem());
             write_secret(&bundle, &both)?;
-            "both authorities are trusted; copy authority.pem and authority-next.key to the other members' hosts, wait until every part has taken the bundle up (two minutes), then: craton ca rotate switch"
+            "both authorities are trusted; copy authority.pem and authority-next.key to the other members' hosts, wait until every part has taken the bundle up (two minutes), then: craton ca rotate switch (with the same --secrets, where there is one)"
         }
         RotateStep::Switch => {
             if !next.exists() {
@@ -267,7 +267,7 @@ pub fn rotate(step: RotateStep, dir: &Path) -> anyhow::Result<u8> {
                 .into());
             }
             std::fs::rename(&next, &key)?;
-            "the new authority signs; every part gets a new certificate within two minutes. Do the same on the other members' hosts; when `craton ca show` shows new certificates everywhere: craton ca rotate finish"
+            "the new authority signs; every part gets a new certificate within two minutes. Do the same on the other members' hosts; when `craton ca show` shows new certificates everywhere: craton ca rotate finish (with the same --secrets)"
         }
         RotateStep::Finish => {
             if next.exists() {

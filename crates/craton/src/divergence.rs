@@ -239,7 +239,7 @@ fn how(kept: &DivergenceSummary, directory: &str) -> String {
         "These rows are not in the cluster. Nobody was told that they were committed in quorum or strict durability; in async they may have been acknowledged."
     };
     format!(
-        "\n{gone}\nTo look at them, restore a backup from before the fork and replay this WAL on it, into a directory of its own:\n  craton restore /tmp/{id} --divergence {directory}\nthen start it as the restore says, and copy what is wanted (pg_dump --data-only --table …). Remove {directory} when it is no longer needed.",
+        "\n{gone}\nTo look at them, restore a backup from before the fork and replay this WAL on it, into a directory of its own:\n  craton restore /tmp/{id} --divergence {directory}\n(on hosts with --repo DIR, the backup repository), then start it as the restore says, and copy what is wanted (pg_dump --data-only --table …). Remove {directory} when it is no longer needed.",
         id = kept.id
     )
 }

@@ -89,7 +89,12 @@ impl Control {
         Ok(client)
     }
 
-    fn connect_error(&self, error: &tokio_postgres::Error) -> PgError {
+    /// How the superuser logs in through the socket.
+    pub(crate) fn login(&self) -> tokio_postgres::Config {
+        self.inner.config.clone()
+    }
+
+    pub(crate) fn connect_error(&self, error: &tokio_postgres::Error) -> PgError {
         let reason = error
             .as_db_error()
             .map_or_else(|| chain(error), |db| db.message().to_owned());

@@ -143,6 +143,9 @@ async fn a_closed_primary_lets_in_the_cluster_alone_until_clients_are_admitted()
     assert_eq!(log_in("craton_proxy").await, Ok(()));
     assert_eq!(member.sql("SELECT 1").await, "1");
 
+    // Settings of the operator's that PostgreSQL cannot read do not hold it up.
+    let broken = member.instance.data_dir().join("postgresql.auto.conf");
+    std::fs::write(broken, "no_such_parameter = 'x'\nwork_mem = \n").unwrap();
     member.managed.closed = false;
     let (postmaster, control) = (member.postmaster(), &member.control);
     let admitted = member

@@ -342,8 +342,7 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
     if !l.open {
         open_rule(mind, view, l, s);
     } else if s.closed {
-        // An agent ended in between, and PostgreSQL was started once more.
-        mind.start(Task::Admit);
+        shut_rule(mind, view, l, s);
     }
     sync_rule(mind, view, l, s);
     hand_over_rule(mind, view, l, s);
@@ -354,6 +353,19 @@ fn primary_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Ser
         rolling_rule(mind, view, l, s);
     }
     settle_early(mind, view, l);
+}
+
+/// Open on record, and yet clients are refused: the record was on its way when PostgreSQL ended and was started anew.
+fn shut_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    if is_safe(mind, view, l, s) {
+        mind.because(
+            "admitting",
+            "what was recovered is safe: letting clients in",
+        );
+        return mind.start(Task::Admit);
+    }
+    let text = "PostgreSQL was started in place, and what it recovered is not safe yet";
+    submit_open(mind, view, l, false, "closed", text);
 }
 
 /// A pause with an end is over by itself; the leader takes it off the board.
@@ -414,6 +426,31 @@ fn submit_open(
     });
 }
 
+/// What PostgreSQL recovered when it was started in place, if it was, is on k of V (3.3).
+fn is_safe(mind: &Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) -> bool {
+    let told = view.history.as_ref().and_then(|h| {
+        h.value
+            .0
+            .iter()
+            .rev()
+            .find(|e| ["closed", "elected", "initialized"].contains(&e.kind.as_str()))
+    });
+    // Only a start in place closes it, also one before the term was open for the first time. Earlier versions said it in
+    // the history alone; if nothing is there any more, it may have restarted.
+    let in_place = l.restarted || s.closed;
+    let restarted = in_place || told.is_none_or(|e| e.kind == "closed" && e.term == l.term);
+    let barrier = mind
+        .out
+        .memory
+        .barrier
+        .as_ref()
+        .map_or(s.end, |(_, lsn)| *lsn);
+    let flushed = s.standbys.iter().filter(|b| {
+        b.streaming && l.sync.holds(&b.member, b.incarnation) && b.flush_lsn >= barrier.min(s.end)
+    });
+    !restarted || flushed.count() >= l.sync.k as usize
+}
+
 /// Opens for clients once the sync set is configured and what was recovered is on k of V (3.3).
 fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
     let names = names_of(mind, l);
@@ -437,32 +474,7 @@ fn open_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server
             "opens once new WAL begins behind all that consumers of logical slots may have seen",
         );
     }
-    let told = view.history.as_ref().and_then(|h| {
-        h.value
-            .0
-            .iter()
-            .rev()
-            .find(|e| ["closed", "elected", "initialized"].contains(&e.kind.as_str()))
-    });
-    // Earlier versions said it in the history alone. If nothing is there any more, it may have restarted.
-    let restarted = l.restarted || told.is_none_or(|e| e.kind == "closed" && e.term == l.term);
-    let barrier = mind
-        .out
-        .memory
-        .barrier
-        .as_ref()
-        .map_or(s.end, |(_, lsn)| *lsn);
-    let safe = s
-        .standbys
-        .iter()
-        .filter(|b| {
-            b.streaming
-                && l.sync.holds(&b.member, b.incarnation)
-                && b.flush_lsn >= barrier.min(s.end)
-        })
-        .count()
-        >= l.sync.k as usize;
-    if !restarted || safe {
+    if is_safe(mind, view, l, s) {
         // Before the record: a proxy that reads it must not be refused.
         if s.closed {
             mind.because(

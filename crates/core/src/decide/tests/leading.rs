@@ -204,10 +204,24 @@ fn a_leader_that_restarted_in_place_opens_when_its_wal_is_safe() {
         refuses(closed(1000)),
         "hold 1, Admit : leading admitting",
     );
+    let late =
+        |flushed| refuses(closed(flushed)).leadership(|l| (l.open, l.restarted) = (true, false));
     check(
-        "an agent that ended in between left the door shut",
-        refuses(Scene::leader()),
-        "hold 1, Admit : leading",
+        "the record came late, and PostgreSQL was started once more meanwhile",
+        late(1000),
+        "hold 1, Admit : leading admitting",
+    );
+    check(
+        "clients are sent elsewhere where that is not safe",
+        late(999),
+        "hold 1, write leadership+history : leading",
+    );
+    let mut first = refuses(closed(999));
+    first.view().history = event("elected", 1);
+    check(
+        "started in place before it was open for the first time",
+        first,
+        "hold 1 : leading recovering",
     );
 }
 

@@ -292,6 +292,17 @@ fn by_recovered_records_nobody_leads(o: &Observation, d: &Decision) {
 }
 
 fn opened_only_to_whom_it_lets_in(o: &Observation, d: &Decision, term: Option<Term>) {
+    if let (Some(Task::Admit), ServerView::Running(s)) = (&d.task, &o.server) {
+        let l = &o.view.as_ref().unwrap().leadership.as_ref().unwrap().value;
+        let has = |b: &&StandbyView| {
+            b.streaming && l.sync.holds(&b.member, b.incarnation) && b.flush_lsn >= Lsn(1)
+        };
+        let copies = s.standbys.iter().filter(has).count();
+        assert!(
+            copies >= l.sync.k as usize || s.end == Lsn::ZERO,
+            "clients are let in to what nobody else has"
+        );
+    }
     let now = o.view.as_ref().and_then(|v| v.leadership.as_ref());
     let was_open = |term| now.is_some_and(|l| l.value.open && l.value.term == term);
     for r in d.changes.iter().flat_map(|c| &c.puts) {
