@@ -18,7 +18,7 @@ pub struct Postgres {
     pub start_primary: bool,
     /// Accepts writes.
     pub primary: bool,
-    /// Started in place as a primary, and refuses clients.
+    /// Started in place as a primary, with something to hide: clients are refused.
     pub closed: bool,
     /// It was started as a primary or told to promote: it may accept writes.
     pub maybe_primary: bool,

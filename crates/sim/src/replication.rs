@@ -40,12 +40,14 @@ impl World {
             self.check.flushed(m, at, rec);
         }
         let configured = primary.cloned().unwrap_or_else(nobody);
+        // An empty database hides nothing: its door is left out.
+        let written = db.wal.iter().any(|r| matches!(r.kind, Kind::Commit));
         self.members[m].pg = Some(Postgres {
             run,
             ready: false,
             start_primary: primary.is_some(),
             primary: false,
-            closed: primary.is_some(),
+            closed: primary.is_some() && written,
             maybe_primary: primary.is_some(),
             exact: false,
             stopping: false,
