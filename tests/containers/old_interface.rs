@@ -314,8 +314,10 @@ fn commands_of_a_node(stack: &Stack) {
     }
     let leader = stack.whole("pgmaster", &NODES, Duration::from_secs(120));
     assert_eq!(stack.sh("pgslave3", "cluster_master"), leader);
-    let upstream = stack.sh("pgslave3", "get_upstream_node_id");
-    assert_ne!(upstream, "");
+    let standby = NODES.iter().find(|n| **n != leader).unwrap();
+    let upstream = stack.sh(standby, "get_upstream_node_id");
+    assert_eq!(upstream, stack.sh(&leader, "get_node_id"));
+    assert_eq!(stack.sh(&leader, "get_upstream_node_id"), "");
     stack.sh(
         "pgslave3",
         "has_pg_cluster && wait_recovery && standby_register",
