@@ -128,7 +128,7 @@ impl World {
             member.priority = 0;
         }
         let check = Checker::default();
-        let backups: Vec<Backup> = (0..options.receivers).map(backup_named).collect();
+        let backups: Vec<Backup> = (0..options.receivers).filter_map(backup_named).collect();
         let n = options.members + options.receivers;
         Self {
             options: options.clone(),
@@ -359,14 +359,15 @@ impl World {
 }
 
 /// The `i`-th backup.
-fn backup_named(i: usize) -> Backup {
+fn backup_named(i: usize) -> Option<Backup> {
     let number = if i == 0 {
         String::new()
     } else {
         (i + 1).to_string()
     };
-    #[allow(clippy::expect_used, reason = "letters and digits are a member's name")]
-    Backup::new(MemberId::new(format!("backup{number}")).expect("it is a member's name"))
+    MemberId::new(format!("backup{number}"))
+        .ok()
+        .map(Backup::new)
 }
 
 /// A paused host's events beyond this are lost, as a socket's would be.
