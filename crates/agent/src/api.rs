@@ -287,11 +287,13 @@ impl Api {
         make: impl Fn(&ClusterView) -> Result<(Change, T), Refusal>,
     ) -> Result<(u64, T), Refusal> {
         for _ in 0..RACES_MAX {
-            let (change, value) = make(&self.read().await?)?;
+            let view = self.read().await?;
+            let (change, value) = make(&view)?;
             if change.puts.is_empty() && change.deletes.is_empty() {
                 return Ok((0, value));
             }
-            let txn = store::txn(&change).map_err(|e| Refusal::unavailable(&e))?;
+            let txn =
+                store::txn(&change.keeping_history(&view)).map_err(|e| Refusal::unavailable(&e))?;
             let outcome = self.coordinator.txn(txn).await;
             match outcome.map_err(|e| Refusal::unavailable(&e))? {
                 TxnOutcome::Committed(revision) => {

@@ -400,13 +400,9 @@ async fn remove(
             .filter(|k| view.revision_of(k) > 0)
             .collect();
         (!deletes.is_empty()).then(|| {
-            let mut expect: Vec<_> = deletes
-                .iter()
-                .map(|k| (k.clone(), view.revision_of(k)))
-                .collect();
-            expect.push((Key::History, view.revision_of(&Key::History)));
+            let expect = deletes.iter().map(|k| (k.clone(), view.revision_of(k)));
             Change {
-                expect,
+                expect: expect.collect(),
                 puts: vec![removed_event(view, &member)],
                 deletes,
             }
@@ -494,10 +490,11 @@ pub(crate) async fn update(
     make: impl Fn(&ClusterView) -> Option<Change>,
 ) -> Result<(), Refusal> {
     for _ in 0..TRIES_MAX {
-        let Some(change) = make(&view(api).await?) else {
+        let view = view(api).await?;
+        let Some(change) = make(&view) else {
             return Ok(());
         };
-        let txn: Txn = store::txn(&change).map_err(|e| unavailable(&e))?;
+        let txn: Txn = store::txn(&change.keeping_history(&view)).map_err(|e| unavailable(&e))?;
         match api.txn(txn).await.map_err(|e| unavailable(&e))? {
             TxnOutcome::Committed(_) => return Ok(()),
             TxnOutcome::Conflict => {}

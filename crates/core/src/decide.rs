@@ -392,6 +392,10 @@ impl Mind<'_> {
     }
 
     fn submit(&mut self, change: Change) {
+        let change = match &self.o.view {
+            Some(view) => change.keeping_history(view),
+            None => change,
+        };
         self.out.changes.push(change);
     }
 

@@ -451,6 +451,20 @@ pub struct Change {
     pub deletes: Vec<Key>,
 }
 
+impl Change {
+    /// The same; if it writes the history, only as long as that is the one in `view`: somebody else's line that came
+    /// meanwhile would be overwritten.
+    #[must_use]
+    pub fn keeping_history(mut self, view: &ClusterView) -> Self {
+        let writes = self.puts.iter().any(|r| matches!(r, Record::History(_)));
+        if writes && self.expect.iter().all(|(key, _)| *key != Key::History) {
+            let revision = view.revision_of(&Key::History);
+            self.expect.push((Key::History, revision));
+        }
+        self
+    }
+}
+
 /// A record with the revision of its last change.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct At<T> {

@@ -11,7 +11,7 @@ use craton_console::views::{CoordinatorView, DoneView, EndpointView};
 use craton_coordinator::api::CoordinatorError;
 use craton_coordinator::place::{Backend, Place};
 use craton_core::observe::Lease;
-use craton_core::records::{Change, Key};
+use craton_core::records::Change;
 use craton_core::topology::MemberRole;
 use craton_core::{MemberId, Term};
 use serde::{Deserialize, Serialize};
@@ -212,7 +212,7 @@ impl Api {
         let noted = self
             .transact(|view| {
                 let change = Change {
-                    expect: vec![(Key::History, view.revision_of(&Key::History))],
+                    expect: vec![],
                     puts: vec![self.noted(view, kind, text.to_owned())],
                     deletes: vec![],
                 };

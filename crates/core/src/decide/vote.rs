@@ -47,7 +47,7 @@ impl Mind<'_> {
         };
         self.out.open = Some(OpenElection {
             after: l.term,
-            change,
+            change: change.keeping_history(view),
         });
     }
 

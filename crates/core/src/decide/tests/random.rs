@@ -379,13 +379,14 @@ fn never_wrong(o: &Observation, d: &Decision) {
         );
     }
     opened_only_to_whom_it_lets_in(o, d, term);
-    for c in &d.changes {
+    let opens = d.open.as_ref().map(|open| &open.change);
+    for c in d.changes.iter().chain(opens) {
         for put in &c.puts {
             let key = put.key();
-            let guarded = key == Key::History
-                || c.expect
-                    .iter()
-                    .any(|(k, _)| *k == key || (*k == Key::Leadership && key == Key::Timelines));
+            let guarded = c
+                .expect
+                .iter()
+                .any(|(k, _)| *k == key || (*k == Key::Leadership && key == Key::Timelines));
             assert!(
                 guarded || key == Key::Settings || key == Key::Timelines,
                 "{key:?} is written blindly"
