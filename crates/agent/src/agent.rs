@@ -668,10 +668,14 @@ async fn submit(
     open: Option<(OpenElection, Txn)>,
 ) -> Submitted {
     let mut done = Submitted::default();
+    let mut lost = false;
     for txn in txns {
         match coordinator.txn(txn).await {
             Ok(TxnOutcome::Committed(revision)) => done.revision = Some(revision),
-            Ok(TxnOutcome::Conflict) => tracing::debug!("a change lost its race; deciding anew"),
+            Ok(TxnOutcome::Conflict) => {
+                lost = true;
+                tracing::debug!("a change lost its race; deciding anew");
+            }
             Err(error) => {
                 done.failed = Some(("a change could not be submitted", error));
                 return done;
@@ -682,12 +686,19 @@ async fn submit(
         match coordinator.free(open.after).await {
             Ok(true) => match coordinator.txn(txn).await {
                 Ok(TxnOutcome::Committed(revision)) => done.revision = Some(revision),
-                Ok(TxnOutcome::Conflict) => tracing::debug!("somebody else opened the election"),
+                Ok(TxnOutcome::Conflict) => {
+                    lost = true;
+                    tracing::debug!("somebody else opened the election");
+                }
                 Err(error) => done.failed = Some(("an election could not be opened", error)),
             },
             Ok(false) => tracing::debug!(term = %open.after, "the lease is not free yet"),
             Err(error) => done.failed = Some(("the voters could not be asked", error)),
         }
+    }
+    // What won the race may not have come here yet, and the same change would lose again.
+    if lost && let Ok(now) = coordinator.read().await {
+        done.revision = done.revision.max(Some(now.revision));
     }
     done
 }

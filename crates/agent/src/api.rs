@@ -12,7 +12,8 @@ use axum::{Json, Router};
 use craton_console::Client;
 use craton_console::server::{failure, stream_topology};
 use craton_console::views::{ChangeView, DoneView, FailoverRequest, SwitchoverRequest};
-use craton_coordinator::api::{Coordinator, TxnOutcome};
+use craton_coordinator::api::{Coordinator, CoordinatorError, TxnOutcome};
+use craton_core::decide::refusal_of;
 use craton_core::promise::{Ask, known_term};
 use craton_core::records::{
     Change, ClusterView, Event, Key, Record, Request, RequestKind, RequestPhase,
@@ -231,6 +232,18 @@ impl Refusal {
         )
     }
 
+    /// A change that was not written, or of which nobody knows: only the first may be asked of another member.
+    fn not_written(error: &CoordinatorError) -> Self {
+        match error {
+            CoordinatorError::Unknown(_) => Self(
+                StatusCode::GATEWAY_TIMEOUT,
+                error.to_string(),
+                "it may be done all the same; see craton status and craton history",
+            ),
+            other => Self::unavailable(other),
+        }
+    }
+
     fn conflict(error: impl Into<String>, hint: &'static str) -> Self {
         Self(StatusCode::CONFLICT, error.into(), hint)
     }
@@ -252,6 +265,10 @@ struct Wish {
 /// When somebody asked.
 #[derive(Clone, Copy)]
 struct AskedIn {
+    /// The request's own number.
+    id: u64,
+    /// The revision at which it was written.
+    revision: u64,
     term: Term,
     /// An election was open: it is this very term that gets a leader.
     electing: bool,
@@ -264,8 +281,10 @@ impl AskedIn {
     }
 }
 
-/// So often a change is tried that loses its race against the agents' own.
-const RACES_MAX: usize = 5;
+/// So often a change is tried that loses its race against the agents' own: every event of the history is one.
+const RACES_MAX: usize = 20;
+/// After a race that was lost. The writer who won it is rarely at once back.
+const RACE_PAUSE: Duration = Duration::from_millis(10);
 /// For so long the answer to a change waits until this agent has seen the change itself.
 const SEEN_MAX: Duration = Duration::from_secs(2);
 
@@ -295,12 +314,12 @@ impl Api {
             let txn =
                 store::txn(&change.keeping_history(&view)).map_err(|e| Refusal::unavailable(&e))?;
             let outcome = self.coordinator.txn(txn).await;
-            match outcome.map_err(|e| Refusal::unavailable(&e))? {
+            match outcome.map_err(|e| Refusal::not_written(&e))? {
                 TxnOutcome::Committed(revision) => {
                     self.until_seen(revision).await;
                     return Ok((revision, value));
                 }
-                TxnOutcome::Conflict => {}
+                TxnOutcome::Conflict => tokio::time::sleep(RACE_PAUSE).await,
             }
         }
         Err(Refusal::conflict(
@@ -317,6 +336,20 @@ impl Api {
             view.is_some_and(|v| v.revision >= revision)
         });
         // It is written in any case; an agent that is too slow to see it in time is only late.
+        let _ = tokio::time::timeout(SEEN_MAX, met).await;
+    }
+
+    /// Waits until this agent shows the leader of `term`, or a later one, as serving: who is told that it leads finds it so
+    /// in `craton status`.
+    async fn until_shown(&self, term: Term) {
+        let mut seen = self.seen.clone();
+        let met = seen.wait_for(|s| {
+            s.as_ref().is_some_and(|s| {
+                let shown = views::status(&s.0, &s.1);
+                shown.term >= term && shown.writable
+            })
+        });
+        // It leads in any case; an agent that is too slow to hear so is only late.
         let _ = tokio::time::timeout(SEEN_MAX, met).await;
     }
 
@@ -355,6 +388,7 @@ async fn change(api: &Api, wish: Wish) -> Response {
         Ok(asked) => match outcome(api, asked).await {
             Ok((leader, term)) => {
                 let took = clock::now().since(began);
+                api.until_shown(term).await;
                 Json(ChangeView {
                     text: format!("{leader} leads term {term}"),
                     leader,
@@ -369,52 +403,60 @@ async fn change(api: &Api, wish: Wish) -> Response {
     }
 }
 
-/// Writes the request; returns the term that it is to end.
+/// Writes the request; returns the term that it is to end. The leader's own changes (who counts for commits) come in
+/// between all the time; only another leadership than the one that was meant is none of the operator's wish.
 async fn ask(api: &Api, wish: Wish) -> Result<AskedIn, Refusal> {
-    let view = api.read().await?;
-    let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
-        return Err(Refusal(
-            StatusCode::CONFLICT,
-            "the cluster is still being made".into(),
-            "wait for the first leader",
-        ));
-    };
-    check(&view, wish.kind, wish.to.as_ref(), wish.allow_data_loss)?;
-    let request = Request {
-        id: view.revision,
-        kind: wish.kind,
-        term: l.term,
-        to: wish.to,
-        allow_data_loss: wish.allow_data_loss,
-        phase: RequestPhase::Asked,
-        by: wish.by,
-        why: None,
-    };
-    let change = Change {
-        expect: vec![
-            (Key::Request, view.revision_of(&Key::Request)),
-            (Key::Leadership, view.revision_of(&Key::Leadership)),
-        ],
-        puts: vec![Record::Request(request)],
-        deletes: vec![],
-    };
-    let txn = store::txn(&change).map_err(|e| Refusal::unavailable(&e))?;
-    match api
-        .coordinator
-        .txn(txn)
-        .await
-        .map_err(|e| Refusal::unavailable(&e))?
-    {
-        TxnOutcome::Committed(_) => Ok(AskedIn {
+    let mut meant = None;
+    for _ in 0..RACES_MAX {
+        let view = api.read().await?;
+        let Some(l) = view.leadership.as_ref().map(|l| &l.value) else {
+            return Err(Refusal::conflict(
+                "the cluster is still being made",
+                "wait for the first leader",
+            ));
+        };
+        let seen = (l.term, l.leader.clone());
+        if *meant.get_or_insert_with(|| seen.clone()) != seen {
+            break;
+        }
+        check(&view, wish.kind, wish.to.as_ref(), wish.allow_data_loss)?;
+        let request = Request {
+            id: view.revision,
+            kind: wish.kind,
             term: l.term,
-            electing: l.leader.is_none(),
-        }),
-        TxnOutcome::Conflict => Err(Refusal(
-            StatusCode::CONFLICT,
-            "the leadership changed at this very moment".into(),
-            "look at craton status and ask again",
-        )),
+            to: wish.to.clone(),
+            allow_data_loss: wish.allow_data_loss,
+            phase: RequestPhase::Asked,
+            by: wish.by.clone(),
+            why: None,
+        };
+        let id = request.id;
+        let change = Change {
+            expect: vec![
+                (Key::Request, view.revision_of(&Key::Request)),
+                (Key::Leadership, view.revision_of(&Key::Leadership)),
+            ],
+            puts: vec![Record::Request(request)],
+            deletes: vec![],
+        };
+        let txn = store::txn(&change).map_err(|e| Refusal::unavailable(&e))?;
+        let outcome = api.coordinator.txn(txn).await;
+        match outcome.map_err(|e| Refusal::not_written(&e))? {
+            TxnOutcome::Committed(revision) => {
+                return Ok(AskedIn {
+                    id,
+                    revision,
+                    term: l.term,
+                    electing: l.leader.is_none(),
+                });
+            }
+            TxnOutcome::Conflict => tokio::time::sleep(RACE_PAUSE).await,
+        }
     }
+    Err(Refusal::conflict(
+        "the leadership changed at this very moment",
+        "look at craton status and ask again",
+    ))
 }
 
 fn check(
@@ -476,7 +518,7 @@ async fn outcome(api: &Api, asked: AskedIn) -> Result<(MemberId, Term), Refusal>
             {
                 return Ok((leader.member.clone(), l.term));
             }
-            if let Some(why) = refused(&view, asked.term) {
+            if let Some(why) = refused(&view, asked) {
                 return Err(Refusal(
                     StatusCode::CONFLICT,
                     why,
@@ -500,30 +542,35 @@ async fn outcome(api: &Api, asked: AskedIn) -> Result<(MemberId, Term), Refusal>
     }
 }
 
-fn refused(view: &ClusterView, asked_in: Term) -> Option<String> {
-    if view.request.is_some()
-        || view
-            .leadership
-            .as_ref()
-            .is_some_and(|l| l.value.term != asked_in)
+/// Why the leader refused this very request. What is known here may be of before it was asked.
+fn refused(view: &ClusterView, asked: AskedIn) -> Option<String> {
+    let term = view.leadership.as_ref().map(|l| l.value.term);
+    if view.revision < asked.revision
+        || view.request.is_some()
+        || term.is_some_and(|term| term != asked.term)
     {
         return None;
     }
+    let its = refusal_of(asked.id);
     let events = &view.history.as_ref()?.value.0;
     events
         .iter()
         .rev()
-        .find(|e| e.kind == "refused" && e.term == asked_in)
+        .find(|e| e.kind == "refused" && e.term == asked.term && e.text.starts_with(&its))
         .map(|e| e.text.clone())
 }
 
 #[cfg(test)]
 mod tests {
+    use craton_core::records::{At, History};
+
     use super::*;
 
     #[test]
     fn a_stuck_election_is_answered_in_its_own_term() {
         let asked = |electing| AskedIn {
+            id: 7,
+            revision: 8,
             term: Term(5),
             electing,
         };
@@ -533,5 +580,35 @@ mod tests {
             "the leader that is to go"
         );
         assert!(asked(true).is_answered_by(Term(6)) && asked(false).is_answered_by(Term(6)));
+    }
+
+    #[test]
+    fn only_the_refusal_of_this_very_request_counts() {
+        let line = |id: u64| Event {
+            at_ms: 0,
+            term: Term(5),
+            member: MemberId::new("a").unwrap(),
+            kind: "refused".into(),
+            text: format!("{}ann refused: it has no room", refusal_of(id)),
+        };
+        let view = |revision, lines: &[u64]| ClusterView {
+            revision,
+            history: Some(At {
+                revision,
+                value: History(lines.iter().map(|id| line(*id)).collect()),
+            }),
+            ..ClusterView::default()
+        };
+        let asked = AskedIn {
+            id: 12,
+            revision: 13,
+            term: Term(5),
+            electing: false,
+        };
+        let before = refused(&view(12, &[12]), asked);
+        assert_eq!(before, None, "what is known is of before it was asked");
+        assert_eq!(refused(&view(14, &[7, 1]), asked), None, "others");
+        let why = refused(&view(14, &[7, 12, 1]), asked);
+        assert_eq!(why, Some(line(12).text));
     }
 }

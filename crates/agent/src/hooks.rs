@@ -174,19 +174,20 @@ impl Hooks {
             .process_group(0)
             .kill_on_drop(true)
             .spawn()?;
-        let group = child
-            .id()
-            .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+        let mut group = Group(
+            child
+                .id()
+                .and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)),
+        );
         let (out, err) = (child.stdout.take(), child.stderr.take());
         let work = async {
             let (status, out, err) = tokio::join!(child.wait(), text_of(out), text_of(err));
             Ok((status?, format!("{out}{err}")))
         };
         if let Ok(result) = tokio::time::timeout(self.limit, work).await {
+            // What it left running on purpose goes on.
+            group.0 = None;
             return result;
-        }
-        if let Some(group) = group {
-            let _ = kill_process_group(group, Signal::KILL);
         }
         Err(std::io::Error::new(
             std::io::ErrorKind::TimedOut,
@@ -195,6 +196,18 @@ impl Hooks {
                 self.limit.as_secs()
             ),
         ))
+    }
+}
+
+/// The processes of a call. They end with it where it does not come to its end, at the limit or because the agent stops:
+/// one that still works for a role of before would work against the next call.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
     }
 }
 

@@ -366,35 +366,58 @@ async fn demote(
     list(State(Arc::clone(&api))).await
 }
 
-/// Out of the sync set, out of the voters, out of the records: in this order, and again from wherever an
-/// earlier try stopped.
 async fn remove(
     State(api): State<Api>,
     Json(MemberRequest { member }): Json<MemberRequest>,
 ) -> Result<Response, Refusal> {
-    let members = membership(&api)?;
-    let seen = view(&api).await?;
-    if seen.receivers.contains_key(&member) {
-        receivers::take_out(&api, &member).await?;
+    let ours = Arc::clone(&api);
+    // Not cut off by an operator who hangs up: what stops in the middle stays in the middle.
+    let done = tokio::spawn(async move { take_out(&ours, &member).await }).await;
+    done.map_err(|error| unavailable(&error))??;
+    list(State(api)).await
+}
+
+/// Out of the sync set, out of the voters, out of the records: in this order, and again from wherever an
+/// earlier try stopped.
+async fn take_out(api: &Api, member: &MemberId) -> Result<(), Refusal> {
+    let members = membership(api)?;
+    let seen = view(api).await?;
+    if seen.receivers.contains_key(member) {
+        receivers::take_out(api, member).await?;
         tracing::info!(%member, "removed a backup receiver");
-        return list(State(Arc::clone(&api))).await;
+        return Ok(());
     }
     let config = members.members();
-    if !config.holds(&member) && !seen.members.contains_key(&member) {
+    if !config.holds(member) && !seen.members.contains_key(member) {
+        // An earlier try whose answer was lost.
+        if config.removed.contains(member) {
+            return Ok(());
+        }
         return Err(Refusal(
             StatusCode::NOT_FOUND,
             format!("there is no member {member}"),
             "see craton member list".into(),
         ));
     }
-    leave_sync_set(&api, &member).await?;
-    if config.holds(&member) {
+    if let Err(why) = leave_sync_set(api, member).await {
+        // It stays, and counts for commits again.
+        if let Err(Refusal(_, error, _)) = mark(api, member, false).await {
+            tracing::warn!(%member, error, "its mark as leaving could not be taken back");
+        }
+        return Err(why);
+    }
+    if config.holds(member) {
         let member = member.clone();
         let change = members.change(MembersChange::Remove { member });
         change.await.map_err(|e| not_changed(&e))?;
     }
-    update(&api, |view| {
-        let deletes = [Key::Member(member.clone()), Key::Seal(member.clone())];
+    update(api, |view| {
+        let deletes = [
+            Key::Member(member.clone()),
+            Key::Seal(member.clone()),
+            // Whatever it was asked to do, it never will: others wait for the end of every order.
+            Key::Order(member.clone()),
+        ];
         let deletes: Vec<Key> = deletes
             .into_iter()
             .filter(|k| view.revision_of(k) > 0)
@@ -403,14 +426,14 @@ async fn remove(
             let expect = deletes.iter().map(|k| (k.clone(), view.revision_of(k)));
             Change {
                 expect: expect.collect(),
-                puts: vec![removed_event(view, &member)],
+                puts: vec![removed_event(view, member)],
                 deletes,
             }
         })
     })
     .await?;
     tracing::info!(%member, "removed a member");
-    list(State(Arc::clone(&api))).await
+    Ok(())
 }
 
 fn removed_event(view: &ClusterView, member: &MemberId) -> Record {
@@ -454,7 +477,7 @@ async fn leave_sync_set(api: &Api, member: &MemberId) -> Result<(), Refusal> {
         if !counts && seen.members.get(member).is_none_or(|m| m.value.leaving) {
             return Ok(());
         }
-        mark_leaving(api, member).await?;
+        mark(api, member, true).await?;
         let left = deadline.since(clock::now());
         if left.is_zero() {
             return Err(Refusal(
@@ -467,17 +490,25 @@ async fn leave_sync_set(api: &Api, member: &MemberId) -> Result<(), Refusal> {
     }
 }
 
-async fn mark_leaving(api: &Api, member: &MemberId) -> Result<(), Refusal> {
+/// Marks the member as leaving, or takes that back. The leadership goes with it, unchanged: a sync set that the leader
+/// decided without knowing of the mark must not be written after it.
+async fn mark(api: &Api, member: &MemberId, leaving: bool) -> Result<(), Refusal> {
     update(api, |view| {
         let At { revision, value } = view.members.get(member)?;
-        let key = Key::Member(member.clone());
+        let leadership = view.leadership.as_ref()?;
         let record = MemberRecord {
-            leaving: true,
+            leaving,
             ..value.clone()
         };
-        (!value.leaving).then(|| Change {
-            expect: vec![(key, *revision)],
-            puts: vec![Record::Member(member.clone(), record)],
+        (value.leaving != leaving).then(|| Change {
+            expect: vec![
+                (Key::Member(member.clone()), *revision),
+                (Key::Leadership, leadership.revision),
+            ],
+            puts: vec![
+                Record::Member(member.clone(), record),
+                Record::Leadership(leadership.value.clone()),
+            ],
             deletes: vec![],
         })
     })

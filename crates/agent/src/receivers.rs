@@ -217,7 +217,8 @@ pub(crate) async fn take_out(api: &Api, name: &MemberId) -> Result<(), Refusal> 
                 "wait for a leader: see craton explain",
             ));
         }
-        if !counts {
+        let leaves = seen.receivers.get(name).is_none_or(|r| r.value.leaving);
+        if !counts && leaves {
             return update(api, |view| forgotten(view, name)).await;
         }
         update(api, |view| leaving(view, name)).await?;
@@ -241,9 +242,17 @@ fn leaving(view: &ClusterView, name: &MemberId) -> Option<Change> {
         leaving: true,
         ..value.clone()
     };
+    let leadership = view.leadership.as_ref()?;
+    // The leadership goes with it, unchanged: a sync set decided without knowing of this must not be written after it.
     (!value.leaving).then(|| Change {
-        expect: vec![(Key::Receiver(name.clone()), *revision)],
-        puts: vec![Record::Receiver(name.clone(), record)],
+        expect: vec![
+            (Key::Receiver(name.clone()), *revision),
+            (Key::Leadership, leadership.revision),
+        ],
+        puts: vec![
+            Record::Receiver(name.clone(), record),
+            Record::Leadership(leadership.value.clone()),
+        ],
         deletes: vec![],
     })
 }

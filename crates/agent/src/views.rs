@@ -244,7 +244,13 @@ pub fn status(o: &Observation, decision: &Decision) -> StatusView {
         election: leadership
             .filter(|l| l.leader.is_none())
             .map(|l| election(view, l)),
-        next: next(view, &members, &receivers, leader.as_ref()),
+        next: next(
+            paused(o, view).as_ref(),
+            view,
+            &members,
+            &receivers,
+            leader.as_ref(),
+        ),
         leader,
         members,
         receivers,
@@ -552,6 +558,7 @@ fn trouble(health: &Health) -> Vec<String> {
 
 /// What would happen if the leader were lost now.
 fn next(
+    paused: Option<&PauseView>,
     view: &ClusterView,
     members: &[MemberView],
     receivers: &[ReceiverView],
@@ -564,10 +571,10 @@ fn next(
         return format!("the election of term {} is open: {}", l.term, l.cause);
     };
     let ttl = view.settings().ttl_ms;
-    if let Some(paused) = &view.pause {
+    if let Some(paused) = paused {
         return format!(
             "paused by {}: if {leader} fails, nobody takes over until craton resume (or craton failover)",
-            paused.value.by
+            paused.by
         );
     }
     // With what V sealed anybody may lead; where V lists receivers only, somebody else has to.

@@ -43,6 +43,7 @@ pub(crate) fn routes(shared: Arc<Shared>, requests: mpsc::Sender<Request>) -> Ro
         .route("/v1/backup/delete", post(delete))
         .route("/v1/backup/list", get(list))
         .route("/v1/backup/show/{id}", get(show))
+        .route("/v1/backup/runs", get(runs))
         .route("/v1/backup/status", get(status))
         .route("/v1/receiver", get(receiver))
         .route("/v1/receiver/seal", post(seal))
@@ -98,7 +99,11 @@ async fn run(State(api): State<Api>) -> Response {
         );
     }
     match timeout(ACCEPT_TIMEOUT, accepted).await {
-        Ok(Ok(run)) => (StatusCode::ACCEPTED, Json(RunAcceptedView { run })).into_response(),
+        Ok(Ok(run)) => {
+            let since_ms = api.shared.runs.borrow().since_ms;
+            let accepted = RunAcceptedView { run, since_ms };
+            (StatusCode::ACCEPTED, Json(accepted)).into_response()
+        }
         _ => failure(
             StatusCode::CONFLICT,
             "the daemon is busy with another backup",
@@ -139,6 +144,8 @@ async fn delete(
         Ok(Ok(Err(error))) => failure(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string(), None),
         // The daemon ends.
         Ok(Err(_)) => busy(),
+        // A backup began before the scheduler came to the removal: it drops what nobody waits for any more.
+        Err(_) if api.shared.runs.borrow().is_under_way() => busy(),
         Err(_) => failure(
             StatusCode::GATEWAY_TIMEOUT,
             &format!(
@@ -163,6 +170,12 @@ async fn show(State(api): State<Api>, Path(id): Path<String>) -> Response {
         );
     };
     answer(read(&api, move |r| catalog::show(r, &id)).await)
+}
+
+/// What runs, without a look at the repository: for those who ask again and again.
+async fn runs(State(api): State<Api>) -> Response {
+    let runs = api.shared.runs.borrow().clone();
+    Json(runs).into_response()
 }
 
 async fn status(State(api): State<Api>) -> Response {

@@ -70,7 +70,8 @@ impl Scheduler {
                 () = sleep_until(not_before.max(Instant::now() + LOOK_INTERVAL)) => None,
                 () = stopped(&mut shutdown) => return,
             };
-            if Instant::now() >= expire_at {
+            // Whoever asks is told soon that it begins; what goes, goes after it.
+            if asked.is_none() && Instant::now() >= expire_at {
                 self.expire().await;
                 expire_at = Instant::now() + EXPIRE_INTERVAL;
             }

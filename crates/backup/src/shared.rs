@@ -9,7 +9,7 @@ use tokio::sync::{Notify, watch};
 use crate::config::Config;
 use crate::copy::Copy;
 use crate::metrics::BackupMetrics;
-use crate::store::Repository;
+use crate::store::{Repository, now_ms};
 use crate::views::RunsView;
 
 /// Where the WAL receiver is.
@@ -60,7 +60,10 @@ impl Shared {
             copy,
             repository: OnceLock::new(),
             streaming: watch::Sender::new(Streaming::default()),
-            runs: watch::Sender::new(RunsView::default()),
+            runs: watch::Sender::new(RunsView {
+                since_ms: now_ms(),
+                ..RunsView::default()
+            }),
             segment_done: Notify::new(),
             backup_needed: Notify::new(),
         }

@@ -483,6 +483,8 @@ impl Repository {
             });
             match summary {
                 Ok(summary) => good.push(summary),
+                // Removed since the names were read.
+                Err(error) if error.is_not_found() => {}
                 Err(error) => bad.push(error),
             }
         }

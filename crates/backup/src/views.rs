@@ -143,6 +143,9 @@ pub struct RunResultView {
 pub struct RunsView {
     /// The number of the run begun last; runs are counted from 1 since the daemon started.
     pub requested: u64,
+    /// When that was, milliseconds since 1970: another start counts anew.
+    #[serde(default)]
+    pub since_ms: u64,
     /// The one that runs.
     pub running: Option<ProgressView>,
     /// The one that ended last.
@@ -161,6 +164,9 @@ impl RunsView {
 pub struct RunAcceptedView {
     /// Its number; [`RunsView::last`] tells when it has ended.
     pub run: u64,
+    /// See [`RunsView::since_ms`].
+    #[serde(default)]
+    pub since_ms: u64,
 }
 
 /// The answer to `GET /v1/backup/status`.

@@ -104,6 +104,12 @@ impl ClientError {
     pub fn never_sent(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::Untrusted { .. })
     }
+
+    /// True when nothing was done for certain, and another server may be able to: it was not reached, or said itself that
+    /// it has what it needs neither now nor soon (503).
+    pub fn was_not_done(&self) -> bool {
+        self.never_sent() || matches!(self, Self::Refused { status: 503, .. })
+    }
 }
 
 /// Asks one server at a time; cheap to clone.

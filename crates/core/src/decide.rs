@@ -17,6 +17,7 @@ mod sync_set;
 mod vote;
 
 pub use receivers::AskSeal;
+pub use request::refusal_of;
 pub use vote::next_sync;
 
 use std::collections::BTreeMap;

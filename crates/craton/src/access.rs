@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use craton_console::client::REQUEST_TIMEOUT;
 use craton_console::views::{HistoryView, StatusView};
 use craton_console::{Client, ClientError, Token};
 use craton_trust::authority::{BUNDLE_FILE, KEY_FILE};
@@ -96,7 +97,15 @@ impl Access {
 
     /// What the agents at these addresses say that answer in time, in any order.
     pub async fn statuses_of(&self, agents: &[String]) -> Vec<Result<StatusView, ClientError>> {
-        let client = self.client.clone().with_timeout(LOOK_TIMEOUT);
+        self.ask_for_status(agents, LOOK_TIMEOUT).await
+    }
+
+    async fn ask_for_status(
+        &self,
+        agents: &[String],
+        limit: Duration,
+    ) -> Vec<Result<StatusView, ClientError>> {
+        let client = self.client.clone().with_timeout(limit);
         let mut asked = JoinSet::new();
         for agent in agents {
             let (client, agent) = (client.clone(), agent.clone());
@@ -107,22 +116,40 @@ impl Access {
 
     /// The newest view of the cluster; among equals that of the leader's own agent.
     pub async fn status(&self) -> anyhow::Result<StatusView> {
+        self.newest(|v| usize::from(v.leader.as_ref() == Some(&v.answered_by)))
+            .await
+    }
+
+    /// The newest view of the cluster; among equals that of the agent which hears the most members: a leader that is cut
+    /// off from them knows as much, and believes itself in charge.
+    pub async fn widest_status(&self) -> anyhow::Result<StatusView> {
+        self.newest(|v| v.members.iter().filter(|m| m.agent_alive).count())
+            .await
+    }
+
+    async fn newest(&self, among_equals: fn(&StatusView) -> usize) -> anyhow::Result<StatusView> {
         let mut last_error = None;
-        let mut views = Vec::new();
-        for answer in self.statuses().await {
-            match answer {
-                Ok(view) => views.push(view),
-                Err(error) => last_error = Some(error),
+        for limit in [LOOK_TIMEOUT, REQUEST_TIMEOUT] {
+            last_error = None;
+            let mut views = Vec::new();
+            for answer in self.ask_for_status(&self.agents, limit).await {
+                match answer {
+                    Ok(view) => views.push(view),
+                    Err(error) => last_error = Some(error),
+                }
+            }
+            let newest = views
+                .into_iter()
+                .max_by_key(|v| (v.term, v.revision, among_equals(v)));
+            if let Some(newest) = newest {
+                return Ok(newest);
+            }
+            // Nobody in time is a busy host rather than an absent cluster: then, and only then, it is worth waiting longer.
+            if !matches!(last_error, Some(ClientError::TimedOut { .. })) {
+                break;
             }
         }
-        let newest = views.into_iter().max_by_key(|v| {
-            (
-                v.term,
-                v.revision,
-                v.leader.as_ref() == Some(&v.answered_by),
-            )
-        });
-        newest.ok_or_else(|| self.nobody(last_error))
+        Err(self.nobody(last_error))
     }
 
     fn nobody(&self, last: Option<ClientError>) -> anyhow::Error {
@@ -158,7 +185,9 @@ impl Access {
         for agent in &self.agents {
             match self.client.get_json(agent, path).await {
                 Ok(answer) => return Ok(answer),
-                Err(error @ ClientError::Refused { .. }) => return Err(error.into()),
+                Err(error @ ClientError::Refused { .. }) if !error.was_not_done() => {
+                    return Err(error.into());
+                }
                 Err(error) => last = Some(error),
             }
         }
@@ -207,8 +236,8 @@ impl Access {
         self.get(PATH).await
     }
 
-    /// Sends a command: to `first` if given, else to any agent that can be reached. Another agent is
-    /// asked only where the command certainly was not received.
+    /// Sends a command: to `first` if given, else to any agent that can be reached. Another agent is asked only where
+    /// nothing was done for certain: one that is cut off from the others says so.
     pub async fn post<B: Serialize, T: DeserializeOwned>(
         &self,
         first: Option<&str>,
@@ -226,7 +255,7 @@ impl Access {
         for agent in first.into_iter().chain(others) {
             match client.post_json(agent, path, body).await {
                 Ok(answer) => return Ok(answer),
-                Err(error) if error.never_sent() => last = Some(error),
+                Err(error) if error.was_not_done() => last = Some(error),
                 Err(error) => return Err(error.into()),
             }
         }

@@ -6,13 +6,14 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use craton_backup::views::{
     BackupDetailView, BackupListView, BackupStatusView, BackupView, Phase, ProgressView,
-    RunAcceptedView, SweptView,
+    RunAcceptedView, RunResultView, RunsView, SweptView,
 };
 use craton_backup::wal_fetch::{EXIT_NOT_THERE, EXIT_UNREACHABLE, Fetched, wal_fetch};
 use craton_backup::{Repository, catalog};
 use craton_console::{Client, ClientError};
 use craton_repo::manifest::BackupId;
 use craton_trust::Role;
+use tokio::time::Instant;
 
 use crate::ask::must_be_meant;
 use crate::cli::{DaemonArgs, wait_for};
@@ -26,6 +27,8 @@ use crate::{certificates, daemons};
 
 /// How often a running backup is looked at.
 const WATCH_EVERY: Duration = Duration::from_millis(300);
+/// A daemon that does not answer for so long while its backup is followed has gone.
+const SILENT_MAX: Duration = Duration::from_secs(60);
 /// How long the daemon may take to begin a backup, or to remove one.
 pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(90);
 
@@ -298,41 +301,78 @@ async fn take(daemon: Daemon, json: bool) -> anyhow::Result<u8> {
         .post_json(&daemon.address, "/v1/backup/run", &serde_json::json!({}))
         .await?;
     let mut said = None;
-    loop {
-        let runs = daemon.status().await?.runs;
-        if let Some(last) = runs.last.filter(|last| last.run >= accepted.run) {
-            return match (last.backup, last.error) {
-                (Some(backup), _) => {
-                    if json {
-                        output::json(&backup)?;
-                    } else {
-                        output::line(format!(
-                            "{} is complete: {}",
-                            paint(Colour::Cyan, &backup.id.to_string()),
-                            sizes(&backup)
-                        ));
-                    }
-                    Ok(exit::OK)
-                }
-                (None, error) => {
-                    let what = format!(
-                        "the backup failed: {}",
-                        error.unwrap_or_else(|| "no reason was given".to_owned())
-                    );
-                    Err(Problem::new(
-                        exit::FAILURE,
-                        what,
-                        "see the backup daemon's log; what was stored is used again by the next one",
-                    )
-                    .into())
-                }
-            };
+    let last = follow(&daemon.client, &daemon.address, &accepted, |running| {
+        let text = progress(running);
+        if said.as_ref() != Some(&text) {
+            output::note(&text);
+            said = Some(text);
         }
-        if let Some(running) = runs.running {
-            let text = progress(&running);
-            if said.as_ref() != Some(&text) {
-                output::note(&text);
-                said = Some(text);
+    })
+    .await?;
+    match (last.backup, last.error) {
+        (Some(backup), _) => {
+            if json {
+                output::json(&backup)?;
+            } else {
+                output::line(format!(
+                    "{} is complete: {}",
+                    paint(Colour::Cyan, &backup.id.to_string()),
+                    sizes(&backup)
+                ));
+            }
+            Ok(exit::OK)
+        }
+        (None, error) => {
+            let what = format!(
+                "the backup failed: {}",
+                error.unwrap_or_else(|| "no reason was given".to_owned())
+            );
+            Err(Problem::new(
+                exit::FAILURE,
+                what,
+                "see the backup daemon's log; what was stored is used again by the next one",
+            )
+            .into())
+        }
+    }
+}
+
+/// Follows a run to its end. It goes on without whoever follows it, so a daemon that is busy is asked again for a while.
+pub async fn follow(
+    client: &Client,
+    address: &str,
+    accepted: &RunAcceptedView,
+    mut say: impl FnMut(&ProgressView),
+) -> anyhow::Result<RunResultView> {
+    let mut silent = None;
+    loop {
+        match client
+            .get_json::<RunsView>(address, "/v1/backup/runs")
+            .await
+        {
+            Ok(runs) if runs.since_ms != accepted.since_ms => {
+                return Err(Problem::new(
+                    exit::FAILURE,
+                    "the backup daemon was started anew, and the backup broke off",
+                    "take another one; what was stored is used again by it",
+                )
+                .into());
+            }
+            Ok(runs) => {
+                silent = None;
+                if let Some(last) = runs.last.filter(|last| last.run >= accepted.run) {
+                    return Ok(last);
+                }
+                if let Some(running) = &runs.running {
+                    say(running);
+                }
+            }
+            Err(error @ ClientError::Refused { .. }) => return Err(error.into()),
+            Err(error) => {
+                let since: Instant = *silent.get_or_insert_with(Instant::now);
+                if since.elapsed() >= SILENT_MAX {
+                    return Err(error.into());
+                }
             }
         }
         tokio::time::sleep(WATCH_EVERY).await;

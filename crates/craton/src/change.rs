@@ -17,8 +17,9 @@ use crate::exit::{self, Problem};
 use crate::maintenance;
 use crate::output::{self, Colour, paint};
 
-/// The longest a change may take before the command stops waiting (the cluster goes on by itself).
-pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(60);
+/// The longest a change may take before the command stops waiting (the cluster goes on by itself): a little longer than
+/// the agent waits, which knows why it takes so long.
+pub const CHANGE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// `craton switchover`
 #[derive(Args, Debug)]
@@ -116,7 +117,7 @@ pub async fn ask_switchover(access: &Access, to: Option<MemberId>) -> anyhow::Re
 /// Runs `craton failover`.
 pub async fn failover(access: &Access, args: FailoverArgs, json: bool) -> anyhow::Result<u8> {
     if args.allow_data_loss {
-        let status = access.status().await?;
+        let status = access.widest_status().await?;
         for line in at_stake(&status) {
             output::note(line);
         }

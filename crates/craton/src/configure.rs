@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use craton_console::ClientError;
-use craton_console::views::{ConfigChangeView, ConfigRequest, ConfigRow, ConfigView};
+use craton_console::views::{ConfigChangeView, ConfigRequest, ConfigRow, ConfigView, MemberView};
 use craton_core::settings::POSTGRESQL;
+use craton_core::topology::MemberRole;
+use tokio::time::Instant;
 use toml::de::{DeTable, DeValue};
 
 use crate::access::Access;
@@ -22,6 +24,10 @@ use crate::output::{self, Colour, cell, paint, plain};
 
 /// PostgreSQL is asked about new parameters, which takes a moment.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(20);
+/// A member that runs says within a fraction of this what waits for a restart.
+const PENDING_KNOWN_MAX: Duration = Duration::from_secs(5);
+/// How often it is asked.
+const LOOK_EVERY: Duration = Duration::from_millis(200);
 
 /// The sub-commands of `craton config`.
 #[derive(Subcommand, Debug)]
@@ -147,9 +153,37 @@ async fn change(access: &Access, request: ConfigRequest) -> anyhow::Result<Confi
     };
     let status = access.status().await?;
     let first = ask::leader_api(&status);
-    access
+    let changed: ConfigChangeView = access
         .post(first.as_deref(), "/v1/config", &request, CHANGE_TIMEOUT)
-        .await
+        .await?;
+    if !changed.changed.is_empty() && !changed.restart.is_empty() {
+        until_pending(access, &changed.restart).await;
+    }
+    Ok(changed)
+}
+
+/// Waits until the members say of these parameters that they wait for a restart: `craton restart --all --pending` right
+/// after the command must find them. A member with a value of its own, or that runs with the new one, never says so.
+async fn until_pending(access: &Access, names: &[String]) {
+    let deadline = Instant::now() + PENDING_KNOWN_MAX;
+    let waits_for = |m: &MemberView, name: &String| {
+        m.pending_restart.iter().any(|p| {
+            p.split_once(':')
+                .is_some_and(|(n, _)| n.eq_ignore_ascii_case(name))
+        })
+    };
+    while Instant::now() < deadline {
+        if let Ok(status) = access.status().await
+            && status
+                .members
+                .iter()
+                .filter(|m| m.agent_alive && m.role != MemberRole::Down)
+                .all(|m| names.iter().all(|name| waits_for(m, name)))
+        {
+            return;
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
 }
 
 async fn show(access: &Access, origin: bool, names: &[String], json: bool) -> anyhow::Result<u8> {

@@ -248,7 +248,10 @@ async fn relocate(access: &Access, dir: &Path, args: MoveArgs, json: bool) -> an
             MOVE_TIMEOUT,
         )
         .await?;
-    if let Some(mut layout) = local {
+    // Read anew: a member may have come or gone while the records moved.
+    if local.is_some()
+        && let Some(mut layout) = Layout::load(dir)?
+    {
         layout.cluster.coordinator = place;
         layout.write()?;
         settings::write_all(&layout)?;

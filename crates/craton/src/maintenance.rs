@@ -148,7 +148,11 @@ async fn not_yet_paused(access: &Access) -> Vec<MemberId> {
     let deadline = Instant::now() + PAUSE_KNOWN_MAX;
     loop {
         let Ok(status) = access.status().await else {
-            return Vec::new();
+            if Instant::now() >= deadline {
+                return Vec::new();
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+            continue;
         };
         let agents: Vec<String> = status.members.iter().map(|m| m.api.clone()).collect();
         let answers = access.statuses_of(&agents).await;

@@ -123,7 +123,8 @@ fn generate() -> String {
 
 /// Replaces a file by one that only its owner can read, durably: a crash leaves the old or the new one.
 pub fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
-    let temporary = path.with_extension("new");
+    // Two processes that write at once do not write into each other's file.
+    let temporary = path.with_extension(format!("{}.new", std::process::id()));
     let write = || -> std::io::Result<()> {
         let mut file = OpenOptions::new()
             .write(true)

@@ -21,6 +21,8 @@ pub const APPLICATION_NAME: &str = "craton_clone";
 const OUTPUT_BYTES_MAX: usize = 64 << 10;
 /// pg_basebackup reports about once a second; this long without a word means that it hangs.
 const SILENCE_MAX: Duration = Duration::from_secs(120);
+/// How long what an earlier clone left at work may take to die.
+const STRAYS_LIMIT: Duration = Duration::from_secs(10);
 /// How often a removal is tried: for ten seconds.
 const REMOVALS_MAX: u32 = 200;
 /// How long until it is tried again.
@@ -109,8 +111,10 @@ impl Instance {
         self.clone_with(command, tool, making, progress).await
     }
 
-    /// The directory in which a clone is made, empty.
+    /// The directory in which a clone is made, empty. The process in which the pg_basebackup of a clone that was cut off
+    /// received WAL outlives it for a moment: in the next one's directory it would be at odds with that one's own.
     pub(crate) async fn place_for_clone(&self) -> Result<PathBuf> {
+        self.kill_stray_tools(STRAYS_LIMIT).await?;
         let making = self.member_dir().join("data.clone");
         let (this, place) = (self.clone(), making.clone());
         blocking(move || {

@@ -170,9 +170,9 @@ impl Instance {
         command.env(processes::TOOL_OF, self.member_dir());
     }
 
-    /// Kills the tools (initdb, pg_basebackup, pg_rewind, a restore) that an agent that was killed left at work in
-    /// this member's directory, with all they have started; returns how many processes there were. Before the
-    /// first task of an agent, which must be the only one: its own tools carry the same mark.
+    /// Kills the tools (initdb, pg_basebackup, pg_rewind, a restore) that an agent that was killed, or a task that was
+    /// cut off, left at work in this member's directory, with all they have started; returns how many processes there
+    /// were. Between two tasks of an agent, which must be the only one: its own tools carry the same mark.
     pub async fn kill_stray_tools(&self, limit: Duration) -> Result<usize> {
         processes::kill_tools(self.member_dir().to_owned(), limit).await
     }

@@ -99,7 +99,9 @@ pub fn living_in(data_dir: &Path) -> Vec<Stat> {
 fn tools_of(member_dir: &Path) -> Vec<Stat> {
     let mut mark = format!("{TOOL_OF}=").into_bytes();
     mark.extend_from_slice(member_dir.as_os_str().as_encoded_bytes());
+    let own = std::process::id();
     all_pids()
+        .filter(|pid| u32::try_from(*pid).is_ok_and(|pid| pid != own))
         .filter(|pid| {
             fs::read(format!("/proc/{pid}/environ"))
                 .is_ok_and(|e| e.split(|byte| *byte == 0).any(|v| v == mark))

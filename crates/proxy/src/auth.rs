@@ -196,7 +196,8 @@ async fn answer_lookups(
     }
 }
 
-/// Asks on the open connection, or on a new one: of the primary if there is one, else of any standby.
+/// Asks on the open connection, or on a new one: of the primary if there is one, else of any standby. A standby is not
+/// asked any longer than that: it may not have the newest roles and passwords yet.
 async fn look_up(
     asker: &Asker,
     routes: &Routes,
@@ -204,7 +205,10 @@ async fn look_up(
     user: &str,
 ) -> Result<Secret, LookupError> {
     let config = asker.config.as_ref();
-    if let Some((target, mut dialog)) = open.take().filter(|(target, _)| !target.is_revoked())
+    let is_primary = |t: &Target| routes.primary.as_ref().is_none_or(|p| p.id == t.id);
+    if let Some((target, mut dialog)) = open
+        .take()
+        .filter(|(target, _)| !target.is_revoked() && is_primary(target))
         && let Ok(Ok(secret)) = tokio::time::timeout(
             config.connect_timeout(),
             question(config, &mut dialog, user),

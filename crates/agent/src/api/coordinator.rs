@@ -26,6 +26,11 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(8);
 /// A member that was heard to lead within this leads still, as far as an order by hand goes.
 const LEADER_HEARD: Duration = Duration::from_secs(30);
 
+/// For so long a line of the history is tried to be written.
+const NOTE_MAX: Duration = Duration::from_secs(10);
+/// Between two tries.
+const NOTE_PAUSE: Duration = Duration::from_millis(200);
+
 /// `POST /v1/coordinator/probe`: whether this member can use a store there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -114,6 +119,20 @@ fn said(text: String) -> DoneView {
     DoneView { text, id: None }
 }
 
+/// Why the records could not be moved or written anew.
+fn not_done(place: &Place, error: CoordinatorError) -> Refusal {
+    match error {
+        CoordinatorError::Refused(why) => {
+            Refusal::conflict(why, "nothing was changed; see craton coordinator status")
+        }
+        other => Refusal(
+            StatusCode::GATEWAY_TIMEOUT,
+            cannot(place, &other),
+            "see craton coordinator status; asking again is harmless",
+        ),
+    }
+}
+
 fn cannot(place: &Place, error: &CoordinatorError) -> String {
     match error {
         CoordinatorError::Refused(why) | CoordinatorError::Unavailable(why) => why.clone(),
@@ -192,35 +211,39 @@ impl Api {
         self.coordinator
             .rebuild(lease)
             .await
-            .map_err(|error| match error {
-                CoordinatorError::Refused(why) => {
-                    Refusal::conflict(why, "nothing was changed; see craton coordinator status")
-                }
-                other => Refusal(
-                    StatusCode::GATEWAY_TIMEOUT,
-                    cannot(&place, &other),
-                    "see craton coordinator status; asking again is harmless",
-                ),
-            })?;
+            .map_err(|error| not_done(&place, error))?;
         let text = format!("the records in {place} were written anew; asked by {by}");
         self.note_in_history("rebuilt", &text).await;
         Ok(said(text))
     }
 
-    /// What is done is done, whether or not its line in the history can be written.
+    /// What is done is done, whether or not its line in the history can be written. The store has just moved, or was
+    /// written anew: it may need a moment.
     async fn note_in_history(&self, kind: &str, text: &str) {
-        let noted = self
-            .transact(|view| {
-                let change = Change {
-                    expect: vec![],
-                    puts: vec![self.noted(view, kind, text.to_owned())],
-                    deletes: vec![],
-                };
-                Ok((change, ()))
-            })
-            .await;
-        if noted.is_err() {
-            tracing::warn!(text, "this could not be written to the history");
+        let deadline = clock::now().after(NOTE_MAX);
+        loop {
+            let noted = self
+                .transact(|view| {
+                    let change = Change {
+                        expect: vec![],
+                        puts: vec![self.noted(view, kind, text.to_owned())],
+                        deletes: vec![],
+                    };
+                    Ok((change, ()))
+                })
+                .await;
+            match noted {
+                Ok(_) => return,
+                // Not where it may be written already.
+                Err(Refusal(StatusCode::SERVICE_UNAVAILABLE | StatusCode::CONFLICT, ..))
+                    if clock::now() < deadline =>
+                {
+                    tokio::time::sleep(NOTE_PAUSE).await;
+                }
+                Err(Refusal(_, why, _)) => {
+                    return tracing::warn!(text, why, "this could not be written to the history");
+                }
+            }
         }
     }
 
@@ -252,16 +275,7 @@ impl Api {
         self.coordinator
             .move_to(place.clone())
             .await
-            .map_err(|error| match error {
-                CoordinatorError::Refused(why) => {
-                    Refusal::conflict(why, "nothing was changed; see craton coordinator status")
-                }
-                other => Refusal(
-                    StatusCode::GATEWAY_TIMEOUT,
-                    cannot(&place, &other),
-                    "see craton coordinator status; asking again is harmless",
-                ),
-            })?;
+            .map_err(|error| not_done(&place, error))?;
         let text = if takes_back {
             format!("the records stay in {place}; asked by {by}")
         } else {

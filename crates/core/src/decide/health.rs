@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::leader::can_hand_over;
+use super::sync_set::opening;
 use super::{LeaseWish, Mind};
 use crate::health::{Health, Room, assess, crash_loop, disk_full, disk_is_urgent, storage_stalled};
 use crate::libraries::differences;
@@ -134,6 +135,10 @@ pub(super) fn hand_over_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leader
     let Some(why) = why.filter(|_| l.open && view.request.is_none() && !mind.is_paused()) else {
         return;
     };
+    // The request would lose its race against this member's own change, and be made again much later.
+    if opening(mind) {
+        return;
+    }
     let now = mind.o.now;
     if mind.out.memory.ask_not_before.is_some_and(|at| now < at) {
         return mind.because(
@@ -162,6 +167,7 @@ pub(super) fn hand_over_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leader
     mind.submit(Change {
         expect: vec![
             (Key::Request, 0),
+            (Key::Pause, view.revision_of(&Key::Pause)),
             (Key::Leadership, view.revision_of(&Key::Leadership)),
         ],
         puts: vec![Record::Request(request)],

@@ -215,8 +215,14 @@ pub(super) fn schedule_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leaders
     }
 }
 
+/// How the line of the history begins that says why the request with this number was refused.
+pub fn refusal_of(request: u64) -> String {
+    format!("request {request} of ")
+}
+
 fn refuse(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, request: &Request, why: &str) {
-    let text = format!("request {} of {} refused: {why}", request.id, request.by);
+    let its = refusal_of(request.id);
+    let text = format!("{its}{} refused: {why}", request.by);
     mind.because("refused", text.clone());
     let history = mind.event(view, l.term, "refused", text);
     mind.submit(Change {

@@ -224,6 +224,7 @@ fn next_step(
     order(mind, view, plan, me);
 }
 
+/// A leader that was deposed orders nothing: the member may lead by now.
 fn order(mind: &mut Mind<'_>, view: &ClusterView, plan: &RestartPlan, member: MemberId) {
     let order = Order {
         id: plan.id,
@@ -237,6 +238,7 @@ fn order(mind: &mut Mind<'_>, view: &ClusterView, plan: &RestartPlan, member: Me
         expect: vec![
             (Key::Order(member.clone()), 0),
             (Key::Restart, view.revision_of(&Key::Restart)),
+            (Key::Leadership, view.revision_of(&Key::Leadership)),
         ],
         puts: vec![Record::Order(member, order)],
         deletes: vec![],

@@ -40,8 +40,11 @@ impl Mind<'_> {
             ..l.clone()
         };
         let history = self.event(view, term, "election", format!("election opened: {cause}"));
+        // A pause and a request that came meanwhile would have decided otherwise.
+        let rests_on = [Key::Leadership, Key::Pause, Key::Request];
+        let expect = rests_on.map(|key| (key.clone(), view.revision_of(&key)));
         let change = Change {
-            expect: vec![(Key::Leadership, view.revision_of(&Key::Leadership))],
+            expect: expect.into(),
             puts: vec![Record::Leadership(next), history],
             deletes: vec![],
         };

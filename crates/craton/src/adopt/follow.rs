@@ -9,8 +9,8 @@ use clap::Args;
 use craton_agent::{AgentConfig, FirstStart};
 use craton_core::Lsn;
 use craton_pg::{
-    Binaries, CloneProgress, DataDir, Instance, InstanceConfig, Postmaster, ServerSample, StopMode,
-    Upstream,
+    Binaries, CloneProgress, Control, DataDir, Instance, InstanceConfig, PgError, Postmaster,
+    ServerSample, StopMode, Upstream,
 };
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep};
@@ -204,7 +204,7 @@ async fn streams(instance: &Instance) -> anyhow::Result<ServerSample> {
     let control = instance.control();
     let until = Instant::now() + STREAM_MAX;
     loop {
-        let sample = control.sample(LOOK_MAX).await?;
+        let sample = look(&control, until).await?;
         if sample.is_streaming() {
             return Ok(sample);
         }
@@ -249,7 +249,7 @@ async fn take_over(instance: &Instance, wait: Duration) -> anyhow::Result<()> {
         return Err(not_here(instance, "is run by an agent of Craton already"));
     }
     let control = instance.control();
-    let sample = control.sample(LOOK_MAX).await?;
+    let sample = look(&control, Instant::now() + wait).await?;
     // A take-over that was cut off after the promotion goes on there.
     if sample.in_recovery {
         let began = wait_for_shutdown(instance, &process, sample, wait).await?;
@@ -326,7 +326,17 @@ async fn wait_for_shutdown(
             .into());
         }
         sleep(LOOK).await;
-        sample = control.sample(LOOK_MAX).await?;
+        sample = look(&control, until).await?;
+    }
+}
+
+/// One look at the server; again while it takes too long, for a busy host is none that has failed.
+async fn look(control: &Control, until: Instant) -> anyhow::Result<ServerSample> {
+    loop {
+        match control.sample(LOOK_MAX).await {
+            Err(PgError::Timeout { .. }) if Instant::now() < until => {}
+            sample => return Ok(sample?),
+        }
     }
 }
 

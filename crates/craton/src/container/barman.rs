@@ -7,7 +7,6 @@ mod switch;
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use craton_backup::views::{BackupStatusView, BackupView};
 use craton_backup::{Repository, catalog};
@@ -20,14 +19,11 @@ use jiff::Timestamp;
 use super::entry::Facts;
 use super::environment::Kind;
 use super::side::{ask_for_backup, daemon_address};
-use crate::backup::{Daemon, report_removed};
+use crate::backup::{Daemon, follow, report_removed};
 use crate::cli::wait_for;
 use crate::exit::{self, Problem};
 use crate::{certificates, output};
 use commands::{Asked, HELP, understand};
-
-/// How often a running backup is looked at.
-const WATCH_EVERY: Duration = Duration::from_millis(300);
 
 /// The repository.
 pub fn root(facts: &Facts) -> PathBuf {
@@ -258,30 +254,23 @@ async fn view() -> anyhow::Result<BackupStatusView> {
 
 async fn backup(facts: &Facts) -> anyhow::Result<u8> {
     output::line(format!("Starting backup for server {}", server(facts)));
-    let run = ask_for_backup().await?.run;
-    loop {
-        let last = view().await?.runs.last.filter(|l| l.run >= run);
-        match last.map(|l| (l.backup, l.error)) {
-            Some((Some(b), _)) => {
-                output::line(format!(
-                    "Backup size: {}\nBackup completed: {}",
-                    output::bytes(b.data_bytes),
-                    b.id
-                ));
-                return Ok(exit::OK);
-            }
-            Some((None, error)) => {
-                let what = format!(
-                    "Backup failed: {}",
-                    error.unwrap_or_else(|| "no reason was given".to_owned())
-                );
-                return Err(
-                    Problem::new(exit::FAILURE, what, "the container's log says more").into(),
-                );
-            }
-            None => tokio::time::sleep(WATCH_EVERY).await,
-        }
+    let accepted = ask_for_backup().await?;
+    let at = daemon_address(Kind::Backup);
+    let last = follow(&client()?, &at, &accepted, |_| {}).await?;
+    if let Some(b) = last.backup {
+        output::line(format!(
+            "Backup size: {}\nBackup completed: {}",
+            output::bytes(b.data_bytes),
+            b.id
+        ));
+        return Ok(exit::OK);
     }
+    let what = format!(
+        "Backup failed: {}",
+        last.error
+            .unwrap_or_else(|| "no reason was given".to_owned())
+    );
+    Err(Problem::new(exit::FAILURE, what, "the container's log says more").into())
 }
 
 /// What is checked, and what is wrong with it, if anything.

@@ -11,6 +11,7 @@ use craton_backup::views::RunAcceptedView;
 use craton_console::Client;
 use craton_console::front::Front;
 use craton_core::topology::Topology;
+use craton_trust::files::write_secret;
 use craton_trust::{Guest, Role, authority::BUNDLE_FILE};
 use jiff::Timestamp;
 use tokio::net::TcpListener;
@@ -168,8 +169,12 @@ async fn remember_hosts(facts: Arc<Facts>) {
                 continue;
             };
             let hosts: Vec<&str> = topology.members.iter().map(|m| m.host.as_str()).collect();
+            // An agent that is just starting knows nobody yet.
+            if hosts.is_empty() {
+                continue;
+            }
             let hosts = hosts.join("\n");
-            if hosts != last && std::fs::write(&path, &hosts).is_ok() {
+            if hosts != last && write_secret(&path, &hosts).is_ok() {
                 last = hosts;
             }
             break;

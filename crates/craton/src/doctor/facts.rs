@@ -18,6 +18,9 @@ use crate::layout::{Layout, address};
 /// How long one answer is waited for.
 const LOOK_TIMEOUT: Duration = Duration::from_millis(1500);
 
+/// How long the backup daemon may take: it looks through its repository.
+const REPOSITORY_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// How long an agent may take to ask every endpoint of the records' store.
 const STORE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -185,6 +188,7 @@ async fn look_around(client: &Client, layout: &Layout) -> Local {
     let backup = client
         .clone()
         .expecting(Expect::Role(Role::Backup))
+        .with_timeout(REPOSITORY_TIMEOUT)
         .get_json::<BackupStatusView>(&backup, "/v1/backup/status")
         .await;
     let secrets = std::fs::read_dir(layout.secrets()).into_iter().flatten();

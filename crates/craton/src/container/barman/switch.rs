@@ -10,13 +10,15 @@ use craton_core::{Lsn, TimelineId};
 use craton_trust::Role;
 use tokio::time::Instant;
 
-use super::{WATCH_EVERY, server, view};
+use super::{server, view};
 use crate::cli::wait_for;
 use crate::container::entry::Facts;
 use crate::container::options::Line;
 use crate::exit::{self, NOT_IN_TIME, Problem, USAGE};
 use crate::{certificates, output};
 
+/// How often the daemon is asked how far it is.
+const WATCH_EVERY: Duration = Duration::from_millis(300);
 /// barman's `--archive-timeout` where nobody chose.
 const ARCHIVE_DEFAULT: Duration = Duration::from_secs(30);
 
