@@ -10,14 +10,30 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 #[path = "harness/mod.rs"]
 mod harness;
 
 use harness::{Cluster, processes_of, running, signal, whole};
 
+/// The life of a member's data directory; null while it has none.
+fn life(status: &Value, member: &str) -> Value {
+    let members = status["members"].as_array().unwrap();
+    let member = members.iter().find(|m| m["id"] == member).unwrap();
+    member["incarnation"].clone()
+}
+
+/// Whole with another life of this member: what the lost one said last counts for some seconds.
+fn whole_anew(status: &Value, member: &str, before: &Value) -> bool {
+    whole(status) && !life(status, member).is_null() && life(status, member) != *before
+}
+
 #[test]
 fn a_lost_disk_is_filled_out_of_the_repository() {
     let c = Cluster::up("cloning", &["--no-sample"]);
+    c.wait_status("a whole cluster", Duration::from_secs(60), whole);
+    c.steady();
     let status = c.wait_status("a whole cluster", Duration::from_secs(60), whole);
     c.sql(&[
         "-c",
@@ -40,16 +56,11 @@ fn a_lost_disk_is_filled_out_of_the_repository() {
         .and_then(|m| m["id"].as_str())
         .unwrap()
         .to_owned();
-    let incarnation = |status: &serde_json::Value| {
-        let members = status["members"].as_array().unwrap();
-        let member = members.iter().find(|m| m["id"] == standby.as_str());
-        member.map(|m| m["incarnation"].clone())
-    };
-    let before = incarnation(&status);
+    let before = life(&status, &standby);
 
     lose_disk(&c, &standby);
     let healed = c.wait_status("a whole cluster", Duration::from_secs(120), |s| {
-        whole(s) && incarnation(s) != before
+        whole_anew(s, &standby, &before)
     });
     assert_eq!(healed["leader"], status["leader"]);
 
@@ -103,6 +114,7 @@ fn a_killed_agents_copy_ends(c: &Cluster, standby: &str) {
         .unwrap();
     let slow = [&lines[..at], &["max_rate_kb = 4096"], &lines[at + 1..]].concat();
     std::fs::write(&conf, slow.join("\n")).unwrap();
+    let before = life(&c.json(&["status"]), standby);
     lose_disk(c, standby);
     let deadline = Instant::now() + Duration::from_secs(60);
     let (tools, sender) = loop {
@@ -123,7 +135,9 @@ fn a_killed_agents_copy_ends(c: &Cluster, standby: &str) {
     let agents = running(&[" node ", c.dir.to_str().unwrap(), &settings]);
     assert_eq!(agents.len(), 1, "{agents:?}");
     signal(agents[0], "KILL");
-    c.wait_status("a whole cluster", Duration::from_secs(120), whole);
+    c.wait_status("a whole cluster", Duration::from_secs(120), |s| {
+        whole_anew(s, standby, &before)
+    });
     signal(sender, "CONT");
     let left = running(&["pg_basebackup", place.to_str().unwrap()]);
     assert!(!left.iter().any(|pid| tools.contains(pid)), "{left:?}");
@@ -170,7 +184,12 @@ fn one_that_was_away_for_too_long(c: &Cluster, standby: &str) {
     for pid in &frozen {
         signal(*pid, "CONT");
     }
+    // Until then it may count as there, as it was before it stood still.
+    let log = c.dir.join(format!("log/node-{standby}.log"));
+    c.wait("its slot is lost", Duration::from_secs(120), || {
+        let log = std::fs::read_to_string(&log).unwrap();
+        let said = log.contains("its slot there is lost");
+        said.then_some(()).ok_or("its log does not say so")
+    });
     c.wait_status("a whole cluster", Duration::from_secs(120), whole);
-    let log = std::fs::read_to_string(c.dir.join(format!("log/node-{standby}.log"))).unwrap();
-    assert!(log.contains("its slot there is lost"), "{log}");
 }

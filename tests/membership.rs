@@ -10,6 +10,7 @@
 
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -17,17 +18,18 @@ use serde_json::Value;
 #[path = "harness/mod.rs"]
 mod harness;
 
-use harness::{Cluster, processes_of, running, signal, text};
+use harness::{Cluster, processes_of, running, serves, signal, text};
 
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// One cluster at a time: the machine is small.
+static TURN: Mutex<()> = Mutex::new(());
 
 fn streaming(status: &Value, members: usize) -> bool {
     let all = status["members"].as_array().map_or(&[][..], Vec::as_slice);
     status["writable"] == true
         && all.len() == members
-        && all
-            .iter()
-            .all(|m| m["role"] == "leader" || m["streaming"] == true)
+        && all.iter().all(|m| serves(status, m))
         && status["sync"]["members"]
             .as_array()
             .is_some_and(|v| v.len() + 1 == members)
@@ -79,8 +81,10 @@ impl Drop for Stop<'_> {
 
 #[test]
 fn from_two_to_three_to_five_and_back_while_clients_write() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let c = Cluster::up("members", &["--members", "2", "--no-sample"]);
     c.wait_status("two members", PATIENCE, |s| streaming(s, 2));
+    c.steady();
     c.sql(&[
         "-d",
         "postgres",
@@ -152,6 +156,7 @@ fn grow_and_shrink(c: &Cluster) {
 /// takes the place of a lost one.
 #[test]
 fn one_survivor_goes_on_and_a_new_host_joins_it() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let c = Cluster::up("recover", &["--no-sample"]);
     let status = c.wait_status("a whole cluster", PATIENCE, |s| streaming(s, 3));
     let leader = status["leader"].as_str().unwrap().to_owned();
@@ -219,6 +224,7 @@ fn one_survivor_goes_on_and_a_new_host_joins_it() {
 /// acknowledged alone afterwards would be lost without anybody having said so.
 #[test]
 fn a_survivor_with_an_old_log_stays_closed_until_the_loss_is_accepted() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let c = Cluster::up(
         "recover-old",
         &["--members", "2", "--witness", "--no-sample"],

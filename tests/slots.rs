@@ -17,10 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use craton::drill::recorder::{Fate, Patience, Plan, Recorder};
-use craton::processes;
+use craton::drill::recorder::Fate;
 use craton::secrets;
-use craton::sessions::value;
 use rustix::process::Signal;
 use serde_json::Value;
 
@@ -29,7 +27,7 @@ mod harness;
 #[path = "harness/rig.rs"]
 mod rig;
 
-use rig::{Clients, Frozen, LIMIT, PATIENCE, Rig, pause, turn};
+use rig::{Clients, Frozen, LIMIT, Rig, pause, turn};
 
 const SLOT: &str = "dbz";
 /// Standbys that get nothing for some seconds stay in the sync set: without them nobody would be promoted.
@@ -122,10 +120,7 @@ impl Consumer {
             "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = '{SLOT}'"
         );
         let port = rig.layout.postgres_port(&leader.parse().unwrap());
-        let at = rig.runtime.block_on(async {
-            let client = rig.login.connect(port).await.unwrap();
-            value(&client, &sql).await.unwrap()
-        });
+        let at = rig.ask(port, &sql);
         at.clone_into(&mut self.position.lock().unwrap());
         at
     }
@@ -149,21 +144,7 @@ impl Drop for Consumer {
 
 /// One writer, so that the order of the rows is known.
 fn record(rig: &Rig, run: i64) -> Clients<'_> {
-    let plan = Plan {
-        write: rig.login.at(rig.layout.proxy_port()),
-        read: None,
-        patience: Patience::Drop(PATIENCE),
-        writers: 1,
-        pause: Duration::from_millis(2),
-        fresh: false,
-        run,
-        first_id: 1,
-        writes_max: 1_000_000,
-    };
-    let recorder = rig.runtime.block_on(async { Recorder::start(&plan) });
-    let clients = Clients { rig, run, recorder };
-    clients.wait_acknowledged("before anything is done", 50);
-    clients
+    rig.record_by(1, Duration::from_millis(2), run)
 }
 
 fn survives_on(status: &Value) -> Vec<String> {
@@ -264,43 +245,37 @@ fn a_consumer_goes_on_after_every_change_of_the_leader() {
     clients.wait_acknowledged("after the switchover", 50);
     wait_copies(&rig, "copies after a switchover");
 
-    let port = rig.layout.postgres_port(&leader2.parse().unwrap());
-    let data = rig.layout.member(&leader2.parse().unwrap()).join("data");
-    let pid = std::fs::read_to_string(data.join("postmaster.pid")).unwrap();
-    let pid = pid.lines().next().unwrap().parse().unwrap();
-    eprintln!("killing the postmaster {pid} at {port}");
-    assert!(processes::ProcessId::of(pid).unwrap().signal(Signal::KILL));
-    let leader3 = another_leader(&rig, &leader2);
+    let life = rig.postmaster(&leader2);
+    eprintln!("killing the postmaster {life:?} of {leader2}");
+    assert!(life.expect("a postmaster").signal(Signal::KILL));
+    rig.wait_served_again(&leader2, life);
     clients.wait_acknowledged("after a killed postmaster", 50);
     finish(clients, &consumer, "a switchover and a killed postmaster");
     wait_copies(&rig, "copies after a killed postmaster");
-    ahead_of_the_standbys(&rig, &consumer, &leader3);
+    ahead_of_the_standbys(&rig, &consumer, &rig.leader());
     without_a_copy(&rig);
+}
+
+/// From now on no standby gets anything of the leader; its consumer does.
+fn freeze_standbys(rig: &Rig, leader: &str) -> Frozen {
+    let standbys = rig.standbys(leader);
+    let senders = standbys.iter().flat_map(|m| rig.senders(leader, Some(m)));
+    Frozen::new(senders.collect())
 }
 
 /// The consumer has seen what no standby got, and asks the next leader for what comes after that.
 fn ahead_of_the_standbys(rig: &Rig, consumer: &Consumer, leader: &str) {
     let clients = record(rig, 2);
-    let mut senders = Vec::new();
-    for standby in rig.standbys(leader) {
-        senders.extend(rig.senders(leader, Some(&standby)));
-    }
-    let frozen = Frozen::new(senders);
-    let end = |what: &str| {
-        let port = rig.layout.postgres_port(&leader.parse().unwrap());
-        rig.runtime.block_on(async {
-            let client = rig.login.connect(port).await.unwrap();
-            value(&client, what).await.unwrap()
-        })
-    };
+    let frozen = freeze_standbys(rig, leader);
+    let port = rig.layout.postgres_port(&leader.parse().unwrap());
     // Commits wait, and WAL grows all the same; the consumer gets it.
     let grow = "SELECT pg_logical_emit_message(false, 'test', repeat('x', 1000000))::text";
-    let at = end(grow);
+    let at = rig.ask(port, grow);
     let behind = format!(
         "SELECT coalesce(bool_and(confirmed_flush_lsn >= '{at}'), false)::text FROM pg_replication_slots WHERE slot_name = '{SLOT}'"
     );
     let deadline = Instant::now() + LIMIT;
-    while end(&behind) != "true" {
+    while rig.ask(port, &behind) != "true" {
         assert!(
             Instant::now() < deadline,
             "the consumer stays behind\n{}",
@@ -320,14 +295,15 @@ fn ahead_of_the_standbys(rig: &Rig, consumer: &Consumer, leader: &str) {
 /// A slot that the next leader cannot offer is gone, and everybody says so.
 fn without_a_copy(rig: &Rig) {
     let leader = rig.leader();
-    // A standby takes its copy after some seconds.
+    // A standby takes its copy after some seconds, unless it has not replayed what the slot begins with.
+    let frozen = freeze_standbys(rig, &leader);
     let make = "SELECT pg_create_logical_replication_slot('late', 'test_decoding')";
     rig.cluster.sql(&["-qAtc", make]);
     rig.cluster.wait_status("the slot is known", LIMIT, |s| {
         let slots = s["slots"].as_array().map_or(&[][..], Vec::as_slice);
         slots.iter().any(|s| s["name"] == "late")
     });
-    rig.lose_leader(&leader, || ());
+    rig.lose_leader(&leader, || drop(frozen));
     let status = rig.cluster.wait_status("the loss is said", LIMIT, |s| {
         let warnings = s["warnings"].as_array().map_or(&[][..], Vec::as_slice);
         warnings

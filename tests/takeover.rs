@@ -41,7 +41,7 @@ fn psql(port: u16, database: &str, command: &str) -> Command {
     let mut psql = Command::new("psql");
     psql.args(["-XAtq", "-U", "postgres", "-h", "127.0.0.1"]);
     psql.args(["-p", &port.to_string(), "-d", database, "-c", command]);
-    psql.env("PGCONNECT_TIMEOUT", "2")
+    psql.env("PGCONNECT_TIMEOUT", "20")
         .env("PGPASSWORD", PASSWORD);
     psql
 }
@@ -51,7 +51,8 @@ fn select(port: u16, database: &str, query: &str) -> String {
 }
 
 fn insert(port: u16, n: u64) -> bool {
-    let command = format!("INSERT INTO marks VALUES ({n})");
+    // A try before may have done it without an answer.
+    let command = format!("INSERT INTO marks VALUES ({n}) ON CONFLICT DO NOTHING");
     psql(port, "postgres", &command)
         .output()
         .unwrap()
@@ -366,20 +367,25 @@ impl PatroniNode {
         self.server.root.join("patroni.log")
     }
 
-    fn patronictl(&self, arguments: &[&str]) -> String {
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = as_owner("patronictl");
         command.arg("-c").arg(self.conf()).args(arguments);
-        ok(&mut command)
+        command
+    }
+
+    fn patronictl(&self, arguments: &[&str]) -> String {
+        ok(&mut self.command(arguments))
     }
 
     /// Until the list of members has this.
     fn wait_list(&self, what: &str, met: impl Fn(&str) -> bool) {
         wait(what, || {
-            let list = self.patronictl(&["list"]);
+            let out = self.command(&["list"]).output().unwrap();
+            let list = String::from_utf8_lossy(&out.stdout);
             let log = || std::fs::read_to_string(self.log()).unwrap_or_default();
-            met(&list)
+            (out.status.success() && met(&list))
                 .then_some(())
-                .ok_or_else(|| format!("{list}\n{}", log()))
+                .ok_or_else(|| format!("{}\n{}", text(&out), log()))
         });
     }
 }

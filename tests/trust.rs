@@ -30,7 +30,7 @@ mod harness;
 use harness::{Cluster, text, whole};
 
 /// How long a request of this test may take.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(20);
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()
@@ -44,6 +44,7 @@ fn runtime() -> tokio::runtime::Runtime {
 fn only_the_trusted_get_in() {
     let c = Cluster::up("trust", &["--no-sample"]);
     c.wait_status("a whole cluster", Duration::from_secs(90), whole);
+    c.steady();
     roles_open_what_they_need(&c);
     bad_certificates_are_refused_and_it_is_said_why(&c);
     each_role_gets_what_it_needs(&c);
@@ -136,6 +137,7 @@ fn roles_open_what_they_need(c: &Cluster) {
         }
         for role in [Role::Proxy, Role::Backup] {
             let asked: Result<Value, _> = client(role)
+                .with_timeout(PATIENCE)
                 .post_json(&p.api, "/v1/switchover", &SwitchoverRequest::default())
                 .await;
             let (status, error) = status_of(asked);
@@ -413,7 +415,7 @@ fn psql_as(c: &Cluster, role: &str, more: &str) -> Output {
             "SHOW server_version_num",
         ])
         .env("PGPASSWORD", password.trim())
-        .env("PGCONNECT_TIMEOUT", "5")
+        .env("PGCONNECT_TIMEOUT", "20")
         .output()
         .unwrap()
 }
@@ -597,7 +599,7 @@ fn a_new_certificate_needs_no_restart(c: &Cluster) {
         text(&out)
     };
     let base64: String = new.lines().nth(2).unwrap().to_owned();
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while !shown().contains(&base64) {
         assert!(
             Instant::now() < deadline,

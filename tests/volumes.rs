@@ -13,9 +13,13 @@
 mod containers;
 
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use containers::{Stack, impossible, run, tag, text};
+
+/// One cluster at a time: the machine is small.
+static TURN: Mutex<()> = Mutex::new(());
 
 /// Where a volume is mounted.
 const VOLUME: &str = "/var/lib/postgresql/data";
@@ -78,8 +82,8 @@ fn possible() -> bool {
 /// A cluster of these nodes and a proxy in which the database that was in the first one's volume is everybody's.
 fn has_the_old_database(stack: &Stack, nodes: &[&str]) {
     stack.up(&[nodes, &["pgpool"]].concat());
-    let leader = stack.whole("pgmaster", nodes, Duration::from_secs(240));
-    assert_eq!(leader, "pgmaster");
+    // Whoever leads: where the machine is too slow for the lease of the one that made it, another takes over, rightly.
+    stack.whole("pgmaster", nodes, Duration::from_secs(240));
     for node in nodes {
         let count = stack.sql_on(node, "monkey_db", "SELECT count(*) FROM t");
         assert_eq!(count.as_deref(), Ok("500"), "{node}");
@@ -93,6 +97,7 @@ fn has_the_old_database(stack: &Stack, nodes: &[&str]) {
 
 #[test]
 fn old_volumes_under_new_images() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     if !possible() {
         return;
     }
@@ -129,6 +134,7 @@ fn old_volumes_under_new_images() {
 
 #[test]
 fn a_database_below_the_top_of_a_volume() {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     if !possible() {
         return;
     }

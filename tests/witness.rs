@@ -77,7 +77,7 @@ fn two_members_lose_one_and_the_witness() {
     let gap = longest_gap(&acknowledged, began, tokio::time::Instant::now());
     eprintln!("without the witness: longest time without a commit {gap:?}");
     assert!(
-        gap < Duration::from_secs(4),
+        gap < Duration::from_secs(20),
         "writes stood still for {gap:?}"
     );
     rig.let_up("witness");
@@ -95,12 +95,7 @@ fn a_leader_started_in_place_lets_nobody_in(rig: &Rig) {
     let leader = rig.leader();
     let away = rig.standbys(&leader).pop().unwrap();
     let port = rig.layout.postgres_port(&leader.parse().unwrap());
-    let ask = |query: &str| {
-        rig.runtime.block_on(async {
-            let client = rig.login.connect(port).await.unwrap();
-            value(&client, query).await.unwrap()
-        })
-    };
+    let ask = |query: &str| rig.ask(port, query);
     ask("CREATE TABLE seen (); SELECT 'made'");
     rig.kill_host_for(&away, LIMIT * 2);
     rig.cluster.wait_status("the standby is away", LIMIT, |s| {
@@ -109,7 +104,7 @@ fn a_leader_started_in_place_lets_nobody_in(rig: &Rig) {
             .iter()
             .any(|m| m["id"] == away.as_str() && m["agent_alive"] == false)
     });
-    let writer = rig.runtime.block_on(rig.login.connect(port)).unwrap();
+    let writer = rig.session(port);
     let commit = rig.runtime.spawn(async move {
         writer
             .batch_execute("INSERT INTO seen DEFAULT VALUES")
@@ -120,28 +115,32 @@ fn a_leader_started_in_place_lets_nobody_in(rig: &Rig) {
         let waiting = ask(waiting);
         (waiting == "1").then_some(()).ok_or(waiting)
     });
-    let victim = rig.runtime.block_on(async {
-        let client = rig.login.connect(port).await.unwrap();
-        let pid = value(&client, "SELECT pg_backend_pid()::text").await;
-        let victim = processes::ProcessId::of(pid.unwrap().parse().unwrap());
-        assert!(victim.expect("a session").signal(Signal::KILL));
-        client
-    });
+    let client = rig.session(port);
+    let pid = value(&client, "SELECT pg_backend_pid()::text");
+    let pid = rig.runtime.block_on(pid).unwrap().parse().unwrap();
+    let victim = processes::ProcessId::of(pid).expect("a session");
+    assert!(victim.signal(Signal::KILL));
     assert!(rig.runtime.block_on(commit).unwrap().is_err());
-    drop(victim);
+    drop(client);
     rig.cluster
         .wait("it waits with what it recovered", LIMIT, || {
             let explained = text(&rig.cluster.craton(&["explain", &leader]));
             let waits = explained.contains("opens when the standbys have flushed");
             waits.then_some(()).ok_or(explained)
         });
-    harness::watch(Duration::from_secs(1), || {
+    let refusal = || {
         let refused = rig.runtime.block_on(rig.login.connect(port)).map(drop);
-        let why = format!("{:?}", refused.expect_err("somebody was let in"));
-        assert!(
-            why.contains("28000") || why.contains("pg_hba.conf"),
-            "{why}"
-        );
+        format!("{:?}", refused.expect_err("somebody was let in"))
+    };
+    let is_plain = |why: &str| why.contains("28000") || why.contains("pg_hba.conf");
+    harness::watch(Duration::from_secs(1), || {
+        let why = refusal();
+        // A busy machine may not answer in time: then nobody was let in either.
+        assert!(is_plain(&why) || why.starts_with("TimedOut"), "{why}");
+    });
+    rig.cluster.wait("a refusal in plain words", LIMIT, || {
+        let why = refusal();
+        is_plain(&why).then_some(()).ok_or(why)
     });
     assert_eq!(rig.cluster.json(&["status"])["writable"], false);
     rig.power_on(&away);

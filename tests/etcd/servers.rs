@@ -330,17 +330,24 @@ impl Etcd {
     /// Saves what is there now; the file is good for [`Self::restore`].
     pub fn snapshot(&self, name: &str) -> PathBuf {
         let file = self.dir.path().join(name);
-        let out = Command::new("etcdctl")
-            .env("ETCDCTL_API", "3")
-            .args(["--endpoints", &self.servers[0].url])
-            .args(&self.trusted)
-            .args(["snapshot", "save"])
-            .arg(&file)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&out.stderr);
-        assert!(out.status.success(), "snapshot save: {said}");
-        file
+        let due = Instant::now() + PATIENCE;
+        loop {
+            let out = Command::new("etcdctl")
+                .env("ETCDCTL_API", "3")
+                .env("ETCDCTL_DIAL_TIMEOUT", "3s")
+                .args(["--endpoints", &self.servers[0].url])
+                .args(&self.trusted)
+                .args(["snapshot", "save"])
+                .arg(&file)
+                .output()
+                .unwrap();
+            if out.status.success() {
+                return file;
+            }
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(Instant::now() < due, "snapshot save: {said}");
+            pause();
+        }
     }
 
     /// All servers end, and begin again with what was saved.

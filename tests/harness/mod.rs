@@ -41,7 +41,21 @@ impl Cluster {
         cluster
     }
 
+    /// Runs a command, again while it reaches no agent: then nothing was done, and a busy machine is no fault.
     pub fn craton(&self, args: &[&str]) -> Output {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let out = self.craton_once(args);
+            let nobody = out.status.code() == Some(3) && text(&out).contains("no agent answers (");
+            if !nobody || Instant::now() >= deadline {
+                return out;
+            }
+            pause();
+        }
+    }
+
+    /// As [`Self::craton`], where nobody may answer.
+    pub fn craton_once(&self, args: &[&str]) -> Output {
         Command::new(env!("CARGO_BIN_EXE_craton"))
             .arg("--dir")
             .arg(&self.dir)
@@ -108,10 +122,42 @@ impl Cluster {
         all
     }
 
+    /// Who leads stays the same on a slow machine, too: for tests that are not about how soon another takes over.
+    pub fn steady(&self) {
+        let out = self.craton(&[
+            "config",
+            "set",
+            "ttl_ms=20000",
+            "heartbeat_ms=500",
+            "crash_grace_ms=20000",
+            "stall_after_ms=30000",
+        ]);
+        self.expect_ok(&out, "config set");
+        self.wait_status("the long lease", Duration::from_secs(60), |s| {
+            s["lease"]["ttl_ms"] == 20_000
+        });
+    }
+
+    /// Ends [`Self::steady`].
+    pub fn usual(&self) {
+        let out = self.craton(&[
+            "config",
+            "unset",
+            "ttl_ms",
+            "heartbeat_ms",
+            "crash_grace_ms",
+            "stall_after_ms",
+        ]);
+        self.expect_ok(&out, "config unset");
+        self.wait_status("the usual lease", Duration::from_secs(60), |s| {
+            s["lease"]["ttl_ms"] == 2000
+        });
+    }
+
     /// Waits for a condition of `craton status`.
     pub fn wait_status(&self, what: &str, limit: Duration, met: impl Fn(&Value) -> bool) -> Value {
         self.wait(what, limit, || {
-            let out = self.craton(&["--json", "status"]);
+            let out = self.craton_once(&["--json", "status"]);
             let status = serde_json::from_slice::<Value>(&out.stdout);
             status.ok().filter(|s| met(s)).ok_or_else(|| text(&out))
         })
@@ -199,13 +245,18 @@ pub fn free_base_port() -> u16 {
     panic!("no free range of ports on this machine");
 }
 
+/// A member leads, by the cluster's word and not only by its own, which may be the last one of a dead leader; or it
+/// streams.
+pub fn serves(status: &Value, member: &Value) -> bool {
+    let leads = member["id"] == status["leader"] && member["role"] == "leader";
+    leads || member["streaming"] == true
+}
+
 pub fn whole(status: &Value) -> bool {
     let members = status["members"].as_array().map_or(&[][..], Vec::as_slice);
     status["writable"] == true
         && members.len() == 3
-        && members
-            .iter()
-            .all(|m| m["role"] == "leader" || m["streaming"] == true)
+        && members.iter().all(|m| serves(status, m))
         && status["sync"]["members"]
             .as_array()
             .is_some_and(|v| v.len() == 2)
@@ -225,11 +276,7 @@ pub fn files_below(dir: &Path, found: &mut Vec<PathBuf>) {
 /// As [`whole`], where nobody is waited for.
 pub fn whole_async(status: &Value) -> bool {
     let members = status["members"].as_array().map_or(&[][..], Vec::as_slice);
-    status["writable"] == true
-        && members.len() == 3
-        && members
-            .iter()
-            .all(|m| m["role"] == "leader" || m["streaming"] == true)
+    status["writable"] == true && members.len() == 3 && members.iter().all(|m| serves(status, m))
 }
 
 /// Agent, fence and PostgreSQL of a member: what works in its directory or names it on its command line.

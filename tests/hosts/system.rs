@@ -185,13 +185,15 @@ pub trait System {
 
     /// Waits until somebody leads, and says who.
     fn leader(&self, limit: Duration) -> String {
+        self.settled(limit).leader.expect("a leader")
+    }
+
+    /// Waits until it answers and somebody leads, and returns what it says.
+    fn settled(&self, limit: Duration) -> State {
         let deadline = Instant::now() + limit;
         loop {
             match self.state() {
-                Ok(State {
-                    leader: Some(leader),
-                    ..
-                }) => return leader,
+                Ok(state) if state.leader.is_some() => return state,
                 other if Instant::now() > deadline => {
                     panic!("nobody leads {}: {other:?}\n{}", self.name(), self.logs())
                 }

@@ -40,7 +40,7 @@ const BACK_FOR: Duration = Duration::from_secs(1);
 /// The cluster counts as whole when it has looked so for this long.
 const WHOLE_FOR: Duration = Duration::from_millis(500);
 
-/// How long a standby may take to replay what the leader has.
+/// How long a standby may take to replay what the leader has, and a server to let somebody in.
 const CATCH_UP: Duration = Duration::from_secs(60);
 
 /// How a trial is run.
@@ -221,7 +221,7 @@ impl<'a> Recording<'a> {
                 None => recording.samples.push(recorder),
             }
         }
-        recording.wait_writes(Duration::from_secs(30));
+        recording.wait_writes(Duration::from_secs(90));
         recording
     }
 
@@ -374,9 +374,21 @@ fn account(name: &str, log: &Log, began: Instant, until: Instant) -> Seen {
     }
 }
 
+/// A session; one try alone may meet a busy moment.
+async fn session(endpoint: &Endpoint) -> Result<tokio_postgres::Client, String> {
+    let deadline = Instant::now() + CATCH_UP;
+    loop {
+        match endpoint.connect().await {
+            Ok(client) => return Ok(client),
+            Err(error) if Instant::now() > deadline => return Err(error.to_string()),
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}
+
 /// Makes the table, or finds it.
 async fn prepare(endpoint: &Endpoint) -> Result<(), String> {
-    let client = endpoint.connect().await.map_err(|e| e.to_string())?;
+    let client = session(endpoint).await?;
     let made = client.batch_execute(craton::drill::SCHEMA).await;
     made.map_err(|e| describe(&e))
 }
@@ -390,7 +402,7 @@ fn rows_everywhere(
     let members: Vec<Endpoint> = MEMBERS.iter().map(|(m, _)| system.direct(m)).collect();
     system.client().run(async move {
         let text = |e: anyhow::Error| format!("{e:#}");
-        let leader = entry.write.connect().await.map_err(|e| e.to_string())?;
+        let leader = session(&entry.write).await?;
         let flushed = value(&leader, "SELECT pg_current_wal_flush_lsn()")
             .await
             .map_err(text)?;
@@ -457,9 +469,10 @@ impl Course {
         system.wait_whole(pace.heal_within);
         system.leader(pace.heal_within);
         let recording = Recording::start(system, terms);
+        let before = system.settled(pace.heal_within);
         let course = Self {
             began: Instant::now(),
-            before: system.state().unwrap_or_default(),
+            before,
             fault,
             healed: Ok(Duration::ZERO),
         };
@@ -482,7 +495,11 @@ impl Course {
 
     fn end(self, recording: Recording<'_>) -> Result<Outcome, String> {
         let system = recording.system;
-        let after = system.state().unwrap_or_default();
+        let after = if self.healed.is_ok() {
+            system.settled(system.pace().heal_within)
+        } else {
+            system.state().unwrap_or_default()
+        };
         let found = recording.finish(self.began)?;
         let (whole_ms, missing) = match self.healed {
             Ok(_) if !found.unasked.is_empty() => (None, Some(found.unasked.join("; "))),
@@ -525,9 +542,8 @@ pub fn rolling(
     let pace = system.pace();
     let (mut course, recording) = Course::begin(system, "rolling", terms);
     while course.began.elapsed() < length && course.healed.is_ok() {
-        system.leader(pace.heal_within);
         let (fault, lasts) = draw();
-        let target = fault.target(&system.state()?);
+        let target = fault.target(&system.settled(pace.heal_within));
         let inflicted = Inflicted::on(system, fault, &target)?;
         hold(lasts, lasts, || true);
         inflicted.undo(system);

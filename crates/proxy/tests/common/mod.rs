@@ -8,13 +8,11 @@
     reason = "a test that cannot go on must say where"
 )]
 
-use std::net::TcpListener as StdListener;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -28,6 +26,10 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_postgres::{Client, NoTls};
+
+#[path = "../../../../tests/shared/postgres.rs"]
+mod postgres;
+pub use postgres::free_port;
 
 /// A bound for everything that takes a moment.
 pub const LIMIT: Duration = Duration::from_secs(30);
@@ -57,21 +59,6 @@ const ROLES: &str = "
     CREATE TABLE notes (id bigint GENERATED ALWAYS AS IDENTITY, note text);
     GRANT ALL ON notes TO PUBLIC;
 ";
-
-/// A port that no other caller in this process is given, and that no connection is made from: one that the system
-/// gives out may be another's when its server starts, seconds later.
-pub fn free_port() -> u16 {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let begin = std::process::id() * 97;
-    loop {
-        let next = NEXT.fetch_add(1, Ordering::Relaxed);
-        let port = u16::try_from(10_000 + (begin + next) % 10_000).unwrap();
-        if StdListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-        assert!(next < 20_000, "no port is free on this machine");
-    }
-}
 
 fn programs() -> PathBuf {
     let mut found: Vec<_> = std::fs::read_dir("/usr/lib/postgresql")
