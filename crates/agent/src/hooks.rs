@@ -288,7 +288,7 @@ mod tests {
     }
 
     async fn until(what: &str, met: impl Fn() -> bool) {
-        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(60);
         while !met() {
             assert!(tokio::time::Instant::now() < deadline, "{what}");
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -339,19 +339,55 @@ mod tests {
         );
     }
 
+    /// Starts a child, says who both are, and hangs.
+    const HANGS: &str = "sleep 600 &\necho $$ $! > group\nwait";
+
+    /// Who they are, once [`HANGS`] has said so.
+    fn group(dir: &Path) -> Option<Vec<String>> {
+        let text = std::fs::read_to_string(dir.join("group")).ok()?;
+        let pids = text.strip_suffix('\n')?;
+        Some(pids.split(' ').map(str::to_owned).collect())
+    }
+
+    async fn until_all_end(pids: &[String]) {
+        assert_eq!(pids.len(), 2, "{pids:?}");
+        until("they end", || {
+            pids.iter().all(|pid| {
+                std::fs::read_to_string(format!("/proc/{pid}/stat"))
+                    .map_or(true, |s| s.contains(") Z "))
+            })
+        })
+        .await;
+    }
+
     #[tokio::test]
     async fn a_hook_that_hangs_is_killed_with_its_children() {
         let dir = tempfile::tempdir().unwrap();
-        let script = "sleep 600 &\necho $! > child\nwait";
-        let hooks = hooks(dir.path(), script, Duration::from_secs(1));
-        let error = hooks.run("leader", "1").await.unwrap_err();
-        assert!(error.to_string().contains("was killed"), "{error}");
-        let child = std::fs::read_to_string(dir.path().join("child")).unwrap();
-        let stat = format!("/proc/{}/stat", child.trim());
-        until("the child ends", || {
-            std::fs::read_to_string(&stat).map_or(true, |s| s.contains(") Z "))
-        })
-        .await;
+        let mut limit = 1;
+        let pids = loop {
+            let hooks = hooks(dir.path(), HANGS, Duration::from_secs(limit));
+            let error = hooks.run("leader", "1").await.unwrap_err();
+            assert!(error.to_string().contains("was killed"), "{error}");
+            if let Some(pids) = group(dir.path()) {
+                break pids;
+            }
+            // It was killed before it had begun.
+            limit *= 3;
+            assert!(limit < 100);
+        };
+        until_all_end(&pids).await;
+    }
+
+    #[tokio::test]
+    async fn a_call_that_is_dropped_leaves_no_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let hooks = hooks(dir.path(), HANGS, Duration::from_secs(600));
+        let call = tokio::spawn(async move { hooks.run("leader", "1").await });
+        until("it hangs", || group(dir.path()).is_some()).await;
+        let pids = group(dir.path()).unwrap();
+        call.abort();
+        assert!(call.await.unwrap_err().is_cancelled());
+        until_all_end(&pids).await;
     }
 
     #[tokio::test]

@@ -350,7 +350,7 @@ mod tests {
             "another process was meant"
         );
         assert!(id.signal(Signal::KILL));
-        assert!(all_gone([id], Instant::now() + Duration::from_secs(5)).await);
+        assert!(all_gone([id], Instant::now() + Duration::from_secs(30)).await);
         assert!(!id.alive());
         child.wait().unwrap();
     }
@@ -363,6 +363,11 @@ mod tests {
         assert!(held.is_some());
         assert!(RunLock::take(&pid_file).unwrap().is_none());
         drop(held);
-        assert!(RunLock::take(&pid_file).unwrap().is_some());
+        // A child that another test starts keeps it until it runs its own program.
+        let mut tries = 0;
+        while RunLock::take(&pid_file).unwrap().is_none() {
+            tries += 1;
+            assert!(tries < 20, "it is still held");
+        }
     }
 }

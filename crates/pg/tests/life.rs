@@ -157,6 +157,16 @@ async fn a_closed_primary_lets_in_the_cluster_alone_until_clients_are_admitted()
     assert!(!member.instance.is_closed().unwrap());
 }
 
+/// A backend that was just leaving may be gone.
+fn freeze(process: &processes::Stat) {
+    let pid = rustix::process::Pid::from_raw(process.pid).unwrap();
+    let frozen = rustix::process::kill_process(pid, rustix::process::Signal::STOP);
+    assert!(
+        matches!(frozen, Ok(()) | Err(rustix::io::Errno::SRCH)),
+        "{frozen:?}"
+    );
+}
+
 #[tokio::test]
 async fn kill_all_leaves_no_process_even_of_a_frozen_server() {
     if ran_as_postgres("kill_all_leaves_no_process_even_of_a_frozen_server") {
@@ -173,8 +183,7 @@ async fn kill_all_leaves_no_process_even_of_a_frozen_server() {
     })
     .await;
     for process in processes::living_in(&data).iter().take(3) {
-        let pid = rustix::process::Pid::from_raw(process.pid).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        freeze(process);
     }
     let postmaster = member.postmaster.take().unwrap();
     postmaster.kill_all(LIMIT).await.unwrap();
@@ -199,9 +208,8 @@ async fn a_postmaster_that_dies_is_noticed_and_its_orphans_die_before_the_next_s
     let data = member.instance.data_dir().to_owned();
     let postmaster = member.postmaster.take().unwrap();
     // Frozen children cannot see that their postmaster is gone.
-    for child in processes::children_of(postmaster.pid()) {
-        let pid = rustix::process::Pid::from_raw(child.pid).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    for child in &processes::children_of(postmaster.pid()) {
+        freeze(child);
     }
     let pid = rustix::process::Pid::from_raw(postmaster.pid()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();

@@ -339,9 +339,21 @@ async fn a_cancel_does_not_end_the_wait_for_standbys() {
             .batch_execute("SELECT pg_reload_conf()")
             .await
             .unwrap();
+        until("the postmaster has read it", || async {
+            let fresh = server.superuser().await;
+            let sql = "SHOW synchronous_standby_names";
+            let row = fresh.query_one(sql, &[]).await.unwrap();
+            row.get::<_, String>(0) == value
+        })
+        .await;
+        // Commits wait when the checkpointer has read it too: after two of these it went once round its loop.
+        for _ in 0..2 {
+            admin.batch_execute("CHECKPOINT").await.unwrap();
+        }
     };
     names("nobody").await;
-    let proxy = Proxy::of(&[&server], |_| {}).await;
+    // A proxy that cannot ask the server in time passes the cancel on.
+    let proxy = Proxy::of(&[&server], |c| c.connect_timeout_ms = 30_000).await;
     let client = proxy.ann().await;
     let token = client.cancel_token();
     let commit = tokio::spawn(async move {
@@ -404,7 +416,7 @@ async fn a_server_ends_a_session_of_its_own() {
     })
     .await;
     // The proxy reads the server's last words when it next gets to the session.
-    tokio::time::sleep(Duration::from_millis(1)).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(code(client.batch_execute("SELECT 2").await), "25P03");
     client.batch_execute("SELECT 3").await.unwrap();
     proxy.end().await.unwrap();

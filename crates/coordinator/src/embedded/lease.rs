@@ -27,7 +27,7 @@ use crate::raft::{Configuration, Standing, Status};
 
 /// A voter that lost its disk keeps silent for this long after its start: every question that its former
 /// self may have answered has been given up by then.
-const SILENCE_AFTER_LOSS: Duration = Duration::from_secs(4);
+pub(super) const SILENCE_AFTER_LOSS: Duration = Duration::from_secs(4);
 
 /// How often a voter that lost its disk asks the others for their notes.
 const SETTLE_INTERVAL: Duration = Duration::from_millis(500);

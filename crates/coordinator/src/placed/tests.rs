@@ -178,6 +178,35 @@ async fn until(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// Asks until it is answered: on a busy machine one call may not be.
+async fn answered<'a, T>(what: &str, mut ask: impl FnMut() -> Answer<'a, T>) -> T {
+    let due = Instant::now() + PATIENCE;
+    loop {
+        match ask().await {
+            Ok(told) => return told,
+            Err(error) => assert!(
+                matches!(error, CoordinatorError::Unavailable(_)) && Instant::now() < due,
+                "{what}: {error}"
+            ),
+        }
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Asks for a move until it is under way. Whether it is over in time for this call is for a busy machine to say.
+async fn asked_to_move(member: &Placed) {
+    let due = Instant::now() + PATIENCE;
+    while let Err(error) = member.move_to(elsewhere()).await {
+        let CoordinatorError::Unavailable(why) = &error else {
+            panic!("no move: {error}");
+        };
+        if why.contains("the move goes on by itself") {
+            return;
+        }
+        assert!(Instant::now() < due, "no move: {why}");
+    }
+}
+
 /// Moves. A member that has not heard of the end of the last move yet says so after a while, and is asked again.
 async fn moved(member: &Arc<Placed>, place: Place) {
     let due = Instant::now() + PATIENCE;
@@ -234,11 +263,11 @@ async fn cut_off(halves: i64) -> bool {
             Arc::clone(other) as Arc<dyn Coordinator>,
         );
     }
-    assert!(others[0].txn(put("mark", 0, "kept")).await.is_ok());
-    let before = others[0].read().await.unwrap();
+    answered("a mark", || others[0].txn(put("mark", 0, "kept"))).await;
+    let before = answered("before", || others[0].read()).await;
     fuse.arm(halves);
     let asker = Arc::clone(&others[0]);
-    let asked = tokio::spawn(async move { asker.move_to(elsewhere()).await });
+    let asked = tokio::spawn(async move { asked_to_move(&asker).await });
     let moved = |m: &Arc<Placed>| {
         let current = m.shared.current();
         current.place == elsewhere() && current.placement.former.is_none()
@@ -259,9 +288,9 @@ async fn cut_off(halves: i64) -> bool {
         moved(&a) && others.iter().all(moved)
     })
     .await;
-    assert_eq!(asked.await.unwrap(), Ok(()));
+    asked.await.unwrap();
     contest.led_again("the move").await;
-    let after = others[1].read().await.unwrap();
+    let after = answered("after", || others[1].read()).await;
     assert!(after.revision > before.revision, "revisions never go back");
     assert_eq!(after.get("mark").map(|v| v.value.as_str()), Some("kept"));
     sealed_for_good(&world).await;
@@ -288,6 +317,17 @@ async fn sealed_for_good(world: &World) {
 /// There and back, with one member away that starts where the records are no longer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn there_and_back_with_one_away() {
+    for attempt in 1.. {
+        if three_moves().await {
+            break;
+        }
+        // One that stands still for a whole lease is replaced, rightly.
+        assert!(attempt < 3, "not the same leader in the same term");
+    }
+}
+
+/// True if the same leader leads in the same term afterwards.
+async fn three_moves() -> bool {
     let world = World::new();
     let contest = Contest::default();
     let members: Vec<_> = (0..2).map(|i| world.start(i, &Fuse::never())).collect();
@@ -300,22 +340,25 @@ async fn there_and_back_with_one_away() {
     moved(&members[0], Place::default()).await;
     moved(&members[1], elsewhere()).await;
     contest.led_again("three moves").await;
-    assert_eq!(
-        contest.newest(),
-        led_before,
-        "the same leader, the same term"
-    );
+    let same = contest.newest() == led_before;
     // It knows only the first place, two generations back.
     let late = world.start(2, &Fuse::never());
     until("the late one follows", || late.place() == elsewhere()).await;
-    assert_eq!(
-        late.read().await.unwrap().entries,
-        members[0].read().await.unwrap().entries
-    );
+    let due = Instant::now() + PATIENCE;
+    loop {
+        let known = answered("the late one's", || late.read()).await;
+        let there = answered("another's", || members[0].read()).await;
+        if known.entries == there.entries {
+            break;
+        }
+        // Another leader may have come in between.
+        assert!(Instant::now() < due, "{known:?} {there:?}");
+    }
     contest.end();
     for member in members.iter().chain([&late]) {
         member.stop().await;
     }
+    same
 }
 
 #[tokio::test]
@@ -368,7 +411,7 @@ async fn a_move_waits_for_a_leader_and_can_be_taken_back() {
         a.shared.current().placement.next.is_some()
     })
     .await;
-    a.move_to(Place::default()).await.unwrap();
+    moved(&a, Place::default()).await;
     asked.abort();
     assert!(a.shared.current().placement.next.is_none());
     assert_eq!(a.place(), Place::default());
@@ -397,10 +440,10 @@ async fn a_new_cluster_begins_where_its_settings_say() {
     let world = World::new();
     let asks = world.start_at(0, elsewhere(), &Fuse::never());
     until("it is there", || asks.place() == elsewhere()).await;
-    assert!(asks.txn(put("cluster", 0, "{}")).await.is_ok());
+    answered("its record", || asks.txn(put("cluster", 0, "{}"))).await;
     let other = world.start(1, &Fuse::never());
     until("the other one follows", || other.place() == elsewhere()).await;
-    let read = other.read().await.unwrap();
+    let read = answered("the record", || other.read()).await;
     assert_eq!(read.get("cluster").map(|v| v.value.as_str()), Some("{}"));
     assert_eq!(
         other.progress(),
@@ -418,7 +461,7 @@ async fn a_cluster_that_is_there_stays_where_it_is() {
     let world = World::new();
     world.old[0].txn(put("cluster", 0, "{}")).await.unwrap();
     let asks = world.start_at(0, elsewhere(), &Fuse::never());
-    assert!(asks.read().await.is_ok());
+    answered("where it is", || asks.read()).await;
     assert_eq!(asks.place(), Place::default());
     asks.stop().await;
 }
@@ -446,10 +489,10 @@ async fn one_that_was_away_finds_the_records_where_the_former_store_is_off() {
     contest.join(ids().remove(0), Arc::clone(&a) as Arc<dyn Coordinator>);
     contest.led_again("the start").await;
     let b = world.start(1, &Fuse::never());
-    a.move_to(elsewhere()).await.unwrap();
+    moved(&a, elsewhere()).await;
     until("b is there too", || b.place() == elsewhere()).await;
     b.stop().await;
-    a.move_to(Place::default()).await.unwrap();
+    moved(&a, Place::default()).await;
     let open = world.opener(1, &Fuse::never(), &Fuse::off());
     let presence = Arc::new(world.old[1].clone());
     let b = Placed::start(
@@ -461,7 +504,7 @@ async fn one_that_was_away_finds_the_records_where_the_former_store_is_off() {
     )
     .unwrap();
     until("it finds them", || b.place() == Place::default()).await;
-    assert!(b.read().await.is_ok());
+    answered("what it finds", || b.read()).await;
     contest.end();
     for member in [a, b] {
         member.stop().await;

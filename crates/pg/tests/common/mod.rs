@@ -8,6 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ mod postgres;
 pub use postgres::{free_port, ran_as_postgres};
 
 /// A bound for everything that takes a moment.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub const LIMIT: Duration = Duration::from_secs(90);
 /// The password of every role.
 pub const PASSWORD: &str = "it's a \\ secret";
 

@@ -32,7 +32,7 @@ mod postgres;
 pub use postgres::free_port;
 
 /// A bound for everything that takes a moment.
-pub const LIMIT: Duration = Duration::from_secs(30);
+pub const LIMIT: Duration = Duration::from_secs(90);
 /// The password of every role.
 pub const PASSWORD: &str = "it's a secret";
 const TOKEN: &str = "0123456789abcdef0123456789abcdef";
@@ -394,6 +394,8 @@ impl Proxy {
             tls: craton_trust::TlsSettings::off(),
             auth_password_file: Some(password),
             drain_ms: 500,
+            // A server may take this long to stop or to be promoted.
+            failover_wait_ms: 120_000,
             ..config
         };
         adjust(&mut config);
@@ -424,7 +426,7 @@ impl Proxy {
 
     /// The value of a metric.
     pub async fn metric(&self, name: &str) -> i64 {
-        let client = craton_console::Client::new(None);
+        let client = craton_console::Client::new(None).with_timeout(LIMIT);
         let page = client
             .get_text(&format!("127.0.0.1:{}", self.http), "/metrics")
             .await

@@ -13,10 +13,10 @@ use tokio::time::{Instant, sleep};
 
 use crate::api::{Coordinator, CoordinatorError, TxnOutcome};
 use crate::conformance::{Handle, put};
-use crate::embedded::{Embedded, EmbeddedConfig, Faults};
+use crate::embedded::{Embedded, EmbeddedConfig, Faults, OpenError, StartError};
 use crate::raft::Timings;
 
-pub(super) const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(super) struct Cluster {
     pub(super) dir: tempfile::TempDir,
@@ -174,7 +174,14 @@ impl Cluster {
     }
 
     pub(super) async fn start_node(&mut self, who: &MemberId) {
-        let node = Embedded::start(self.configs[who].clone()).await.unwrap();
+        let due = Instant::now() + PATIENCE;
+        let node = loop {
+            match Embedded::start(self.configs[who].clone()).await {
+                // A former life of it that was killed may still wait for its disk.
+                Err(StartError::Open(OpenError::InUse(_))) if Instant::now() < due => {}
+                started => break started.unwrap(),
+            }
+        };
         self.nodes.insert(who.clone(), node);
     }
 

@@ -15,7 +15,7 @@ use crate::raft::Standing;
 /// The connection ends, and nothing else.
 async fn is_cut(mut stream: TcpStream) {
     let mut sink = [0; 256];
-    let ended = timeout(Duration::from_secs(10), async {
+    let ended = timeout(Duration::from_secs(30), async {
         while stream.read(&mut sink).await.is_ok_and(|n| n > 0) {}
     });
     assert!(ended.await.is_ok(), "the connection was not cut");

@@ -3,10 +3,11 @@ use std::sync::Arc;
 use craton_core::Term;
 use tokio::time::{Instant, sleep};
 
-use super::server::{Members, PATIENCE, Servers, members, place, stop};
-use crate::api::{Coordinator, CoordinatorError, Renewal, TxnOutcome};
+use super::server::{Members, PATIENCE, Servers, ctl, done, members, place, soon, stop, write};
+use crate::api::{Coordinator, CoordinatorError, Renewal};
 use crate::conformance::put;
 use crate::contest::{Contest, TTL};
+use crate::etcd::Etcd;
 
 async fn contest(servers: &Servers) -> (Contest, Members) {
     let members = members(&place(servers), 3).await;
@@ -68,15 +69,8 @@ async fn a_watch_leaves_an_endpoint_that_hangs() {
     let etcd = members.nth(0);
     for round in 0..3 {
         servers.pause(round);
-        let due = Instant::now() + PATIENCE;
         let key = format!("round/{round}");
-        let written = loop {
-            match etcd.txn(put(&key, 0, "1")).await {
-                Ok(TxnOutcome::Committed(revision)) => break revision,
-                Ok(TxnOutcome::Conflict) => break 0,
-                Err(e) => assert!(Instant::now() < due, "{e}"),
-            }
-        };
+        let written = write(&etcd, &key).await;
         let mut watch = etcd.watch();
         let seen = watch.wait_for(|s| s.get(&key).is_some() && s.revision >= written);
         tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
@@ -91,9 +85,7 @@ async fn compaction_while_away() {
     let mut servers = Servers::start(1);
     let members = members(&place(&servers), 2).await;
     let (writer, watcher) = (members.nth(0), members.nth(1));
-    let Ok(TxnOutcome::Committed(gone)) = writer.txn(put("gone", 0, "1")).await else {
-        panic!("no write")
-    };
+    let gone = write(&writer, "gone").await;
     let mut watch = watcher.watch();
     let seen = watch.wait_for(|s| s.get("gone").is_some());
     tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
@@ -102,12 +94,9 @@ async fn compaction_while_away() {
     servers.kill(0);
     servers.restart(0);
     let prefix = "/craton/test/data/";
-    let (out, ok) = servers.ctl(&["del", &format!("{prefix}gone")]);
-    assert!(ok, "{out}");
-    let (out, ok) = servers.ctl(&["put", &format!("{prefix}new"), "2"]);
-    assert!(ok, "{out}");
-    let (out, ok) = servers.ctl(&["compaction", &(gone + 2).to_string()]);
-    assert!(ok, "{out}");
+    ctl(&servers, &["del", &format!("{prefix}gone")]).await;
+    ctl(&servers, &["put", &format!("{prefix}new"), "2"]).await;
+    ctl(&servers, &["compaction", &(gone + 2).to_string()]).await;
     let mut watch = watcher.watch();
     let seen = watch.wait_for(|s| s.get("gone").is_none() && s.get("new").is_some());
     tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
@@ -151,6 +140,22 @@ async fn unknown_and_unavailable_are_told_apart() {
     stop(members).await;
 }
 
+async fn renewed(etcd: &Etcd, term: Term) {
+    let ask = async || etcd.renew(term, TTL).await;
+    done("a renewal", ask).await;
+}
+
+/// Neither renewed, nor refused: etcd is not what it was.
+async fn gone(holder: &Etcd) {
+    let ask = async || holder.renew(Term(2), TTL).await;
+    let good = |told: &Result<Renewal, CoordinatorError>| match told {
+        Err(CoordinatorError::Unavailable(why)) => why.contains("old copy"),
+        Err(CoordinatorError::Unknown(_)) => false,
+        other => panic!("{other:?}"),
+    };
+    soon("the lease is gone", ask, good).await;
+}
+
 /// etcd restored from a copy says so by its revision: what it holds is shown, and a lease that was held is neither taken
 /// again nor refused. The same where its keys are gone.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -158,25 +163,22 @@ async fn an_old_copy_and_no_keys_at_all() {
     let mut servers = Servers::start(1);
     let members = members(&place(&servers), 2).await;
     let (holder, other) = (members.nth(0), members.nth(1));
-    assert!(other.renew(Term(1), TTL).await.is_ok());
-    assert!(other.txn(put("then", 0, "1")).await.is_ok());
+    renewed(&other, Term(1)).await;
+    write(&other, "then").await;
     let copy = servers.snapshot("copy");
-    assert!(other.release(Term(1)).await.is_ok());
-    assert!(holder.renew(Term(2), TTL).await.is_ok(), "taken");
-    assert!(holder.renew(Term(2), TTL).await.is_ok(), "renewed");
-    assert!(holder.txn(put("since", 0, "2")).await.is_ok());
+    done("its end", async || other.release(Term(1)).await).await;
+    // Taken, and renewed.
+    renewed(&holder, Term(2)).await;
+    renewed(&holder, Term(2)).await;
+    write(&holder, "since").await;
     let mut watch = holder.watch();
     let seen = watch.wait_for(|s| s.get("since").is_some());
     tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
-    let gone = |renewal: Result<Renewal, CoordinatorError>| match renewal {
-        Err(CoordinatorError::Unavailable(why)) => why.contains("old copy"),
-        _ => false,
-    };
 
     servers.restore(&copy);
     let seen = watch.wait_for(|s| s.get("since").is_none() && s.get("then").is_some());
     tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
-    assert!(gone(holder.renew(Term(2), TTL).await));
+    gone(&holder).await;
     // What was seen of a later beat says nothing about this one: the term that the copy names ends like any other.
     let due = Instant::now() + PATIENCE;
     while holder.free(Term(1)).await != Ok(true) {
@@ -184,15 +186,16 @@ async fn an_old_copy_and_no_keys_at_all() {
         sleep(TTL / 10).await;
     }
     holder.forget();
-    assert!(holder.renew(Term(2), TTL).await.is_ok(), "by order");
-    assert!(holder.renew(Term(2), TTL).await.is_ok());
+    // By order.
+    renewed(&holder, Term(2)).await;
+    renewed(&holder, Term(2)).await;
 
-    let (out, ok) = servers.ctl(&["del", "--prefix", "/craton/test/"]);
-    assert!(ok, "{out}");
+    ctl(&servers, &["del", "--prefix", "/craton/test/"]).await;
     let seen = watch.wait_for(|s| s.entries.is_empty());
     tokio::time::timeout(PATIENCE, seen).await.unwrap().unwrap();
-    assert!(gone(holder.renew(Term(2), TTL).await));
-    let (out, _) = servers.ctl(&["get", "--prefix", "/craton/test/", "--keys-only"]);
+    gone(&holder).await;
+    let all = ["get", "--prefix", "/craton/test/", "--keys-only"];
+    let out = ctl(&servers, &all).await;
     assert_eq!(out.trim(), "", "nothing was taken again");
     stop(members).await;
 }

@@ -1,8 +1,9 @@
 use std::path::{Path, PathBuf};
 
-use super::server::{Certificates, Servers, id, members, place, stop};
+use super::server::{Certificates, Servers, ctl, done, id, members, place, room, soon, stop};
 use crate::api::CoordinatorError;
 use crate::conformance;
+use crate::etcd::Etcd;
 use crate::place::Place;
 
 fn write(dir: &Path, name: &str, text: &str) -> PathBuf {
@@ -35,62 +36,57 @@ async fn tls_and_a_user_conform() {
     conformance::run(&members.handles()).await;
     // Every token is void at once, in the middle of work.
     let etcd = members.nth(0);
-    let (out, ok) = servers.ctl(&["role", "add", "another"]);
-    assert!(ok, "{out}");
-    assert!(etcd.read().await.is_ok(), "a new login is made by itself");
+    ctl(&servers, &["role", "add", "another"]).await;
+    let read = async || etcd.read().await;
+    done("a new login is made by itself", read).await;
     stop(members).await;
 }
 
 async fn refused_strangers(place: &Place, wrong: &Path, theirs: &Certificates) {
-    let ask = async |place: Place| {
-        let room = super::server::room(0);
-        let etcd = crate::etcd::Etcd::start(&place, "test", id(0), room).unwrap();
-        let answer = etcd.read().await.map(|_| ());
-        etcd.stop().await;
-        answer
-    };
-    let guess = ask(Place {
+    let guess = Place {
         password_file: Some(wrong.to_owned()),
         ..place.clone()
-    })
-    .await;
-    assert!(
-        matches!(&guess, Err(CoordinatorError::Refused(why)) if why.contains("password_file")),
-        "{guess:?}"
-    );
-    let nobody = ask(Place {
+    };
+    turned_away(&guess, refused("password_file")).await;
+    let nobody = Place {
         username: None,
         password_file: None,
         ..place.clone()
-    })
-    .await;
-    assert!(
-        matches!(&nobody, Err(CoordinatorError::Refused(why)) if why.contains("coordinator.username")),
-        "{nobody:?}"
-    );
-    let elsewhere = ask(Place {
+    };
+    turned_away(&nobody, refused("coordinator.username")).await;
+    let elsewhere = Place {
         prefix: Some("/other/".into()),
         ..place.clone()
-    })
-    .await;
-    assert!(
-        matches!(&elsewhere, Err(CoordinatorError::Refused(why)) if why.contains("grant")),
-        "{elsewhere:?}"
-    );
-    let impostor = ask(Place {
+    };
+    turned_away(&elsewhere, refused("grant")).await;
+    let impostor = Place {
         ca_file: Some(theirs.ca.clone()),
         ..place.clone()
-    })
+    };
+    turned_away(
+        &impostor,
+        |told| matches!(told, CoordinatorError::Unavailable(why) if why.contains("TLS")),
+    )
     .await;
-    assert!(
-        matches!(&impostor, Err(CoordinatorError::Unavailable(why)) if why.contains("TLS")),
-        "{impostor:?}"
-    );
-    let stranger = ask(Place {
+    let stranger = Place {
         cert_file: Some(theirs.cert.clone()),
         key_file: Some(theirs.key.clone()),
         ..place.clone()
-    })
-    .await;
-    assert!(stranger.is_err(), "{stranger:?}");
+    };
+    turned_away(&stranger, |_| true).await;
+}
+
+fn refused(hint: &str) -> impl Fn(&CoordinatorError) -> bool {
+    move |told| matches!(told, CoordinatorError::Refused(why) if why.contains(hint))
+}
+
+/// Whoever reads so gets nothing, and is told why.
+async fn turned_away(place: &Place, good: impl Fn(&CoordinatorError) -> bool) {
+    let ask = async || {
+        let etcd = Etcd::start(place, "test", id(0), room(0)).unwrap();
+        let answer = etcd.read().await;
+        etcd.stop().await;
+        answer.unwrap_err()
+    };
+    soon("turned away", ask, good).await;
 }
