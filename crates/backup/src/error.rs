@@ -55,6 +55,11 @@ impl BackupError {
         move |source| Self::Format { path, source }
     }
 
+    /// True when a server said that it has removed the WAL that was asked for.
+    pub(crate) fn is_wal_removed(&self) -> bool {
+        matches!(self, Self::Replication(e) if e.is_wal_removed())
+    }
+
     /// True when a file simply is not there.
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)

@@ -30,6 +30,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// The first and the longest pause before a server is tried again.
 const RETRY_MIN: Duration = Duration::from_millis(100);
 const RETRY_MAX: Duration = Duration::from_secs(1);
+/// So long WAL that the leader has removed is asked for again where a member could not say whether it has it.
+const UNCLEAR_MAX: Duration = Duration::from_secs(60);
 /// At most so much WAL is gathered before it is written.
 const BATCH_BYTES_MAX: usize = 4 * 1024 * 1024;
 
@@ -38,6 +40,8 @@ pub(crate) struct Receiver {
     pub(crate) shared: Arc<Shared>,
     pub(crate) topology: watch::Receiver<Option<Arc<Topology>>>,
     pub(crate) shutdown: watch::Receiver<bool>,
+    /// Since when WAL that the leader has removed is looked for at members that cannot say whether they have it.
+    pub(crate) unclear_since: Option<Instant>,
 }
 
 /// Why a stream ended without an error.
@@ -357,14 +361,32 @@ impl Receiver {
             .flat_map(|t| t.members.clone())
             .filter(|m| m.id != leader.id && m.role != MemberRole::Down)
             .collect();
+        let mut unclear = None;
         for member in others {
             match self.catch_up(&member, until).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.unclear_since = None;
+                    return Ok(());
+                }
                 Err(error) => {
                     tracing::warn!(member = %member.id, %error, "this member cannot give the missing WAL");
+                    if !error.is_wal_removed() {
+                        unclear = Some(error);
+                    }
                 }
             }
         }
+        // Who is starting, or silent for a moment, may have it: what is given up is missing for good.
+        if let Some(error) = unclear
+            && self
+                .unclear_since
+                .get_or_insert_with(Instant::now)
+                .elapsed()
+                < UNCLEAR_MAX
+        {
+            return Err(error);
+        }
+        self.unclear_since = None;
         let config = &self.shared.config;
         let trust = self.shared.trust.as_ref();
         let name = format!("{}_look", config.application_name);
