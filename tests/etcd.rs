@@ -286,7 +286,7 @@ fn another_does_not_begin_over_it(there: &[&str]) {
 /// Runs a drill, once the cluster is as whole as the drill wants it.
 fn drilled(c: &Cluster, drill: &str) -> Value {
     let out: Output = c.wait("a drill that begins", PATIENCE, || {
-        let out = c.craton(&["--json", "drill", drill, "--down-for", "3"]);
+        let out = c.craton_once(&["--json", "drill", drill, "--down-for", "3"]);
         let said = text(&out);
         let early = out.status.code() == Some(4) && said.contains("not whole before the drill");
         if early { Err(said) } else { Ok(out) }

@@ -60,6 +60,8 @@ fn two_members_lose_one_and_the_witness() {
     // Without the witness: no outage.
     let clients = rig.record(2);
     let leader = rig.leader();
+    let term = rig.cluster.json(&["status"])["term"].clone();
+    let life = rig.postmaster(&leader);
     let began = tokio::time::Instant::now();
     rig.hold_down("witness", LIMIT * 2);
     let witness = processes::running(&rig.layout, "witness").expect("a witness");
@@ -72,6 +74,8 @@ fn two_members_lose_one_and_the_witness() {
     assert_eq!(status["leader"], leader.as_str());
     clients.wait_acknowledged("without the witness", 50);
     clients.no_error("without the witness");
+    assert_eq!(status["term"], term, "no outage");
+    assert_eq!(rig.postmaster(&leader), life, "PostgreSQL went on");
     let log = clients.recorder.log();
     let acknowledged: Vec<_> = log.writes.iter().map(|w| w.ended).collect();
     let gap = longest_gap(&acknowledged, began, tokio::time::Instant::now());

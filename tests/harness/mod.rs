@@ -124,17 +124,22 @@ impl Cluster {
 
     /// Who leads stays the same on a slow machine, too: for tests that are not about how soon another takes over.
     pub fn steady(&self) {
+        self.steady_for(20_000);
+    }
+
+    /// As [`Self::steady`], with a lease of so many milliseconds.
+    pub fn steady_for(&self, ttl_ms: u64) {
         let out = self.craton(&[
             "config",
             "set",
-            "ttl_ms=20000",
+            &format!("ttl_ms={ttl_ms}"),
             "heartbeat_ms=500",
             "crash_grace_ms=20000",
             "stall_after_ms=30000",
         ]);
         self.expect_ok(&out, "config set");
         self.wait_status("the long lease", Duration::from_secs(60), |s| {
-            s["lease"]["ttl_ms"] == 20_000
+            s["lease"]["ttl_ms"] == ttl_ms
         });
     }
 

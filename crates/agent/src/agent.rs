@@ -697,7 +697,10 @@ async fn submit(
         }
     }
     // What won the race may not have come here yet, and the same change would lose again.
-    if lost && let Ok(now) = coordinator.read().await {
+    if lost
+        && done.failed.is_none()
+        && let Ok(Ok(now)) = tokio::time::timeout(ECHO_MAX, coordinator.read()).await
+    {
         done.revision = done.revision.max(Some(now.revision));
     }
     done

@@ -18,7 +18,7 @@ use craton_console::join::{
     TokenView,
 };
 use craton_console::server::{Visitor, failure};
-use craton_coordinator::api::{Compare, Coordinator, Op, Txn, TxnOutcome};
+use craton_coordinator::api::{Compare, Coordinator, CoordinatorError, Op, Txn, TxnOutcome};
 use craton_core::MemberId;
 use craton_trust::authority::{Authority, BUNDLE_FILE, KEY_FILE};
 use craton_trust::join::{hex, id_of_secret, unhex};
@@ -99,6 +99,18 @@ fn unavailable(error: &dyn std::fmt::Display) -> Refusal {
         error.to_string(),
         "a majority of the voters must run; see craton status",
     )
+}
+
+/// What was not written, or of which nobody knows: only the first may be asked of another agent.
+fn not_written(error: &CoordinatorError) -> Refusal {
+    match error {
+        CoordinatorError::Unknown(_) => Refusal(
+            StatusCode::GATEWAY_TIMEOUT,
+            error.to_string(),
+            "it may be done all the same: make another token",
+        ),
+        other => unavailable(other),
+    }
 }
 
 impl Enrolment {
@@ -272,7 +284,7 @@ async fn keep_token(e: &Enrolment, request: &TokenRequest) -> Outcome<TokenView>
             expires_at_ms: ticket.expires_at_ms,
         }),
         Ok(TxnOutcome::Conflict) => Err(bad("that token exists already", "make another one")),
-        Err(error) => Err(unavailable(&error)),
+        Err(error) => Err(not_written(&error)),
     }
 }
 
@@ -324,7 +336,7 @@ async fn use_token(e: &Enrolment, request: JoinRequest) -> Outcome<JoinView> {
             })
         }
         Ok(TxnOutcome::Conflict) => Err(no_use()),
-        Err(error) => Err(unavailable(&error)),
+        Err(error) => Err(not_written(&error)),
     }
 }
 

@@ -14,7 +14,9 @@ use craton_console::server::{Visitor, failure};
 use craton_console::views::{
     JoinRequest, JoinView, MemberRequest, MembersView, PlaceView, WitnessView,
 };
-use craton_coordinator::api::{Coordinator, MembersError, Membership, Txn, TxnOutcome};
+use craton_coordinator::api::{
+    Coordinator, CoordinatorError, MembersError, Membership, Txn, TxnOutcome,
+};
 use craton_coordinator::raft::{Change as MembersChange, Configuration};
 use craton_core::MemberId;
 use craton_core::records::{At, Change, ClusterView, Event, Key, MemberRecord, Record};
@@ -204,9 +206,21 @@ fn unavailable(error: &dyn std::fmt::Display) -> Refusal {
     )
 }
 
+/// What was not written, or of which nobody knows: only the first may be asked of another agent.
+fn not_written(error: &CoordinatorError) -> Refusal {
+    match error {
+        CoordinatorError::Unknown(_) => Refusal(
+            StatusCode::GATEWAY_TIMEOUT,
+            error.to_string(),
+            "it may be done all the same; see craton member list".into(),
+        ),
+        other => unavailable(other),
+    }
+}
+
 fn not_changed(error: &MembersError) -> Refusal {
     match error {
-        MembersError::Coordinator(error) => unavailable(error),
+        MembersError::Coordinator(error) => not_written(error),
         MembersError::Refused(why) => refused(why.clone(), "see craton member list"),
     }
 }
@@ -373,7 +387,10 @@ async fn remove(
     let ours = Arc::clone(&api);
     // Not cut off by an operator who hangs up: what stops in the middle stays in the middle.
     let done = tokio::spawn(async move { take_out(&ours, &member).await }).await;
-    done.map_err(|error| unavailable(&error))??;
+    done.map_err(|error| {
+        let hint = "see craton member list, and ask again".into();
+        Refusal(StatusCode::INTERNAL_SERVER_ERROR, error.to_string(), hint)
+    })??;
     list(State(api)).await
 }
 
@@ -399,17 +416,23 @@ async fn take_out(api: &Api, member: &MemberId) -> Result<(), Refusal> {
             "see craton member list".into(),
         ));
     }
-    if let Err(why) = leave_sync_set(api, member).await {
-        // It stays, and counts for commits again.
-        if let Err(Refusal(_, error, _)) = mark(api, member, false).await {
-            tracing::warn!(%member, error, "its mark as leaving could not be taken back");
-        }
+    let mut mark = None;
+    if let Err(why) = leave_sync_set(api, member, &mut mark).await {
+        take_back(api, member, mark).await;
         return Err(why);
     }
     if config.holds(member) {
         let member = member.clone();
-        let change = members.change(MembersChange::Remove { member });
-        change.await.map_err(|e| not_changed(&e))?;
+        let change = members.change(MembersChange::Remove {
+            member: member.clone(),
+        });
+        if let Err(error) = change.await {
+            // Of anything else it is not known that it was not done.
+            if matches!(error, MembersError::Refused(_)) {
+                take_back(api, &member, mark).await;
+            }
+            return Err(not_changed(&error));
+        }
     }
     update(api, |view| {
         let deletes = [
@@ -448,8 +471,13 @@ fn removed_event(view: &ClusterView, member: &MemberId) -> Record {
     }))
 }
 
-/// Marks the member as leaving, and waits until no commit waits for it.
-async fn leave_sync_set(api: &Api, member: &MemberId) -> Result<(), Refusal> {
+/// Marks the member as leaving, and waits until no commit waits for it. `mark` is the revision of the mark: a removal
+/// beside this one makes a mark of its own, and neither takes back the other's.
+async fn leave_sync_set(
+    api: &Api,
+    member: &MemberId,
+    mark: &mut Option<u64>,
+) -> Result<(), Refusal> {
     let mut changed = api.watch();
     let deadline = clock::now().after(LEAVE_MAX);
     loop {
@@ -474,10 +502,24 @@ async fn leave_sync_set(api: &Api, member: &MemberId) -> Result<(), Refusal> {
                 "wait for a leader: see craton explain",
             ));
         }
-        if !counts && seen.members.get(member).is_none_or(|m| m.value.leaving) {
+        let record = seen.members.get(member);
+        if let (Some(record), Some(mark)) = (record, *mark)
+            && record.revision != mark
+        {
+            return Err(refused(
+                format!(
+                    "the record of {member} was changed at this very moment, perhaps by another removal"
+                ),
+                "see craton member list, and remove it again if it is there still",
+            ));
+        }
+        if !counts && (record.is_none() || mark.is_some()) {
             return Ok(());
         }
-        mark(api, member, true).await?;
+        if record.is_some() && mark.is_none() {
+            *mark = updated(api, |view| marked(view, member, true)).await?;
+            continue;
+        }
         let left = deadline.since(clock::now());
         if left.is_zero() {
             return Err(Refusal(
@@ -490,29 +532,39 @@ async fn leave_sync_set(api: &Api, member: &MemberId) -> Result<(), Refusal> {
     }
 }
 
+/// It stays, and counts for commits again, unless another removal goes on.
+async fn take_back(api: &Api, member: &MemberId, mark: Option<u64>) {
+    let undo = |view: &ClusterView| {
+        let ours = view.members.get(member).map(|m| m.revision) == mark;
+        ours.then(|| marked(view, member, false)).flatten()
+    };
+    if mark.is_some()
+        && let Err(Refusal(_, error, _)) = update(api, undo).await
+    {
+        tracing::warn!(%member, error, "its mark as leaving could not be taken back");
+    }
+}
+
 /// Marks the member as leaving, or takes that back. The leadership goes with it, unchanged: a sync set that the leader
 /// decided without knowing of the mark must not be written after it.
-async fn mark(api: &Api, member: &MemberId, leaving: bool) -> Result<(), Refusal> {
-    update(api, |view| {
-        let At { revision, value } = view.members.get(member)?;
-        let leadership = view.leadership.as_ref()?;
-        let record = MemberRecord {
-            leaving,
-            ..value.clone()
-        };
-        (value.leaving != leaving).then(|| Change {
-            expect: vec![
-                (Key::Member(member.clone()), *revision),
-                (Key::Leadership, leadership.revision),
-            ],
-            puts: vec![
-                Record::Member(member.clone(), record),
-                Record::Leadership(leadership.value.clone()),
-            ],
-            deletes: vec![],
-        })
+fn marked(view: &ClusterView, member: &MemberId, leaving: bool) -> Option<Change> {
+    let At { revision, value } = view.members.get(member)?;
+    let leadership = view.leadership.as_ref()?;
+    let record = MemberRecord {
+        leaving,
+        ..value.clone()
+    };
+    Some(Change {
+        expect: vec![
+            (Key::Member(member.clone()), *revision),
+            (Key::Leadership, leadership.revision),
+        ],
+        puts: vec![
+            Record::Member(member.clone(), record),
+            Record::Leadership(leadership.value.clone()),
+        ],
+        deletes: vec![],
     })
-    .await
 }
 
 /// Makes a change that rests on what is there, again if that changed meanwhile.
@@ -520,14 +572,22 @@ pub(crate) async fn update(
     api: &Api,
     make: impl Fn(&ClusterView) -> Option<Change>,
 ) -> Result<(), Refusal> {
+    updated(api, make).await.map(drop)
+}
+
+/// As [`update`]; the revision that was made, if there was anything to change.
+async fn updated(
+    api: &Api,
+    make: impl Fn(&ClusterView) -> Option<Change>,
+) -> Result<Option<u64>, Refusal> {
     for _ in 0..TRIES_MAX {
         let view = view(api).await?;
         let Some(change) = make(&view) else {
-            return Ok(());
+            return Ok(None);
         };
         let txn: Txn = store::txn(&change.keeping_history(&view)).map_err(|e| unavailable(&e))?;
-        match api.txn(txn).await.map_err(|e| unavailable(&e))? {
-            TxnOutcome::Committed(_) => return Ok(()),
+        match api.txn(txn).await.map_err(|e| not_written(&e))? {
+            TxnOutcome::Committed(revision) => return Ok(Some(revision)),
             TxnOutcome::Conflict => {}
         }
     }

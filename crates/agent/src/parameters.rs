@@ -241,6 +241,24 @@ pub async fn check(
     Ok(verdict)
 }
 
+/// Which of these take effect only at a restart.
+pub async fn waiting_for_restart(server: &LocalServer, names: &[String]) -> Vec<String> {
+    if names.is_empty() {
+        return Vec::new();
+    }
+    match server.control.parameters(names, QUERY_MAX).await {
+        Ok(known) => known
+            .into_iter()
+            .filter(craton_pg::Parameter::needs_restart)
+            .map(|p| p.name)
+            .collect(),
+        Err(error) => {
+            tracing::debug!(%error, "cannot tell what needs a restart");
+            Vec::new()
+        }
+    }
+}
+
 /// What PostgreSQL checks only when it starts, and then does not start.
 async fn would_start(
     server: &LocalServer,

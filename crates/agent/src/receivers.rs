@@ -224,6 +224,7 @@ pub(crate) async fn take_out(api: &Api, name: &MemberId) -> Result<(), Refusal> 
         update(api, |view| leaving(view, name)).await?;
         let left = deadline.since(clock::now());
         if left.is_zero() {
+            update(api, |view| staying(view, name)).await?;
             return Err(refused(
                 format!(
                     "commits wait for {name} still, after {} s",
@@ -237,14 +238,31 @@ pub(crate) async fn take_out(api: &Api, name: &MemberId) -> Result<(), Refusal> 
 }
 
 fn leaving(view: &ClusterView, name: &MemberId) -> Option<Change> {
+    let is_marked = view.receivers.get(name)?.value.leaving;
+    (!is_marked).then(|| marked(view, name, true)).flatten()
+}
+
+/// It counts for commits again, as long as it does still.
+fn staying(view: &ClusterView, name: &MemberId) -> Option<Change> {
+    let counts = view
+        .leadership
+        .as_ref()?
+        .value
+        .sync
+        .members
+        .contains_key(name);
+    counts.then(|| marked(view, name, false)).flatten()
+}
+
+/// The leadership goes with it, unchanged: a sync set decided without knowing of this must not be written after it.
+fn marked(view: &ClusterView, name: &MemberId, leaving: bool) -> Option<Change> {
     let At { revision, value } = view.receivers.get(name)?;
+    let leadership = view.leadership.as_ref()?;
     let record = ReceiverRecord {
-        leaving: true,
+        leaving,
         ..value.clone()
     };
-    let leadership = view.leadership.as_ref()?;
-    // The leadership goes with it, unchanged: a sync set decided without knowing of this must not be written after it.
-    (!value.leaving).then(|| Change {
+    Some(Change {
         expect: vec![
             (Key::Receiver(name.clone()), *revision),
             (Key::Leadership, leadership.revision),

@@ -142,7 +142,7 @@ async fn run_with(
         shared: Arc::clone(&shared),
         topology: topology.clone(),
         shutdown: shutdown.clone(),
-        unclear_since: None,
+        unclear: None,
     };
     let scheduler = Scheduler {
         shared: Arc::clone(&shared),

@@ -40,8 +40,8 @@ pub(crate) struct Receiver {
     pub(crate) shared: Arc<Shared>,
     pub(crate) topology: watch::Receiver<Option<Arc<Topology>>>,
     pub(crate) shutdown: watch::Receiver<bool>,
-    /// Since when WAL that the leader has removed is looked for at members that cannot say whether they have it.
-    pub(crate) unclear_since: Option<Instant>,
+    /// Which WAL that the leader has removed is looked for at members that cannot say whether they have it, and since when.
+    pub(crate) unclear: Option<((TimelineId, Lsn), Instant)>,
 }
 
 /// Why a stream ended without an error.
@@ -354,39 +354,9 @@ impl Receiver {
     ) -> Result<()> {
         let size = prepared.repository.segment_size();
         let until = prepared.identity.flushed.segment_start(size);
-        let others: Vec<TopologyMember> = self
-            .topology
-            .borrow()
-            .iter()
-            .flat_map(|t| t.members.clone())
-            .filter(|m| m.id != leader.id && m.role != MemberRole::Down)
-            .collect();
-        let mut unclear = None;
-        for member in others {
-            match self.catch_up(&member, until).await {
-                Ok(()) => {
-                    self.unclear_since = None;
-                    return Ok(());
-                }
-                Err(error) => {
-                    tracing::warn!(member = %member.id, %error, "this member cannot give the missing WAL");
-                    if !error.is_wal_removed() {
-                        unclear = Some(error);
-                    }
-                }
-            }
+        if self.recover_from_others(leader, start, until).await? {
+            return Ok(());
         }
-        // Who is starting, or silent for a moment, may have it: what is given up is missing for good.
-        if let Some(error) = unclear
-            && self
-                .unclear_since
-                .get_or_insert_with(Instant::now)
-                .elapsed()
-                < UNCLEAR_MAX
-        {
-            return Err(error);
-        }
-        self.unclear_since = None;
         let config = &self.shared.config;
         let trust = self.shared.trust.as_ref();
         let name = format!("{}_look", config.application_name);
@@ -433,6 +403,51 @@ impl Receiver {
             | StreamEnd::Shutdown
             | StreamEnd::Reached => Ok(()),
         }
+    }
+
+    /// True when another member had it, false when nobody has it any more. Who is starting, or silent for a moment, may
+    /// have it: then an error says so, for some time, for what is given up is missing for good.
+    async fn recover_from_others(
+        &mut self,
+        leader: &TopologyMember,
+        start: (TimelineId, Lsn),
+        until: Lsn,
+    ) -> Result<bool> {
+        let others: Vec<TopologyMember> = self
+            .topology
+            .borrow()
+            .iter()
+            .flat_map(|t| t.members.clone())
+            .filter(|m| m.id != leader.id)
+            .collect();
+        let mut unclear = None;
+        for member in others {
+            if member.role == MemberRole::Down {
+                let text = format!("{} is down, and may have the missing WAL", member.id);
+                unclear = Some(BackupError::Interrupted(text));
+                continue;
+            }
+            match self.catch_up(&member, until).await {
+                Ok(()) => return Ok(true),
+                Err(error) => {
+                    tracing::warn!(member = %member.id, %error, "this member cannot give the missing WAL");
+                    if !error.is_wal_removed() {
+                        unclear = Some(error);
+                    }
+                }
+            }
+        }
+        if let Some(error) = unclear {
+            let since = match self.unclear {
+                Some((what, since)) if what == start => since,
+                _ => Instant::now(),
+            };
+            self.unclear = Some((start, since));
+            if since.elapsed() < UNCLEAR_MAX {
+                return Err(error);
+            }
+        }
+        Ok(false)
     }
 
     async fn catch_up(&mut self, member: &TopologyMember, until: Lsn) -> Result<()> {

@@ -8,6 +8,7 @@
 mod common;
 
 use std::process::{Child, Command};
+use std::sync::Arc;
 
 use common::{
     Daemon, Server, config, options, ran_as_postgres, restore_to, status_until, topology,
@@ -16,6 +17,7 @@ use craton_backup::catalog;
 use craton_backup::restore::Target;
 use craton_backup::views::BackupStatusView;
 use craton_core::TimelineId;
+use craton_core::topology::{MemberRole, Topology};
 
 #[test]
 fn wal_fetch_process() {
@@ -32,7 +34,7 @@ async fn daemon_process() {
         return;
     };
     let config = serde_json::from_str(&config).unwrap();
-    let topology: craton_core::topology::Topology = serde_json::from_str(&topology).unwrap();
+    let topology: Topology = serde_json::from_str(&topology).unwrap();
     let (_keep, told) = tokio::sync::watch::channel(Some(topology.into()));
     let (_run, stop) = tokio::sync::watch::channel(false);
     craton_backup::run_with_topology(config, told, stop)
@@ -267,7 +269,19 @@ async fn what_the_leader_removed_comes_from_another_member() {
         &format!("select pg_last_wal_replay_lsn() >= '{}'", leader.wal_end()),
         "t",
     );
-    let daemon = Daemon::start(config, topology(1, &[&leader, &standby]));
+    // What the leader has no more is not given up while a standby that is just starting may have it.
+    let mut told = Topology::clone(&topology(1, &[&leader, &standby]).unwrap());
+    told.members[1].role = MemberRole::Down;
+    let daemon = Daemon::start(config, Some(Arc::new(told)));
+    daemon
+        .until("it waits for the standby", |s| {
+            s.error.as_ref().is_some_and(|e| e.contains("m2 is down"))
+        })
+        .await;
+    assert_eq!(daemon.repository().gaps().unwrap(), []);
+    daemon
+        .topology
+        .send_replace(topology(1, &[&leader, &standby]));
     daemon.caught_up(&leader).await;
     let repository = daemon.repository();
     assert_eq!(repository.gaps().unwrap(), []);

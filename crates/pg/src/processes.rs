@@ -12,6 +12,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_s
 use tokio::time::Instant;
 
 use crate::error::{PgError, Result};
+use crate::files::blocking;
 
 /// In the environment of every tool that writes into a member's directory (and so of the tool's children): whose
 /// it is. A tool outlives an agent that was killed, and the next agent finds it by this. `PR_SET_PDEATHSIG` would
@@ -20,6 +21,8 @@ pub(crate) const TOOL_OF: &str = "CRATON_TOOL_OF";
 
 /// How often a wait looks again.
 const POLL: Duration = Duration::from_millis(1);
+/// And how often where a look goes through every process of the machine.
+const TOOLS_POLL: Duration = Duration::from_millis(20);
 /// How long a SIGSTOP may take to be seen; a process that sleeps in the kernel cannot fork either.
 const STOP_SEEN_MAX: Duration = Duration::from_millis(50);
 
@@ -188,7 +191,7 @@ pub(crate) async fn kill_all(postmaster: Stat, data_dir: PathBuf, limit: Duratio
         signal_checked(&postmaster, Signal::KILL);
     }
     // A child that was between fork and /proc's listing is found here: it lives in the data directory.
-    kill_until_gone(|| living_in(&data_dir), limit, end)
+    kill_until_gone(|| living_in(&data_dir), POLL, limit, end)
         .await
         .map(|_| ())
 }
@@ -196,17 +199,28 @@ pub(crate) async fn kill_all(postmaster: Stat, data_dir: PathBuf, limit: Duratio
 /// Kills what a dead postmaster left behind; returns how many there were.
 pub(crate) async fn kill_leftovers(data_dir: PathBuf, limit: Duration) -> Result<usize> {
     let end = Instant::now() + limit;
-    kill_until_gone(|| living_in(&data_dir), limit, end).await
+    kill_until_gone(|| living_in(&data_dir), POLL, limit, end).await
 }
 
-/// Kills the tools that an agent that is gone left at work; returns how many processes there were.
+/// Kills the tools that are at work though nobody waits for them; returns how many processes there were.
 pub(crate) async fn kill_tools(member_dir: PathBuf, limit: Duration) -> Result<usize> {
     let end = Instant::now() + limit;
-    kill_until_gone(|| tools_of(&member_dir), limit, end).await
+    let here = tokio::runtime::Handle::current();
+    // Every process of the machine is looked at, and the environment of one that hangs takes its time.
+    blocking(move || {
+        here.block_on(kill_until_gone(
+            || tools_of(&member_dir),
+            TOOLS_POLL,
+            limit,
+            end,
+        ))
+    })
+    .await
 }
 
 async fn kill_until_gone(
     find: impl Fn() -> Vec<Stat>,
+    every: Duration,
     limit: Duration,
     end: Instant,
 ) -> Result<usize> {
@@ -227,7 +241,7 @@ async fn kill_until_gone(
                 limit,
             });
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(every).await;
     }
 }
 

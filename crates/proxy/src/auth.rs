@@ -184,7 +184,7 @@ async fn answer_lookups(
     routes: watch::Receiver<Arc<Routes>>,
     mut requests: mpsc::Receiver<Request>,
 ) {
-    let mut open: Option<(Arc<Target>, Dialog)> = None;
+    let mut open: Option<Open> = None;
     while let Some(request) = requests.recv().await {
         if request.answer.is_closed() {
             continue;
@@ -196,26 +196,43 @@ async fn answer_lookups(
     }
 }
 
-/// Asks on the open connection, or on a new one: of the primary if there is one, else of any standby. A standby is not
-/// asked any longer than that: it may not have the newest roles and passwords yet.
+/// So long a standby is asked before the primary, which could not be, is tried again.
+const STANDBY_FOR: Duration = Duration::from_secs(1);
+
+/// The connection that is asked.
+struct Open {
+    target: Arc<Target>,
+    dialog: Dialog,
+    since: Instant,
+}
+
+impl Open {
+    /// A standby may not have the newest roles and passwords yet: where there is a primary it is not asked for long.
+    fn is_good(&self, routes: &Routes) -> bool {
+        let is_primary = routes
+            .primary
+            .as_ref()
+            .is_none_or(|p| p.id == self.target.id);
+        !self.target.is_revoked() && (is_primary || self.since.elapsed() < STANDBY_FOR)
+    }
+}
+
+/// Asks on the open connection, or on a new one: of the primary if there is one, else of any standby.
 async fn look_up(
     asker: &Asker,
     routes: &Routes,
-    open: &mut Option<(Arc<Target>, Dialog)>,
+    open: &mut Option<Open>,
     user: &str,
 ) -> Result<Secret, LookupError> {
     let config = asker.config.as_ref();
-    let is_primary = |t: &Target| routes.primary.as_ref().is_none_or(|p| p.id == t.id);
-    if let Some((target, mut dialog)) = open
-        .take()
-        .filter(|(target, _)| !target.is_revoked() && is_primary(target))
+    if let Some(mut known) = open.take().filter(|known| known.is_good(routes))
         && let Ok(Ok(secret)) = tokio::time::timeout(
             config.connect_timeout(),
-            question(config, &mut dialog, user),
+            question(config, &mut known.dialog, user),
         )
         .await
     {
-        *open = Some((target, dialog));
+        *open = Some(known);
         return Ok(secret);
     }
     let mut last = "there is none".to_owned();
@@ -227,7 +244,11 @@ async fn look_up(
         });
         match asked.await {
             Ok(Ok((dialog, secret))) => {
-                *open = Some((Arc::clone(target), dialog));
+                *open = Some(Open {
+                    target: Arc::clone(target),
+                    dialog,
+                    since: Instant::now(),
+                });
                 return Ok(secret);
             }
             Ok(Err(error)) if error.is_passing() => last = error.to_string(),

@@ -98,13 +98,18 @@ async fn try_change(api: &Api, body: ConfigRequest) -> Result<ConfigChangeView, 
     let view = api.read().await?;
     let next = apply(&view.settings(), &body).map_err(wrong)?;
     let members = view.members.len();
-    let verdict = parameters::check(
-        &api.server,
-        &new_parameters(&view.settings(), &next),
-        members,
-    )
-    .await
-    .map_err(wrong)?;
+    let before = view.settings();
+    let mut verdict = parameters::check(&api.server, &new_parameters(&before, &next), members)
+        .await
+        .map_err(wrong)?;
+    let gone = before.postgresql.keys();
+    let gone: Vec<String> = gone
+        .filter(|name| !next.postgresql.contains_key(*name))
+        .cloned()
+        .collect();
+    verdict
+        .restart
+        .extend(parameters::waiting_for_restart(&api.server, &gone).await);
     let by = who(body.by.clone());
     let (revision, changed) = api
         .transact(|view| {

@@ -131,6 +131,15 @@ pub(super) fn gave_up(mind: &Mind<'_>, l: &Leadership) -> Option<String> {
 
 /// The leader's PostgreSQL serves clients, and its host is about to fail it: it asks for a switchover.
 pub(super) fn hand_over_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leadership, s: &Server) {
+    let now = mind.o.now;
+    let is_own = |r: &Request| r.by == BY_CRATON && r.term == l.term;
+    // From when it was seen: one that did not come to be written is made again at once.
+    if view.request.as_ref().is_some_and(|r| is_own(&r.value)) {
+        let at = &mut mind.out.memory.ask_not_before;
+        if at.is_none_or(|at| at <= now) {
+            *at = Some(now.after(ASK_AGAIN));
+        }
+    }
     let why = disk_full(&mind.o.host, &mind.settings).or_else(|| crash_loop(&mind.o.host));
     let Some(why) = why.filter(|_| l.open && view.request.is_none() && !mind.is_paused()) else {
         return;
@@ -139,7 +148,6 @@ pub(super) fn hand_over_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leader
     if opening(mind) {
         return;
     }
-    let now = mind.o.now;
     if mind.out.memory.ask_not_before.is_some_and(|at| now < at) {
         return mind.because(
             "hands_over_later",
@@ -153,7 +161,6 @@ pub(super) fn hand_over_rule(mind: &mut Mind<'_>, view: &ClusterView, l: &Leader
         );
     };
     mind.because("hands_over", format!("handing over to {heir}: {why}"));
-    mind.out.memory.ask_not_before = Some(now.after(ASK_AGAIN));
     let request = Request {
         id: view.revision,
         kind: RequestKind::Switchover,

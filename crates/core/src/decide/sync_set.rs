@@ -289,6 +289,7 @@ fn wanted_members(
         .map_or(Duration::ZERO, |(_, at)| now.since(at));
     let listing =
         l.durability == Durability::Async && mind.settings.durability == Durability::Async;
+    let strict = [l.durability, mind.settings.durability].contains(&Durability::Strict);
     let mut wanted = BTreeMap::new();
     // A receiver can neither follow nor promise, so in `async` it has no place in V.
     let waits = mind.settings.durability != Durability::Async;
@@ -328,7 +329,7 @@ fn wanted_members(
         let near = b.flush_lsn > Lsn::ZERO
             && s.end.bytes_since(b.flush_lsn) <= mind.settings.max_lag_bytes;
         let counts = now.since(seen) < grace && (in_v || caught_up);
-        if (counts || (listing && near)) && !leaves(view, l, &b.member) {
+        if (counts || (listing && near)) && !leaves(view, l, strict, &b.member) {
             wanted.insert(b.member.clone(), b.incarnation);
         }
     }
@@ -339,7 +340,7 @@ fn wanted_members(
             .any(|b| b.member == *member && b.streaming);
         let seen = mind.out.memory.healthy.get(member).map(|(_, at)| *at);
         let recently = seen.map_or(led_for < grace, |at| now.since(at) < grace);
-        if !connected && recently && stays(member) && !leaves(view, l, member) {
+        if !connected && recently && stays(member) && !leaves(view, l, strict, member) {
             wanted.entry(member.clone()).or_insert(*incarnation);
         }
     }
@@ -347,15 +348,22 @@ fn wanted_members(
 }
 
 /// An order will take this member away: it leaves V before, so that no commit waits for it, and (a data
-/// directory that is thrown away) so that it is not needed. For a restart only where enough of V is left.
-fn leaves(view: &ClusterView, l: &Leadership, member: &MemberId) -> bool {
-    let ordered = |m: &MemberId| view.orders.get(m).map(|o| o.value.kind);
-    match ordered(member) {
+/// directory that is thrown away) so that it is not needed. For a restart only where enough of V is left; in `strict`,
+/// where V never gets smaller than k, so it is with every order, and they take their turns.
+fn leaves(view: &ClusterView, l: &Leadership, strict: bool, member: &MemberId) -> bool {
+    let order = |m: &MemberId| view.orders.get(m).map(|o| (o.value.kind, o.value.id));
+    let needed = l.sync.k as usize;
+    match order(member) {
         None => false,
-        Some(OrderKind::Reinit) => true,
-        Some(OrderKind::Restart) => {
-            let left = l.sync.members.keys().filter(|m| ordered(m).is_none());
-            left.count() >= l.sync.k.max(1) as usize
+        Some((OrderKind::Reinit, id)) if strict => {
+            let goes_first = |m: &&MemberId| matches!(order(m), Some((OrderKind::Reinit, other)) if (other, *m) <= (id, member));
+            let gone = l.sync.members.keys().filter(goes_first).count();
+            l.sync.members.len() >= needed.saturating_add(gone)
+        }
+        Some((OrderKind::Reinit, _)) => true,
+        Some((OrderKind::Restart, _)) => {
+            let left = l.sync.members.keys().filter(|m| order(m).is_none());
+            left.count() >= needed.max(1)
         }
     }
 }

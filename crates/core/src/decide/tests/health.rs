@@ -71,13 +71,18 @@ fn a_full_disk_on_the_leader() {
         "hold 1 : unfit leading nobody_fitter",
     );
     check(
-        "not again at once",
+        "again at once where that was not written",
         leader().with(room(100)).after(50),
+        "hold 1, write request : unfit leading hands_over",
+    );
+    check(
+        "not again at once where it was in vain",
+        in_vain(),
         "hold 1 : unfit leading hands_over_later",
     );
     check(
         "but some time later",
-        leader().with(room(100)).after(30_000),
+        in_vain().after(30_000),
         "hold 1, write request : unfit leading hands_over",
     );
     let closed = leader().with(room(100)).leadership(|l| l.open = false);
@@ -91,7 +96,7 @@ fn a_full_disk_on_the_leader() {
 /// A member that handed over, and leads again soon, is free to hand over once more: somebody else has led since.
 #[test]
 fn a_disk_that_fills_again_soon() {
-    let asked = Scene::leader().with(room(100)).after(50);
+    let asked = in_vain();
     let back = |memory: Memory| {
         let mut s = Scene::leader().with(room(100));
         s.memory = memory;
@@ -141,6 +146,13 @@ fn asked_itself(phase: RequestPhase, mib: u64) -> Scene {
     let request = &mut s.view().request.as_mut().unwrap().value;
     request.by = "craton".into();
     request.why = Some("the disk is nearly full".into());
+    s
+}
+
+/// It asked a moment ago, and the request is gone again.
+fn in_vain() -> Scene {
+    let mut s = asked_itself(RequestPhase::Asked, 100).after(50);
+    s.view().request = None;
     s
 }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::observe::PendingChange;
 use crate::records::{Order, OrderKind, Pause, RestartPlan, Schedule};
+use crate::settings::Durability;
 
 fn paused(mut s: Scene) -> Scene {
     s.view().pause = at(Pause {
@@ -263,6 +264,39 @@ fn whoever_is_ordered_away_leaves_the_sync_set_first() {
     assert_eq!(decided(&only(OrderKind::Restart)).task, None);
     let alone = decided(&only(OrderKind::Reinit));
     assert!(says(&alone, "sync_change"), "{}", line(&alone));
+}
+
+/// In `strict` k members stay: of two that are to be cloned anew the first goes, and the other waits until it is back.
+#[test]
+fn in_strict_they_are_cloned_anew_in_turns() {
+    let strict = |mut s: Scene| {
+        s.view().leadership.as_mut().unwrap().value.durability = Durability::Strict;
+        s.view().settings.as_mut().unwrap().value.durability = Durability::Strict;
+        ordered(ordered(s, "b", OrderKind::Reinit), "c", OrderKind::Reinit)
+    };
+    check(
+        "b goes first",
+        strict(Scene::leader()),
+        "hold 1, SetSync (1 of c) : leading sync_change",
+    );
+    let gone = Scene::leader()
+        .leadership(|l| l.sync = set(1, &["c"]))
+        .server(|s| {
+            s.sync_configured = set(1, &["c"]);
+            s.standbys.retain(|b| b.member == id("c"));
+        });
+    check(
+        "c stays while b is away",
+        strict(gone.clone()),
+        "hold 1 : leading",
+    );
+    let mut back = strict(Scene::leader());
+    back.view().orders.remove(&id("b"));
+    check(
+        "and goes when b is back",
+        back,
+        "hold 1, SetSync (1 of b) : leading sync_change",
+    );
 }
 
 #[test]
