@@ -188,6 +188,13 @@ pub fn routes(coordinator: Arc<dyn Coordinator>) -> Router {
 
 pub(crate) struct Refusal(StatusCode, String, String);
 
+impl Refusal {
+    /// The reason.
+    pub(crate) fn why(&self) -> &str {
+        &self.1
+    }
+}
+
 impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         failure(self.0, &self.1, Some(&self.2))
@@ -416,9 +423,9 @@ async fn take_out(api: &Api, member: &MemberId) -> Result<(), Refusal> {
             "see craton member list".into(),
         ));
     }
-    let mut mark = None;
+    let mut mark = Mark::None;
     if let Err(why) = leave_sync_set(api, member, &mut mark).await {
-        take_back(api, member, mark).await;
+        take_back(api, member, &mark).await;
         return Err(why);
     }
     if config.holds(member) {
@@ -429,7 +436,7 @@ async fn take_out(api: &Api, member: &MemberId) -> Result<(), Refusal> {
         if let Err(error) = change.await {
             // Of anything else it is not known that it was not done.
             if matches!(error, MembersError::Refused(_)) {
-                take_back(api, &member, mark).await;
+                take_back(api, &member, &mark).await;
             }
             return Err(not_changed(&error));
         }
@@ -471,13 +478,30 @@ fn removed_event(view: &ClusterView, member: &MemberId) -> Record {
     }))
 }
 
-/// Marks the member as leaving, and waits until no commit waits for it. `mark` is the revision of the mark: a removal
-/// beside this one makes a mark of its own, and neither takes back the other's.
-async fn leave_sync_set(
-    api: &Api,
-    member: &MemberId,
-    mark: &mut Option<u64>,
-) -> Result<(), Refusal> {
+/// A removal's own mark on a member's record.
+enum Mark {
+    None,
+    /// It was written, or not: no answer came.
+    Unsure,
+    /// The record with the mark, as it was written or found since.
+    Made(At<MemberRecord>),
+}
+
+impl Mark {
+    /// Whether the mark on the record is this removal's still. The member's own agent may have written another address or
+    /// another life into the record, and keeps the mark; another removal writes the same record once more.
+    fn is_on(&self, now: &At<MemberRecord>) -> bool {
+        match self {
+            Self::Made(At { revision, value }) => {
+                now.revision == *revision || (now.value.leaving && now.value != *value)
+            }
+            Self::None | Self::Unsure => false,
+        }
+    }
+}
+
+/// Marks the member as leaving, and waits until no commit waits for it.
+async fn leave_sync_set(api: &Api, member: &MemberId, mark: &mut Mark) -> Result<(), Refusal> {
     let mut changed = api.watch();
     let deadline = clock::now().after(LEAVE_MAX);
     loop {
@@ -502,23 +526,28 @@ async fn leave_sync_set(
                 "wait for a leader: see craton explain",
             ));
         }
-        let record = seen.members.get(member);
-        if let (Some(record), Some(mark)) = (record, *mark)
-            && record.revision != mark
-        {
-            return Err(refused(
-                format!(
-                    "the record of {member} was changed at this very moment, perhaps by another removal"
-                ),
-                "see craton member list, and remove it again if it is there still",
-            ));
+        match (seen.members.get(member), &*mark) {
+            (Some(record), Mark::None) => {
+                *mark = Mark::Unsure;
+                let made = updated(api, |view| marked(view, member, true)).await?;
+                *mark = made.map_or(Mark::None, |revision| {
+                    let mut value = record.value.clone();
+                    value.leaving = true;
+                    Mark::Made(At { revision, value })
+                });
+                continue;
+            }
+            (Some(record), own) if !own.is_on(record) => {
+                return Err(refused(
+                    format!("another removal of {member} is in progress"),
+                    "see craton member list, and remove it again if it is there still",
+                ));
+            }
+            (Some(record), _) => *mark = Mark::Made(record.clone()),
+            (None, _) => {}
         }
-        if !counts && (record.is_none() || mark.is_some()) {
+        if !counts {
             return Ok(());
-        }
-        if record.is_some() && mark.is_none() {
-            *mark = updated(api, |view| marked(view, member, true)).await?;
-            continue;
         }
         let left = deadline.since(clock::now());
         if left.is_zero() {
@@ -533,14 +562,17 @@ async fn leave_sync_set(
 }
 
 /// It stays, and counts for commits again, unless another removal goes on.
-async fn take_back(api: &Api, member: &MemberId, mark: Option<u64>) {
+async fn take_back(api: &Api, member: &MemberId, mark: &Mark) {
     let undo = |view: &ClusterView| {
-        let ours = view.members.get(member).map(|m| m.revision) == mark;
+        let ours = match mark {
+            Mark::None => false,
+            // Also where there is none yet: one that comes late finds the record changed.
+            Mark::Unsure => true,
+            own @ Mark::Made(_) => view.members.get(member).is_some_and(|m| own.is_on(m)),
+        };
         ours.then(|| marked(view, member, false)).flatten()
     };
-    if mark.is_some()
-        && let Err(Refusal(_, error, _)) = update(api, undo).await
-    {
+    if let Err(Refusal(_, error, _)) = update(api, undo).await {
         tracing::warn!(%member, error, "its mark as leaving could not be taken back");
     }
 }

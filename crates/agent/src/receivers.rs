@@ -201,8 +201,19 @@ async fn report(
     Ok(Json(Known { term }))
 }
 
-/// Takes a receiver out: no commit waits for it any more, then it is forgotten.
+/// Takes a receiver out: no commit waits for it any more, then it is forgotten. If that fails it counts again.
 pub(crate) async fn take_out(api: &Api, name: &MemberId) -> Result<(), Refusal> {
+    let done = leave(api, name).await;
+    if done.is_err()
+        && let Err(refusal) = update(api, |view| staying(view, name)).await
+    {
+        let error = refusal.why();
+        tracing::warn!(%name, error, "its mark as leaving could not be taken back");
+    }
+    done
+}
+
+async fn leave(api: &Api, name: &MemberId) -> Result<(), Refusal> {
     let deadline = clock::now().after(LEAVE_MAX);
     let mut changed = api.watch();
     loop {
@@ -224,7 +235,6 @@ pub(crate) async fn take_out(api: &Api, name: &MemberId) -> Result<(), Refusal> 
         update(api, |view| leaving(view, name)).await?;
         let left = deadline.since(clock::now());
         if left.is_zero() {
-            update(api, |view| staying(view, name)).await?;
             return Err(refused(
                 format!(
                     "commits wait for {name} still, after {} s",
@@ -242,16 +252,9 @@ fn leaving(view: &ClusterView, name: &MemberId) -> Option<Change> {
     (!is_marked).then(|| marked(view, name, true)).flatten()
 }
 
-/// It counts for commits again, as long as it does still.
 fn staying(view: &ClusterView, name: &MemberId) -> Option<Change> {
-    let counts = view
-        .leadership
-        .as_ref()?
-        .value
-        .sync
-        .members
-        .contains_key(name);
-    counts.then(|| marked(view, name, false)).flatten()
+    let is_marked = view.receivers.get(name)?.value.leaving;
+    is_marked.then(|| marked(view, name, false)).flatten()
 }
 
 /// The leadership goes with it, unchanged: a sync set decided without knowing of this must not be written after it.

@@ -41,7 +41,15 @@ pub(crate) struct Receiver {
     pub(crate) topology: watch::Receiver<Option<Arc<Topology>>>,
     pub(crate) shutdown: watch::Receiver<bool>,
     /// Which WAL that the leader has removed is looked for at members that cannot say whether they have it, and since when.
-    pub(crate) unclear: Option<((TimelineId, Lsn), Instant)>,
+    pub(crate) unclear: Option<Unclear>,
+}
+
+/// What is looked for, since when, and when it was looked for last.
+#[derive(Clone, Copy)]
+pub(crate) struct Unclear {
+    what: (TimelineId, Lsn),
+    since: Instant,
+    last: Instant,
 }
 
 /// Why a stream ended without an error.
@@ -428,7 +436,10 @@ impl Receiver {
                 continue;
             }
             match self.catch_up(&member, until).await {
-                Ok(()) => return Ok(true),
+                Ok(()) => {
+                    self.unclear = None;
+                    return Ok(true);
+                }
                 Err(error) => {
                     tracing::warn!(member = %member.id, %error, "this member cannot give the missing WAL");
                     if !error.is_wal_removed() {
@@ -438,12 +449,18 @@ impl Receiver {
             }
         }
         if let Some(error) = unclear {
-            let since = match self.unclear {
-                Some((what, since)) if what == start => since,
-                _ => Instant::now(),
-            };
-            self.unclear = Some((start, since));
-            if since.elapsed() < UNCLEAR_MAX {
+            let now = Instant::now();
+            let before = self.unclear.filter(|u| {
+                // Where nobody led for a while, nobody was asked either.
+                u.what == start && now.duration_since(u.last) < UNCLEAR_MAX / 2
+            });
+            let since = before.map_or(now, |u| u.since);
+            self.unclear = Some(Unclear {
+                what: start,
+                since,
+                last: now,
+            });
+            if now.duration_since(since) < UNCLEAR_MAX {
                 return Err(error);
             }
         }

@@ -4,6 +4,7 @@
 //! them together; and a backend whose postmaster was killed goes on until it next looks, in which time it
 //! can still acknowledge a commit. So the children are found by parent, and orphans by where they live.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -191,7 +192,7 @@ pub(crate) async fn kill_all(postmaster: Stat, data_dir: PathBuf, limit: Duratio
         signal_checked(&postmaster, Signal::KILL);
     }
     // A child that was between fork and /proc's listing is found here: it lives in the data directory.
-    kill_until_gone(|| living_in(&data_dir), POLL, limit, end)
+    kill_until_gone(|| living_in(&data_dir), limit, end)
         .await
         .map(|_| ())
 }
@@ -199,49 +200,55 @@ pub(crate) async fn kill_all(postmaster: Stat, data_dir: PathBuf, limit: Duratio
 /// Kills what a dead postmaster left behind; returns how many there were.
 pub(crate) async fn kill_leftovers(data_dir: PathBuf, limit: Duration) -> Result<usize> {
     let end = Instant::now() + limit;
-    kill_until_gone(|| living_in(&data_dir), POLL, limit, end).await
+    kill_until_gone(|| living_in(&data_dir), limit, end).await
 }
 
 /// Kills the tools that are at work though nobody waits for them; returns how many processes there were.
 pub(crate) async fn kill_tools(member_dir: PathBuf, limit: Duration) -> Result<usize> {
     let end = Instant::now() + limit;
-    let here = tokio::runtime::Handle::current();
-    // Every process of the machine is looked at, and the environment of one that hangs takes its time.
-    blocking(move || {
-        here.block_on(kill_until_gone(
-            || tools_of(&member_dir),
-            TOOLS_POLL,
-            limit,
-            end,
-        ))
-    })
-    .await
+    let mut killed = Killed::default();
+    loop {
+        let dir = member_dir.clone();
+        // Every process of the machine is looked at, and the environment of one that hangs takes its time.
+        let left = blocking(move || Ok(tools_of(&dir))).await?;
+        if killed.all(&left, limit, end)? {
+            return Ok(killed.0.len());
+        }
+        tokio::time::sleep(TOOLS_POLL).await;
+    }
 }
 
 async fn kill_until_gone(
     find: impl Fn() -> Vec<Stat>,
-    every: Duration,
     limit: Duration,
     end: Instant,
 ) -> Result<usize> {
-    let mut killed = std::collections::BTreeSet::new();
-    loop {
-        let left = find();
-        if left.is_empty() {
-            return Ok(killed.len());
-        }
-        for process in &left {
-            if killed.insert((process.pid, process.start_ticks)) {
+    let mut killed = Killed::default();
+    while !killed.all(&find(), limit, end)? {
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(killed.0.len())
+}
+
+/// Processes that were told to die, by number and start.
+#[derive(Default)]
+struct Killed(BTreeSet<(i32, u64)>);
+
+impl Killed {
+    /// Kills those of `left` that were not told yet; true if there is none left.
+    fn all(&mut self, left: &[Stat], limit: Duration, end: Instant) -> Result<bool> {
+        for process in left {
+            if self.0.insert((process.pid, process.start_ticks)) {
                 signal_checked(process, Signal::KILL);
             }
         }
-        if Instant::now() >= end {
+        if !left.is_empty() && Instant::now() >= end {
             return Err(PgError::Unkillable {
                 pids: left.iter().map(|s| s.pid).collect(),
                 limit,
             });
         }
-        tokio::time::sleep(every).await;
+        Ok(left.is_empty())
     }
 }
 

@@ -329,7 +329,7 @@ fn wanted_members(
         let near = b.flush_lsn > Lsn::ZERO
             && s.end.bytes_since(b.flush_lsn) <= mind.settings.max_lag_bytes;
         let counts = now.since(seen) < grace && (in_v || caught_up);
-        if (counts || (listing && near)) && !leaves(view, l, strict, &b.member) {
+        if (counts || (listing && near)) && !leaves(view, l, strict, &b.member, b.incarnation) {
             wanted.insert(b.member.clone(), b.incarnation);
         }
     }
@@ -340,7 +340,8 @@ fn wanted_members(
             .any(|b| b.member == *member && b.streaming);
         let seen = mind.out.memory.healthy.get(member).map(|(_, at)| *at);
         let recently = seen.map_or(led_for < grace, |at| now.since(at) < grace);
-        if !connected && recently && stays(member) && !leaves(view, l, strict, member) {
+        if !connected && recently && stays(member) && !leaves(view, l, strict, member, *incarnation)
+        {
             wanted.entry(member.clone()).or_insert(*incarnation);
         }
     }
@@ -349,13 +350,20 @@ fn wanted_members(
 
 /// An order will take this member away: it leaves V before, so that no commit waits for it, and (a data
 /// directory that is thrown away) so that it is not needed. For a restart only where enough of V is left; in `strict`,
-/// where V never gets smaller than k, so it is with every order, and they take their turns.
-fn leaves(view: &ClusterView, l: &Leadership, strict: bool, member: &MemberId) -> bool {
+/// where V never gets smaller than k, so it is with every order, and they take their turns. What is not in V and is to be
+/// thrown away never gets into it: it may be gone already.
+fn leaves(
+    view: &ClusterView,
+    l: &Leadership,
+    strict: bool,
+    member: &MemberId,
+    incarnation: Incarnation,
+) -> bool {
     let order = |m: &MemberId| view.orders.get(m).map(|o| (o.value.kind, o.value.id));
     let needed = l.sync.k as usize;
     match order(member) {
         None => false,
-        Some((OrderKind::Reinit, id)) if strict => {
+        Some((OrderKind::Reinit, id)) if strict && l.sync.holds(member, incarnation) => {
             let goes_first = |m: &&MemberId| matches!(order(m), Some((OrderKind::Reinit, other)) if (other, *m) <= (id, member));
             let gone = l.sync.members.keys().filter(goes_first).count();
             l.sync.members.len() >= needed.saturating_add(gone)

@@ -290,6 +290,16 @@ fn in_strict_they_are_cloned_anew_in_turns() {
         strict(gone.clone()),
         "hold 1 : leading",
     );
+    let outside = Scene::leader()
+        .leadership(|l| l.sync = set(1, &["c"]))
+        .server(|s| s.sync_configured = set(1, &["c"]));
+    let mut outside = strict(outside);
+    outside.view().orders.get_mut(&id("c")).unwrap().value.id = 5;
+    check(
+        "b is thrown away at this moment, and does not get in before it is another",
+        outside,
+        "hold 1 : leading",
+    );
     let mut back = strict(Scene::leader());
     back.view().orders.remove(&id("b"));
     check(
