@@ -577,24 +577,22 @@ async fn take_back(api: &Api, member: &MemberId, mark: &Mark) {
     }
 }
 
-/// Marks the member as leaving, or takes that back. The leadership goes with it, unchanged: a sync set that the leader
-/// decided without knowing of the mark must not be written after it.
+/// Marks the member as leaving, or takes that back.
 fn marked(view: &ClusterView, member: &MemberId, leaving: bool) -> Option<Change> {
-    let At { revision, value } = view.members.get(member)?;
+    let mut record = view.members.get(member)?.value.clone();
+    record.leaving = leaving;
+    with_leadership(view, Record::Member(member.clone(), record))
+}
+
+/// Writes a record, and the leadership with it, unchanged: a sync set that the leader decided without knowing of the record
+/// must not be written after it.
+pub(crate) fn with_leadership(view: &ClusterView, record: Record) -> Option<Change> {
     let leadership = view.leadership.as_ref()?;
-    let record = MemberRecord {
-        leaving,
-        ..value.clone()
-    };
+    let key = record.key();
+    let revision = view.revision_of(&key);
     Some(Change {
-        expect: vec![
-            (Key::Member(member.clone()), *revision),
-            (Key::Leadership, leadership.revision),
-        ],
-        puts: vec![
-            Record::Member(member.clone(), record),
-            Record::Leadership(leadership.value.clone()),
-        ],
+        expect: vec![(key, revision), (Key::Leadership, leadership.revision)],
+        puts: vec![record, Record::Leadership(leadership.value.clone())],
         deletes: vec![],
     })
 }

@@ -20,7 +20,7 @@ use tokio::task::JoinSet;
 
 use crate::agent::Seen;
 use crate::clock;
-use crate::members::{Refusal, refused, update, view};
+use crate::members::{Refusal, refused, update, view, with_leadership};
 use crate::server::LocalServer;
 
 /// How long a look may take.
@@ -257,25 +257,10 @@ fn staying(view: &ClusterView, name: &MemberId) -> Option<Change> {
     is_marked.then(|| marked(view, name, false)).flatten()
 }
 
-/// The leadership goes with it, unchanged: a sync set decided without knowing of this must not be written after it.
 fn marked(view: &ClusterView, name: &MemberId, leaving: bool) -> Option<Change> {
-    let At { revision, value } = view.receivers.get(name)?;
-    let leadership = view.leadership.as_ref()?;
-    let record = ReceiverRecord {
-        leaving,
-        ..value.clone()
-    };
-    Some(Change {
-        expect: vec![
-            (Key::Receiver(name.clone()), *revision),
-            (Key::Leadership, leadership.revision),
-        ],
-        puts: vec![
-            Record::Receiver(name.clone(), record),
-            Record::Leadership(leadership.value.clone()),
-        ],
-        deletes: vec![],
-    })
+    let mut record = view.receivers.get(name)?.value.clone();
+    record.leaving = leaving;
+    with_leadership(view, Record::Receiver(name.clone(), record))
 }
 
 fn forgotten(view: &ClusterView, name: &MemberId) -> Option<Change> {
